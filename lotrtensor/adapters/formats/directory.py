@@ -1,0 +1,94 @@
+"""A directory appears whole or not at all: written beside, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from lotrtensor.errors import FormatError
+
+CONFIG_NAME = "adapter_config.json"
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuse an output that exists, before any work is done.
+
+    Raises
+    ------
+    FormatError
+        If ``path`` exists and ``force`` is not given, or if it is no adapter directory, which
+        ``force`` does not replace either.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    if not force:
+        raise FormatError(f"{path} exists; choose another output or add --force to replace it")
+    replaceable = (
+        path.is_dir()
+        and not path.is_symlink()
+        and ((path / CONFIG_NAME).is_file() or not any(path.iterdir()))
+    )
+    if not replaceable:
+        raise FormatError(
+            f"{path} exists and is not an adapter directory (no {CONFIG_NAME}); it is not "
+            "replaced: choose another output"
+        )
+
+
+def write_directory(path: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
+    """Write ``files`` as the directory ``path``, atomically.
+
+    Parameters
+    ----------
+    path : Path
+        The directory to make; its parents are made where missing.
+    files : mapping of str to bytes
+        Contents by file name.
+    force : bool
+        Replace an adapter directory that stands there.
+
+    Raises
+    ------
+    FormatError
+        If the output may not be replaced, or cannot be written; nothing has changed then.
+    """
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve would follow a link
+    check_output(path, force=force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            fresh, old = Path(scratch) / "new", Path(scratch) / "old"
+            fresh.mkdir()
+            for name, content in files.items():
+                _write_synced(fresh / name, content)
+            _sync(fresh)
+            if path.exists():
+                path.rename(old)
+            try:
+                fresh.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
+            _sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,147 @@
+"""Named tensors and configuration of an adapter directory, from safetensors and JSON alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from lotrtensor.adapters.formats.directory import CONFIG_NAME
+from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+INDEX_NAME = "adapter_model.safetensors.index.json"
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOATS = (np.dtype("float64"), np.dtype("float32"), np.dtype("float16"), BFLOAT16)
+
+Tensors = dict[str, np.ndarray]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return ``adapter_config.json`` of ``directory``.
+
+    Raises
+    ------
+    FormatError
+        If there is no such directory or file, or it holds no JSON object.
+    """
+    if not directory.exists():
+        raise FormatError(f"{directory} does not exist; expected an adapter directory")
+    if not directory.is_dir():
+        raise FormatError(
+            f"{directory} is a file; expected the adapter directory that holds {CONFIG_NAME} "
+            f"and {WEIGHTS_NAME}"
+        )
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise FormatError(f"{directory} has no {CONFIG_NAME}; expected an adapter directory")
+    return _read_json_object(path)
+
+
+def read_tensors(directory: Path) -> Tensors:
+    """Return all tensors of ``adapter_model.safetensors``, or of the shards of its index.
+
+    Raises
+    ------
+    FormatError
+        If a file is missing, truncated or contradicts its header or index.
+    UnsupportedAdapterError
+        If there are only pickled weights, which can run code when they are opened.
+    """
+    if (directory / WEIGHTS_NAME).is_file():
+        return _read_file(directory / WEIGHTS_NAME)
+    if (directory / INDEX_NAME).is_file():
+        return _read_shards(directory / INDEX_NAME)
+    pickled = next((p.name for p in sorted(directory.iterdir()) if p.suffix in _PICKLED), None)
+    if pickled:
+        raise UnsupportedAdapterError(
+            f"{directory / pickled} is a pickle, which can run code when opened and is not read; "
+            "load the adapter with PEFT and save it again with save_pretrained, which writes "
+            f"{WEIGHTS_NAME}"
+        )
+    raise FormatError(f"{directory} has no {WEIGHTS_NAME} and no {INDEX_NAME}")
+
+
+_PICKLED = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+
+
+def check_floating(key: str, tensor: np.ndarray, directory: Path) -> None:
+    """Refuse a factor that is no finite floating-point matrix.
+
+    Raises
+    ------
+    DataError
+        Naming the directory and the key.
+    """
+    if tensor.dtype not in FLOATS:
+        raise DataError(
+            f"{directory}: {key} has dtype {tensor.dtype}; expected float32, float16, bfloat16 "
+            "or float64: dequantise the adapter first"
+        )
+    if not np.isfinite(tensor.astype(np.float32) if tensor.dtype == BFLOAT16 else tensor).all():
+        raise DataError(
+            f"{directory}: {key} holds NaN or infinite values; expected finite numbers: "
+            "the training run that wrote it diverged, take an earlier checkpoint"
+        )
+
+
+def adapter_files(config: dict[str, Any], tensors: Tensors) -> dict[str, bytes]:
+    """Return the two files of an adapter directory as bytes.
+
+    Keys are sorted, so that equal adapters are equal files.
+    """
+    ordered = {key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}
+    return {
+        CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        WEIGHTS_NAME: safetensors.numpy.save(ordered, metadata={"format": "pt"}),
+    }
+
+
+def _read_file(path: Path) -> Tensors:
+    tensors = {}
+    try:
+        with safe_open(path, "numpy") as file:
+            for key in file.keys():  # noqa: SIM118 - the file is no mapping
+                tensors[key] = file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(
+            f"{path} cannot be read ({error}); the file is damaged or incomplete: fetch it again"
+        ) from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: {key} has a dtype that NumPy does not hold ({error}); expected float32, "
+            "float16, bfloat16 or float64: dequantise the adapter first"
+        ) from error
+    return tensors
+
+
+def _read_shards(index_path: Path) -> Tensors:
+    weight_map = _read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index_path} has no weight_map; expected tensor names and their files")
+    tensors: Tensors = {}
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if Path(shard).name != shard:
+            raise FormatError(f"{index_path} names the shard {shard!r}; expected a bare file name")
+        if not (index_path.parent / shard).is_file():
+            raise FormatError(f"{index_path} names the shard {shard}, which is missing")
+        tensors |= _read_file(index_path.parent / shard)
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise FormatError(f"{index_path} names {missing[0]}, which no shard holds")
+    return tensors
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} holds a JSON {type(content).__name__}; expected an object")
+    return content

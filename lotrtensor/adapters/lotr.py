@@ -1,0 +1,169 @@
+"""A LoTR adapter in memory: groups of modules that share their factors."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lotrtensor.adapters.formats.native import read_lotr, write_lotr
+from lotrtensor.adapters.grouping import layer_order
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.modules import LoraModule, LotrGroup
+from lotrtensor.core.balanced import balanced_factors
+from lotrtensor.errors import RankError
+
+
+class GroupSummary(NamedTuple):
+    """One row of a LoTR adapter's summary.
+
+    Errors are relative Frobenius errors, None where the group was trained; parameters are stored
+    numbers, bytes their size as stored.
+    """
+
+    group: str
+    slices: int
+    shape: tuple[int, int]
+    ranks: tuple[int, int]
+    relative_error: float | None
+    lower_bound: float | None
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class LotrAdapter:
+    """A LoTR adapter: the groups, and what travels with them.
+
+    Attributes
+    ----------
+    groups : tuple of LotrGroup
+        The groups.
+    config : mapping
+        Fields of ``adapter_config.json`` beside the groups: base model, task, targets.
+    dtype : numpy dtype
+        Type that factors and cores are stored in.
+    extras : mapping of str to ndarray
+        Tensors carried unchanged under their own keys: fully trained modules, biases.
+    """
+
+    groups: tuple[LotrGroup, ...]
+    config: Mapping[str, Any]
+    dtype: np.dtype
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> LotrAdapter:
+        """Read a native directory; see `lotrtensor.adapters.formats.native.read_lotr`."""
+        return cls(*read_lotr(Path(directory).expanduser()))
+
+    def save(self, directory: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write a native LoTR directory, atomically.
+
+        Raises
+        ------
+        FormatError
+            If ``directory`` exists and ``force`` is not given, or cannot be written.
+        """
+        content = (self.groups, self.config, self.dtype, self.extras)
+        write_lotr(Path(directory).expanduser(), content, force=force)
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored numbers of the updates; carried tensors do not count."""
+        return sum(group.parameters for group in self.groups)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the updates as stored: parameters × itemsize."""
+        return self.parameters * self.dtype.itemsize
+
+    @property
+    def relative_error(self) -> float | None:
+        """Relative Frobenius error of all groups together; None if one was not fitted."""
+        return self._whole("relative_error")
+
+    @property
+    def lower_bound(self) -> float | None:
+        """Smallest relative error that any factors of these groups and ranks reach."""
+        return self._whole("lower_bound")
+
+    @property
+    def source_parameters(self) -> int | None:
+        """Numbers that the adapter this one was fitted to is stored in."""
+        fits = [group.fit for group in self.groups]
+        return None if None in fits else sum(fit.parameters for fit in fits if fit)
+
+    @property
+    def source_bytes(self) -> int | None:
+        """Bytes that the adapter this one was fitted to is stored in."""
+        fits = [group.fit for group in self.groups]
+        return None if None in fits else sum(fit.bytes for fit in fits if fit)
+
+    @property
+    def summary(self) -> tuple[GroupSummary, ...]:
+        """One row a group: slices, shape, ranks, errors, parameters, bytes."""
+        return tuple(
+            GroupSummary(
+                group=group.name,
+                slices=len(group.modules),
+                shape=group.shape,
+                ranks=group.rank,
+                relative_error=group.fit.relative_error if group.fit else None,
+                lower_bound=group.fit.lower_bound if group.fit else None,
+                parameters=group.parameters,
+                bytes=group.parameters * self.dtype.itemsize,
+            )
+            for group in self.groups
+        )
+
+    def to_lora(self, rank: int | None = None) -> LoraAdapter:
+        """Return the adapter as a LoRA, B_k = U P_k and A_k = Q_k Vᵀ with P_k Q_k ≈ G_k.
+
+        Parameters
+        ----------
+        rank : int, optional
+            Largest LoRA rank of a module. Not given, each module gets the rank r_k that it had
+            before, at most min(p, q): the core of a converted LoRA has no higher one, so nothing
+            is lost. A lower rank keeps the leading singular values of each core, which is the
+            best LoRA of that rank because U and V are orthonormal.
+
+        Raises
+        ------
+        RankError
+            If ``rank`` is below 1.
+        """
+        if rank is not None and rank < 1:
+            raise RankError(f"rank is {rank}; expected at least 1")
+        modules = []
+        for group in self.groups:
+            modules += _lora_modules(group, rank)
+        modules.sort(key=lambda module: layer_order(module.name))
+        return LoraAdapter(tuple(modules), self.config, self.dtype, self.extras)
+
+    def _whole(self, name: str) -> float | None:
+        fits = [group.fit for group in self.groups]
+        norm2 = sum(fit.norm**2 for fit in fits if fit)
+        if None in fits:
+            return None
+        lost2 = sum((getattr(fit, name) * fit.norm) ** 2 for fit in fits if fit)
+        return math.sqrt(lost2 / norm2) if norm2 else 0.0
+
+
+def _lora_modules(group: LotrGroup, rank: int | None) -> list[LoraModule]:
+    # A trained U need not be orthonormal: the triangles of its QR then belong to the core.
+    tucker2 = group.tucker2()
+    left, left_triangle = np.linalg.qr(tucker2.left)
+    right, right_triangle = np.linalg.qr(tucker2.right)
+    modules = []
+    for k, module in enumerate(group.modules):
+        limit = min(group.slice_ranks[k], *group.rank)
+        core = left_triangle @ tucker2.core[k] @ right_triangle.T
+        b, a = balanced_factors(core, limit if rank is None else min(rank, limit))
+        modules.append(LoraModule(module, left @ b, a @ right.T, group.embedding))
+    return modules

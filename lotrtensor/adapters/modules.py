@@ -1,0 +1,180 @@
+"""What an adapter is made of: the update of one module, the shared factors of a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lotrtensor.core.balanced import balanced_factors
+from lotrtensor.core.tucker2 import Tucker2
+
+
+@dataclass(frozen=True, eq=False)
+class LoraModule:
+    """The update ΔW = B A of one module.
+
+    Attributes
+    ----------
+    name : str
+        Path of the adapted module in the base model, without any prefix of PEFT's.
+    B : ndarray (m, r)
+        Left factor, LoRA scale included.
+    A : ndarray (r, n)
+        Right factor.
+    embedding : bool
+        Whether the module is an embedding, whose weight is n × m: the transpose of ΔW.
+    """
+
+    name: str
+    B: np.ndarray
+    A: np.ndarray
+    embedding: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (m, n) of ΔW."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """LoRA rank r of this module."""
+        return int(self.B.shape[1])
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored numbers: r (m + n)."""
+        return self.B.size + self.A.size
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredCore:
+    """A core G_k = ``left @ right`` of rank r_k, kept as a product where that is smaller."""
+
+    left: np.ndarray
+    right: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Number of stored numbers: r_k (p + q)."""
+        return self.left.size + self.right.size
+
+    def dense(self) -> np.ndarray:
+        """Return G_k (p × q) in float64."""
+        return self.left.astype(np.float64) @ self.right.astype(np.float64)
+
+
+Core = np.ndarray | FactoredCore
+
+
+@dataclass(frozen=True)
+class FitRecord:
+    """How well stored factors and cores stand for the updates that they were fitted to.
+
+    Attributes
+    ----------
+    relative_error : float
+        √(Σ_k ‖ΔW_k − U G_k Vᵀ‖² / Σ_k ‖ΔW_k‖²), storage type included.
+    lower_bound : float
+        No factors of these ranks reach a smaller one.
+    norm : float
+        √(Σ_k ‖ΔW_k‖²) of the updates.
+    parameters : int
+        Numbers that the updates were stored in.
+    bytes : int
+        Bytes that the updates were stored in.
+    """
+
+    relative_error: float
+    lower_bound: float
+    norm: float
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class LotrGroup:
+    """Modules whose updates are U · G_k · Vᵀ with one U and one V.
+
+    Attributes
+    ----------
+    name : str
+        Name of the group; also its key in the file.
+    modules : tuple of str
+        Paths of the adapted modules, one a slice.
+    left, right : ndarray (m, p), (n, q)
+        Shared factors U and V, as stored.
+    cores : tuple of ndarray (p, q) or FactoredCore
+        One a module, as stored; scale included.
+    slice_ranks : tuple of int
+        Rank r_k that each ΔW_k had before; no core has a higher one.
+    embedding : bool
+        Whether the modules are embeddings, whose weights are n × m.
+    fit : FitRecord or None
+        How well the group stands for what it was fitted to; None where it was trained.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    left: np.ndarray
+    right: np.ndarray
+    cores: tuple[Core, ...]
+    slice_ranks: tuple[int, ...]
+    embedding: bool = False
+    fit: FitRecord | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (m, n) of one ΔW_k."""
+        return self.left.shape[0], self.right.shape[0]
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Left and right rank (p, q)."""
+        return self.left.shape[1], self.right.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored numbers: both factors once, and every core."""
+        return self.left.size + self.right.size + sum(core.size for core in self.cores)
+
+    def tucker2(self) -> Tucker2:
+        """The group as one decomposition in float64, exactly what the stored numbers say."""
+        cores = [c.dense() if isinstance(c, FactoredCore) else c for c in self.cores]
+        return Tucker2(
+            self.left.astype(np.float64),
+            np.stack([core.astype(np.float64) for core in cores]),
+            self.right.astype(np.float64),
+        )
+
+
+def store_group(
+    tucker2: Tucker2,
+    *,
+    name: str,
+    modules: tuple[str, ...],
+    slice_ranks: tuple[int, ...],
+    dtype: np.dtype,
+    embedding: bool = False,
+) -> LotrGroup:
+    """Round a decomposition to what a file holds.
+
+    A core of rank r_k is kept as a product where r_k (p + q) < p q.
+    """
+    p, q = tucker2.rank
+    cores: list[Core] = []
+    for core, rank in zip(tucker2.core, slice_ranks, strict=True):
+        if rank * (p + q) >= p * q:
+            cores.append(core.astype(dtype))
+            continue
+        left, right = balanced_factors(core, rank)
+        cores.append(FactoredCore(left.astype(dtype), right.astype(dtype)))
+    return LotrGroup(
+        name=name,
+        modules=modules,
+        left=tucker2.left.astype(dtype),
+        right=tucker2.right.astype(dtype),
+        cores=tuple(cores),
+        slice_ranks=slice_ranks,
+        embedding=embedding,
+    )

@@ -1,0 +1,52 @@
+"""What the commands share: arguments, output streams, progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lotrtensor.convert import Progress as ProgressHook
+from lotrtensor.report.documents import Document, dumps
+
+AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter directory.")]
+OutputPath = Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an adapter that stands there.")]
+
+
+def output_console() -> Console:
+    """Console for results; wide enough for any table where it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def print_json(document: Document) -> None:
+    """Print one JSON document on stdout."""
+    typer.echo(dumps(document))
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressHook]:
+    """A progress bar on stderr that shows itself only after a second, and only on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    task = bar.add_task("")
+    started = time.monotonic()
+
+    def hook(name: str, done: int, total: int) -> None:
+        bar.update(task, description=name, completed=done, total=total)
+        if console.is_terminal and time.monotonic() - started > 1.0:
+            bar.start()
+
+    try:
+        yield hook
+    finally:
+        bar.stop()

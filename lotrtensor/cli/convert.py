@@ -1,0 +1,58 @@
+"""lotr convert: a LoRA adapter into LoTR form."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lotrtensor.convert import convert as convert_adapter
+from lotrtensor.adapters.formats.directory import check_output
+from lotrtensor.adapters.loading import load
+from lotrtensor.cli.common import (
+    AdapterPath,
+    Force,
+    Json,
+    OutputPath,
+    output_console,
+    print_json,
+    progress_bar,
+)
+from lotrtensor.report.documents import lotr_document
+from lotrtensor.report.tables import lotr_table, size_line
+
+
+def convert(
+    adapter: AdapterPath,
+    output: OutputPath,
+    rank: Annotated[
+        int, typer.Option(help="Left and right rank of every group, at most what it needs.")
+    ],
+    group_by: Annotated[
+        str,
+        typer.Option(
+            help="Which modules share factors: type, shape, or PATTERNS such as 'qv=query|value'."
+        ),
+    ] = "type",
+    dtype: Annotated[
+        str | None, typer.Option(help="Type to store: float32, float16, bfloat16, float64.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Convert a trained LoRA into LoTR form, and say exactly what was lost.
+
+    Example: lotr convert my-lora -o my-lotr --rank 16
+    """
+    check_output(output, force=force)
+    source = load(adapter)
+    with progress_bar() as progress:
+        lotr = convert_adapter(source, rank=rank, group_by=group_by, dtype=dtype, progress=progress)
+    lotr.save(output, force=force)
+    document = lotr_document(lotr)
+    if json:
+        print_json(document)
+        return
+    console = output_console()
+    console.print(lotr_table(document))
+    console.print(f"{output}: {size_line(document)}")

@@ -1,0 +1,36 @@
+"""lotr inspect: what an adapter holds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lotrtensor.adapters.loading import load
+from lotrtensor.cli.common import AdapterPath, Json, output_console, print_json
+from lotrtensor.report.documents import inspect_document
+from lotrtensor.report.tables import lora_table, lotr_table, size_line
+
+
+def inspect(
+    adapter: AdapterPath,
+    group_by: Annotated[
+        str, typer.Option(help="Grouping to show a LoRA by: type, shape or PATTERNS.")
+    ] = "type",
+    json: Json = False,
+) -> None:
+    """Show what an adapter holds: groups, shapes, ranks, errors, sizes.
+
+    Example: lotr inspect my-adapter
+    """
+    document = inspect_document(load(adapter), group_by)
+    if json:
+        print_json(document)
+        return
+    console = output_console()
+    console.print(lora_table(document) if document["type"] == "LORA" else lotr_table(document))
+    console.print(f"{size_line(document)}, {document['dtype']}")
+    if document["base_model"]:
+        console.print(f"base model: {document['base_model']}")
+    if document["carried_tensors"]:
+        console.print(f"carried unchanged: {', '.join(document['carried_tensors'])}")

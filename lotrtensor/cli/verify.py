@@ -1,0 +1,35 @@
+"""lotr verify: how far two adapters are apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lotrtensor.adapters.loading import load
+from lotrtensor.cli.common import Json, output_console, print_json
+from lotrtensor.convert import compare
+from lotrtensor.report.documents import difference_document
+from lotrtensor.report.tables import difference_table, error
+
+
+def verify(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The reference, LoRA or LoTR.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The other one, LoRA or LoTR.")],
+    json: Json = False,
+) -> None:
+    """Compare the weight updates of two adapters, module by module.
+
+    Example: lotr verify my-lora my-lotr
+    """
+    document = difference_document(compare(load(a), load(b)))
+    if json:
+        print_json(document)
+        return
+    console = output_console()
+    console.print(difference_table(document))
+    console.print(
+        f"relative difference {error(document['relative_error'])}, "
+        f"largest of a module {error(document['max_slice_error'])}"
+    )

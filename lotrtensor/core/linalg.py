@@ -1,0 +1,150 @@
+"""Linear algebra on arrays of any array-API library, where the standard has no single word.
+
+Only these few functions know which library they run on: SciPy drives LAPACK for NumPy arrays,
+where a subset of the eigenpairs is enough; every other library takes the standard's own route.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from array_api_compat import array_namespace, device, is_numpy_namespace, is_torch_namespace
+
+from lotrtensor.errors import DataError
+
+Array = Any
+"""An array of any array-API library; the standard has no runtime type for it."""
+
+Namespace = Any
+"""The module of functions that belongs to an `Array`."""
+
+
+def namespace(*arrays: Array) -> Namespace:
+    """Return the array-API namespace that all ``arrays`` share.
+
+    Raises
+    ------
+    DataError
+        If an argument is no array, or the arrays belong to different libraries.
+    """
+    try:
+        return array_namespace(*arrays)
+    except TypeError as error:
+        found = ", ".join(sorted({type(a).__module__ + "." + type(a).__name__ for a in arrays}))
+        raise DataError(
+            f"expected arrays of one array library (NumPy, PyTorch, JAX, ...), found {found}"
+        ) from error
+
+
+def is_bfloat16(x: Array) -> bool:
+    """Whether ``x`` holds brain floats, which the standard's ``isdtype`` does not know of."""
+    return str(x.dtype).rpartition(".")[2] == "bfloat16"
+
+
+def check_real_floating(x: Array, name: str) -> None:
+    """Refuse integer, boolean and complex arrays by name.
+
+    Raises
+    ------
+    DataError
+        Integers would be truncated and complex factors conjugated without a word.
+    """
+    xp = namespace(x)
+    if not (is_bfloat16(x) or xp.isdtype(x.dtype, "real floating")):
+        raise DataError(
+            f"{name} has dtype {x.dtype}; expected real floating point: convert it first, "
+            "for example with astype(float)"
+        )
+
+
+def check_finite(x: Array, name: str) -> None:
+    """Refuse NaN and infinite entries by name.
+
+    Raises
+    ------
+    DataError
+        If any entry of ``x`` is not finite.
+    """
+    xp = namespace(x)
+    if not bool(xp.all(xp.isfinite(x))):
+        raise DataError(f"{name} holds NaN or infinite values; expected finite numbers")
+
+
+def as_working(x: Array) -> Array:
+    """Return ``x`` in the precision that sums are taken in: its own, float32 at the least."""
+    xp = namespace(x)
+    if x.dtype in (xp.float32, xp.float64):
+        return x
+    return xp.astype(x, xp.float32)
+
+
+def as_accumulator(x: Array) -> Array:
+    """Return ``x`` in the widest real type its library and device have, float64 where they can."""
+    xp = namespace(x)
+    if x.dtype == xp.float64:
+        return x
+    if is_torch_namespace(xp):
+        has_float64 = x.device.type != "mps"
+    else:
+        info = xp.__array_namespace_info__()
+        has_float64 = "float64" in info.dtypes(device=device(x), kind="real floating")
+    return xp.astype(x, xp.float64 if has_float64 else xp.float32)
+
+
+def orthonormal_basis(x: Array) -> Array:
+    """Orthonormal columns that span those of ``x`` (a × b, b ≤ a): the Q of its QR."""
+    xp = namespace(x)
+    if is_numpy_namespace(xp):
+        return scipy.linalg.qr(x, mode="economic", check_finite=False)[0]
+    return xp.linalg.qr(x)[0]
+
+
+def triangular_factor(x: Array) -> Array:
+    """Return R (min(a, b) × b) with RᵀR = xᵀx, from the QR of ``x`` (a × b), never from xᵀx."""
+    xp = namespace(x)
+    if is_numpy_namespace(xp):
+        return np.linalg.qr(x, mode="r")
+    return xp.linalg.qr(x)[1]
+
+
+def leading_left(x: Array, rank: int, *, squared: bool) -> tuple[Array, Array]:
+    """Leading left singular vectors and values of ``x`` (a × c).
+
+    Parameters
+    ----------
+    x : array (a, c)
+        A matrix in float64 where the library has it.
+    rank : int
+        How many vectors, at most a. Where ``rank`` exceeds the rank of ``x`` the basis is
+        completed with any orthonormal columns.
+    squared : bool
+        Take the eigenvectors of x xᵀ: cheaper, but singular values below 1e-8 of the largest
+        drown in rounding. False takes the singular value decomposition.
+
+    Returns
+    -------
+    vectors : array (a, rank)
+        Orthonormal columns, by descending singular value.
+    values : array (rank,)
+        The singular values.
+    """
+    xp = namespace(x)
+    a, c = x.shape
+    if not squared:
+        if c < rank:
+            padding = xp.zeros((a, rank - c), dtype=x.dtype, device=device(x))
+            x = xp.concat([x, padding], axis=1)
+        vectors, values, _ = xp.linalg.svd(x, full_matrices=False)
+        return vectors[:, :rank], values[:rank]
+    gram = x @ x.T
+    if is_numpy_namespace(xp):
+        energies, vectors = scipy.linalg.eigh(
+            gram, subset_by_index=(a - rank, a - 1), check_finite=False, overwrite_a=True
+        )
+    else:
+        energies, vectors = xp.linalg.eigh(gram)
+        energies, vectors = energies[a - rank :], vectors[:, a - rank :]
+    energies = xp.where(energies > 0, energies, xp.zeros_like(energies))
+    return xp.flip(vectors, axis=1), xp.flip(xp.sqrt(energies), axis=0)

@@ -1,0 +1,36 @@
+"""The error of a Tucker-2 against the stack it stands for, slice by slice."""
+
+from __future__ import annotations
+
+from lotrtensor.core.linalg import Array, as_accumulator, as_working, namespace
+from lotrtensor.core.stacks import SliceStack
+from lotrtensor.core.tucker2 import Tucker2
+from lotrtensor.errors import ShapeError
+
+
+def error_norms2(stack: SliceStack, tucker2: Tucker2) -> Array:
+    """Squared errors ‖ΔW_k − U G_k Vᵀ‖², one a slice (K), for any factors and cores.
+
+    With the QRs U = Q_U T_U and V = Q_V T_V the error splits into three orthogonal parts,
+
+        ‖ΔW_k − Q_U Q_Uᵀ ΔW_k Q_V Q_Vᵀ‖² + ‖Q_Uᵀ ΔW_k Q_V − T_U G_k T_Vᵀ‖²
+
+    (the first of them two: see `SliceStack.residual_norms2`). Each is the norm of a residual; a
+    difference of the norms of ΔW and G would lose all errors below 1e-8.
+
+    Raises
+    ------
+    ShapeError
+        If the two do not have the same K, m and n.
+    """
+    if stack.shape != tucker2.shape:
+        raise ShapeError(
+            f"the stack is (K, m, n) = {stack.shape}, the decomposition {tucker2.shape}"
+        )
+    xp = namespace(tucker2.left)
+    left, left_triangle = xp.linalg.qr(as_working(tucker2.left))
+    right, right_triangle = xp.linalg.qr(as_working(tucker2.right))
+    written = as_accumulator(left_triangle) @ as_accumulator(as_working(tucker2.core))
+    written = written @ as_accumulator(right_triangle).T
+    inside = as_accumulator(stack.core(left, right)) - written
+    return stack.residual_norms2(left, right) + xp.sum(inside * inside, axis=(1, 2))

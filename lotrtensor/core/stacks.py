@@ -1,0 +1,235 @@
+"""Stacks of K slices ΔW_k, each m × n: what a Tucker-2 decomposition is taken of.
+
+An algorithm asks a stack for a few products and never for its entries, so that a LoRA slice stays
+a pair of thin factors. ``to_dense`` exists for tests and tiny cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from array_api_compat import device
+
+from lotrtensor.core.linalg import (
+    Array,
+    Namespace,
+    as_accumulator,
+    as_working,
+    check_finite,
+    check_real_floating,
+    namespace,
+    orthonormal_basis,
+    triangular_factor,
+)
+from lotrtensor.errors import ShapeError
+
+
+class SliceStack(Protocol):
+    """The products that every algorithm is written in.
+
+    K slices ΔW_k of shape m × n. U (m × p) and V (n × q) have orthonormal columns.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of slices and the shape of one: (K, m, n)."""
+
+    @property
+    def max_rank(self) -> tuple[int, int]:
+        """Largest left and right rank (p, q) that the stack can need."""
+
+    @property
+    def xp(self) -> Namespace:
+        """Array-API namespace of the stack's arrays."""
+
+    def norms2(self) -> Array:
+        """Squared Frobenius norms ‖ΔW_k‖², one a slice (K)."""
+
+    def left_factor(self, right: Array | None = None) -> Array:
+        """Return F (m × c) with F Fᵀ = Σ_k ΔW_k V Vᵀ ΔW_kᵀ; V is the identity if not given."""
+
+    def right_factor(self, left: Array | None = None) -> Array:
+        """Return F (n × c) with F Fᵀ = Σ_k ΔW_kᵀ U Uᵀ ΔW_k; U is the identity if not given."""
+
+    def core(self, left: Array, right: Array) -> Array:
+        """Cores Uᵀ ΔW_k V (K × p × q)."""
+
+    def residual_norms2(self, left: Array, right: Array) -> Array:
+        """Squared norms ‖ΔW_k − U Uᵀ ΔW_k V Vᵀ‖², without cancellation, one a slice (K)."""
+
+    def to_dense(self) -> Array:
+        """The slices as one array (K × m × n)."""
+
+
+class LowRankStack:
+    """Slices ΔW_k = B_k A_k kept as thin factors; the ranks r_k may differ.
+
+    Parameters
+    ----------
+    B : sequence of arrays (m, r_k), or array (K, m, r)
+        Left factors, scale included.
+    A : sequence of arrays (r_k, n), or array (K, r, n)
+        Right factors.
+
+    Raises
+    ------
+    ShapeError
+        If the stack is empty or two factors do not fit together.
+    DataError
+        If a factor is not real floating point or not finite.
+
+    Notes
+    -----
+    Only the products B_k A_k have meaning: (B_k S, S⁻¹ A_k) is the same stack. Sums are taken in
+    float32 at the least. The factors are held side by side, m × ρ and ρ × n with ρ = Σ r_k, so
+    that a product with all of them is one matrix product.
+    """
+
+    def __init__(self, B: Sequence[Array] | Array, A: Sequence[Array] | Array) -> None:
+        lefts, rights = list(B), list(A)
+        _check_factors(lefts, rights)
+        self.dtype = lefts[0].dtype
+        lefts, rights = [as_working(x) for x in lefts], [as_working(x) for x in rights]
+        self.xp = namespace(*lefts, *rights)
+        self.ranks = tuple(int(x.shape[1]) for x in lefts)
+        starts = [sum(self.ranks[:k]) for k in range(len(self.ranks))]
+        self._spans = [slice(a, a + r) for a, r in zip(starts, self.ranks, strict=True)]
+        self._left = self.xp.concat(lefts, axis=1)
+        self._right = self.xp.concat(rights, axis=0)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of slices and the shape of one: (K, m, n)."""
+        return len(self.ranks), int(self._left.shape[0]), int(self._right.shape[1])
+
+    @property
+    def max_rank(self) -> tuple[int, int]:
+        """Largest left and right rank (p, q) that can be needed: (min(m, ρ), min(n, ρ))."""
+        _, m, n = self.shape
+        return min(m, sum(self.ranks)), min(n, sum(self.ranks))
+
+    def factors(self, k: int) -> tuple[Array, Array]:
+        """Return B_k (m × r_k) and A_k (r_k × n) of slice ``k``."""
+        return self._left[:, self._spans[k]], self._right[self._spans[k], :]
+
+    def norms2(self) -> Array:
+        """Squared Frobenius norms ‖B_k A_k‖², one a slice (K)."""
+        return self._block_norms2(self.left_factor(), [min(r, self.shape[2]) for r in self.ranks])
+
+    def left_factor(self, right: Array | None = None) -> Array:
+        """Return F (m × c) with F Fᵀ = Σ_k ΔW_k V Vᵀ ΔW_kᵀ; V is the identity if not given.
+
+        The block of slice k is B_k T_kᵀ with T_k from the QR of (A_k V)ᵀ, or B_k (A_k V) where
+        that is narrower.
+        """
+        projected = self._right if right is None else self._right @ right
+        return self.xp.concat(
+            [self._left[:, span] @ _narrow(projected[span, :]) for span in self._spans], axis=1
+        )
+
+    def right_factor(self, left: Array | None = None) -> Array:
+        """Return F (n × c) with F Fᵀ = Σ_k ΔW_kᵀ U Uᵀ ΔW_k; U is the identity if not given."""
+        projected = self._left.T if left is None else self._left.T @ left
+        return self.xp.concat(
+            [self._right[span, :].T @ _narrow(projected[span, :]) for span in self._spans], axis=1
+        )
+
+    def core(self, left: Array, right: Array) -> Array:
+        """Cores (Uᵀ B_k)(A_k V) (K × p × q)."""
+        lefts, rights = left.T @ self._left, self._right @ right
+        return self.xp.stack([lefts[:, span] @ rights[span, :] for span in self._spans])
+
+    def residual_norms2(self, left: Array, right: Array) -> Array:
+        """Squared norms ‖ΔW_k − U Uᵀ ΔW_k V Vᵀ‖², one a slice (K).
+
+        The sum of ‖(I − UUᵀ) B_k A_k‖² and ‖UᵀB_k A_k (I − VVᵀ)‖²: each is formed from what is
+        left of thin factors, so that an error of 1e-12 is seen as such.
+        """
+        inside = left.T @ self._left
+        outside = self._left - left @ inside
+        outside_right = self._right - (self._right @ right) @ right.T
+        residuals = []
+        for span in self._spans:
+            lost_left = outside[:, span] @ triangular_factor(self._right[span, :].T).T
+            lost_right = inside[:, span] @ triangular_factor(outside_right[span, :].T).T
+            residuals.append(_norm2(lost_left) + _norm2(lost_right))
+        return self.xp.stack(residuals)
+
+    def reduce(self) -> tuple[Array, LowRankStack, Array]:
+        """Return Q_B, a small stack and Q_A with ΔW_k = Q_B · small_k · Q_Aᵀ.
+
+        QR of the factors side by side: an equal problem of size ρ × K × ρ, in float64 where the
+        library has it. Q_B is m × min(m, ρ) and Q_A is n × min(n, ρ).
+        """
+        basis_left = orthonormal_basis(self._left)
+        basis_right = orthonormal_basis(self._right.T)
+        lefts = as_accumulator(basis_left.T @ self._left)
+        rights = as_accumulator(self._right @ basis_right)
+        small = LowRankStack(
+            [lefts[:, span] for span in self._spans], [rights[span, :] for span in self._spans]
+        )
+        return basis_left, small, basis_right
+
+    def __sub__(self, other: LowRankStack) -> LowRankStack:
+        """Slice-wise difference, kept as factors of rank r_k + r'_k."""
+        if self.shape != other.shape:
+            raise ShapeError(
+                f"cannot subtract stacks of shapes (K, m, n) = {other.shape} and {self.shape}"
+            )
+        pairs = [(self.factors(k), other.factors(k)) for k in range(self.shape[0])]
+        return LowRankStack(
+            [self.xp.concat([b, -b2], axis=1) for (b, _), (b2, _) in pairs],
+            [self.xp.concat([a, a2], axis=0) for (_, a), (_, a2) in pairs],
+        )
+
+    def to_dense(self) -> Array:
+        """The slices as one array (K × m × n)."""
+        return self.xp.stack([b @ a for b, a in map(self.factors, range(self.shape[0]))])
+
+    def _block_norms2(self, factor: Array, widths: list[int]) -> Array:
+        """Squared norms of the blocks of ``widths`` columns that ``factor`` is made of."""
+        starts = [sum(widths[:k]) for k in range(len(widths))]
+        return self.xp.stack(
+            [_norm2(factor[:, a : a + w]) for a, w in zip(starts, widths, strict=True)]
+        )
+
+
+def _narrow(x: Array) -> Array:
+    """Return Y (r × c) with Y Yᵀ = x xᵀ and c the smaller of the sides of ``x`` (r × b)."""
+    return x if x.shape[1] <= x.shape[0] else triangular_factor(x.T).T
+
+
+def _norm2(x: Array) -> Array:
+    """Squared Frobenius norm, summed in the widest type."""
+    xp = namespace(x)
+    wide = as_accumulator(x)
+    return xp.sum(wide * wide)
+
+
+def _check_factors(lefts: list[Array], rights: list[Array]) -> None:
+    """Refuse factors that make no stack; the message names the slice."""
+    if not lefts:
+        raise ShapeError("the stack is empty; expected at least one slice B_k A_k")
+    if len(lefts) != len(rights):
+        raise ShapeError(
+            f"found {len(lefts)} factors B and {len(rights)} factors A; expected pairs"
+        )
+    namespace(*lefts, *rights)
+    for k, (b, a) in enumerate(zip(lefts, rights, strict=True)):
+        if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0] or 0 in (*b.shape, *a.shape):
+            raise ShapeError(
+                f"slice {k}: B is {tuple(b.shape)} and A is {tuple(a.shape)}; "
+                "expected (m, r) and (r, n) with r at least 1"
+            )
+        expected = (lefts[0].shape[0], rights[0].shape[1])
+        if (b.shape[0], a.shape[1]) != expected:
+            raise ShapeError(
+                f"slice {k} is {b.shape[0]} × {a.shape[1]} but slice 0 is "
+                f"{expected[0]} × {expected[1]}; slices of one stack have one shape"
+            )
+        for x, name in ((b, f"B of slice {k}"), (a, f"A of slice {k}")):
+            check_real_floating(x, name)
+            check_finite(as_working(x), name)
+            if device(x) != device(lefts[0]):
+                raise ShapeError(f"{name} is on {device(x)}, slice 0 on {device(lefts[0])}")

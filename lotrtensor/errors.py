@@ -1,0 +1,35 @@
+"""Every error that a user's input can cause.
+
+A message says what was found, what was expected and what to do, and names the file, the key or
+the argument. The command line prints the same sentence and exits with 1.
+"""
+
+from __future__ import annotations
+
+
+class LotrError(Exception):
+    """Base class of all errors raised on purpose by lotrtensor."""
+
+
+class ShapeError(LotrError, ValueError):
+    """Arrays whose shapes do not fit together, or are empty."""
+
+
+class RankError(LotrError, ValueError):
+    """A rank, tolerance, energy or budget that no decomposition of this stack can meet."""
+
+
+class DataError(LotrError, ValueError):
+    """Values that have no decomposition: NaN or infinite entries, integer or complex types."""
+
+
+class FormatError(LotrError, ValueError):
+    """A file that is missing, damaged, contradicts itself or already exists."""
+
+
+class UnsupportedAdapterError(LotrError, ValueError):
+    """An adapter that is not a plain ΔW = s · B · A update, or a file type that is not read."""
+
+
+class LotrWarning(UserWarning):
+    """Something a careful user wants to know: a fit that did not converge, a choice made."""

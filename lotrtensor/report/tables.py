@@ -1,0 +1,98 @@
+"""JSON documents as terminal tables."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from lotrtensor.report.documents import Document
+
+
+def size(count: int) -> str:
+    """Return a number of bytes as people read it: 648.0 KiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def error(value: float | None) -> str:
+    """Return a relative error with four digits; a trained adapter has none."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("group", "module") else "right")
+    return table
+
+
+def lotr_table(document: Document) -> Table:
+    """Groups of a LoTR adapter, their ranks, errors and sizes, and all together."""
+    table = _table(
+        "LoTR: ΔW = U · G · Vᵀ, U and V shared by a group",
+        *("group", "slices", "shape", "ranks p, q", "error", "lower bound", "parameters"),
+    )
+    for group in document["groups"]:
+        table.add_row(
+            group["name"],
+            str(len(group["modules"])),
+            "{} × {}".format(*group["shape"]),
+            "{}, {}".format(*group["ranks"]),
+            error(group["relative_error"]),
+            error(group["lower_bound"]),
+            f"{group['parameters']:,}",
+        )
+    table.add_section()
+    slices = sum(len(group["modules"]) for group in document["groups"])
+    errors = (error(document["relative_error"]), error(document["lower_bound"]))
+    table.add_row("all", str(slices), "", "", *errors, f"{document['parameters']:,}", style="bold")
+    return table
+
+
+def lora_table(document: Document) -> Table:
+    """Groups of a LoRA adapter as they would share factors, and their sizes."""
+    table = _table(
+        "LoRA: ΔW = B · A for every module",
+        *("group", "slices", "shape", "LoRA rank", "parameters"),
+    )
+    for group in document["groups"]:
+        table.add_row(
+            group["name"],
+            str(len(group["modules"])),
+            "{} × {}".format(*group["shape"]),
+            ", ".join(map(str, group["lora_ranks"])),
+            f"{group['parameters']:,}",
+        )
+    table.add_section()
+    slices = sum(len(group["modules"]) for group in document["groups"])
+    table.add_row("all", str(slices), "", "", f"{document['parameters']:,}", style="bold")
+    return table
+
+
+def difference_table(document: Document, limit: int = 10) -> Table:
+    """The modules that differ most."""
+    rows = sorted(document["modules"], key=lambda row: -row["relative_error"])
+    title = "‖ΔW_A − ΔW_B‖ / ‖ΔW_A‖"
+    if len(rows) > limit:
+        title += f", the {limit} largest of {len(rows)} modules"
+    table = _table(title, "module", "difference")
+    for row in rows[:limit]:
+        table.add_row(row["name"], error(row["relative_error"]))
+    return table
+
+
+def size_line(document: Document) -> str:
+    """One sentence: how large it is, and against what it was made from."""
+    text = f"{document['parameters']:,} parameters, {size(document['bytes'])}"
+    if document.get("source_bytes"):
+        ratio = document["source_bytes"] / document["bytes"]
+        change = f"{ratio:.1f} × smaller" if ratio >= 1 else f"{1 / ratio:.1f} × larger"
+        text += (
+            f" ({change} than the LoRA's {document['source_parameters']:,}, "
+            f"{size(document['source_bytes'])})"
+        )
+    return text
