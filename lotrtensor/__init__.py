@@ -9,7 +9,9 @@ from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.convert import compare, convert
-from lotrtensor.core.fit import Tucker2Fit, tucker2
+from lotrtensor.core.dense import DenseStack, LazyStack
+from lotrtensor.core.fit import tucker2
+from lotrtensor.core.problem import Tucker2Fit
 from lotrtensor.core.stacks import LowRankStack, SliceStack
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import (
@@ -26,7 +28,9 @@ __version__ = version("lotrtensor")
 
 __all__ = [
     "DataError",
+    "DenseStack",
     "FormatError",
+    "LazyStack",
     "LoraAdapter",
     "LotrAdapter",
     "LotrError",

@@ -16,7 +16,8 @@ from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import FitRecord, LoraModule, LotrGroup, store_group
-from lotrtensor.core.fit import Rank, check_rank, relative_errors, tucker2
+from lotrtensor.core.fit import Rank, check_rank, tucker2
+from lotrtensor.core.residual import relative_errors
 from lotrtensor.core.stacks import LowRankStack
 from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
 

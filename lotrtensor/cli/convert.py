@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from lotrtensor.convert import convert as convert_adapter
 from lotrtensor.adapters.formats.directory import check_output
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import (
@@ -18,6 +17,7 @@ from lotrtensor.cli.common import (
     print_json,
     progress_bar,
 )
+from lotrtensor.convert import convert as convert_adapter
 from lotrtensor.report.documents import lotr_document
 from lotrtensor.report.tables import lotr_table, size_line
 

@@ -1,88 +1,97 @@
-"""tucker2: the door to the decomposition. Validation, choice of method, certificate."""
+"""tucker2: the door to the decomposition. Validation, choice of method and ranks, certificate."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
-from lotrtensor.core.hooi import hooi
-from lotrtensor.core.hosvd import hosvd
-from lotrtensor.core.linalg import Array, as_accumulator, leading_left
-from lotrtensor.core.residual import error_norms2
-from lotrtensor.core.stacks import LowRankStack
-from lotrtensor.core.tucker2 import Tucker2
-from lotrtensor.errors import LotrWarning, RankError
+from lotrtensor.core.linalg import to_numpy
+from lotrtensor.core.problem import Problem, Tucker2Fit, pair_at
+from lotrtensor.core.ranks import best_within
+from lotrtensor.core.reduction import METHODS, Method, reduce_stack
+from lotrtensor.core.stacks import SliceStack
+from lotrtensor.errors import DataError, LotrWarning, RankError
 
 Rank = int | tuple[int, int]
+Weights = Sequence[float] | Literal["equal"]
 
 
-@dataclass(frozen=True, eq=False)
-class Tucker2Fit:
-    """A decomposition with its certificate.
-
-    Attributes
-    ----------
-    tucker2 : Tucker2
-        The decomposition; U and V orthonormal, columns by descending captured energy.
-    relative_error : float
-        √(Σ_k ‖ΔW_k − U G_k Vᵀ‖² / Σ_k ‖ΔW_k‖²), from residuals.
-    lower_bound : float
-        No Tucker-2 of these ranks has a smaller relative error.
-    slice_errors : ndarray (K,)
-        ‖ΔW_k − U G_k Vᵀ‖ / ‖ΔW_k‖ of each slice; 0 for a zero slice kept exactly.
-    method : str
-        The algorithm that ran.
-    iterations : int
-        HOOI sweeps.
-    history : tuple of float
-        Relative error after each sweep, as estimated from the captured energy.
-    converged : bool
-        Whether the stopping rule was met; if not, `tucker2` also warned.
-    """
-
-    tucker2: Tucker2
-    relative_error: float
-    lower_bound: float
-    slice_errors: np.ndarray
-    method: str
-    iterations: int
-    history: tuple[float, ...]
-    converged: bool
-
-
-def tucker2(stack: LowRankStack, rank: Rank) -> Tucker2Fit:
+def tucker2(
+    stack: SliceStack,
+    rank: Rank | None = None,
+    *,
+    tolerance: float | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+    weights: Weights | None = None,
+    method: Method = "auto",
+    dtype: Any = None,
+    seed: int = 0,
+    max_passes: int | None = None,
+) -> Tucker2Fit:
     """Decompose ``stack`` as ΔW_k ≈ U · G_k · Vᵀ with U and V shared by all slices.
+
+    Exactly one of ``rank``, ``tolerance``, ``energy`` and ``budget`` says how far.
 
     Parameters
     ----------
-    stack : LowRankStack
-        K slices ΔW_k of shape m × n.
-    rank : int or (int, int)
+    stack : SliceStack
+        K slices ΔW_k of shape m × n: a `LowRankStack`, `DenseStack` or `LazyStack`.
+    rank : int or (int, int), optional
         Left and right rank (p, q); one number stands for both.
+    tolerance : float, optional
+        Relative error, in (0, 1), that the result does not exceed; the smallest parameter count
+        found is returned.
+    energy : float, optional
+        Share of Σ_k ‖ΔW_k‖², in (0, 1), to keep: a tolerance of √(1 − energy).
+    budget : int, optional
+        Parameters m p + n q + K p q at most.
+    weights : sequence of float, or "equal", optional
+        One positive number w_k a slice: w_k ΔW_k is approximated, ``"equal"`` brings every slice
+        to norm 1. Ranks chosen by tolerance, energy or budget refer to the weighted error then.
+    method : str
+        ``"exact"``: an equal small problem, then HOOI from the HOSVD. ``"matrix-free"``: the small
+        problem from a few passes of block iteration. ``"hosvd"``, ``"st-hosvd"``: no refinement.
+        ``"auto"``: exact while that is cheap, else matrix-free.
+    dtype : dtype, optional
+        Type to return, and to measure the error in; the stack's own if not given.
+    seed : int
+        Of the random start of the matrix-free method.
+    max_passes : int, optional
+        Passes of the matrix-free method at most: 30 over thin factors, 5 over slices read on
+        demand. The error takes one more.
 
     Returns
     -------
     Tucker2Fit
-        The decomposition in the stack's own dtype, its relative Frobenius error and a lower
-        bound on the error of any decomposition of these ranks.
+        The decomposition, its relative Frobenius error and a lower bound on the error of any
+        decomposition of these ranks.
 
     Raises
     ------
     RankError
-        If a rank is below 1 or larger than the stack can need.
+        If a rank is below 1 or larger than the stack can need, a tolerance or energy lies outside
+        (0, 1) or is out of reach, a budget is below the smallest decomposition, or none or more
+        than one of them is given.
+    DataError
+        If the weights are not K positive finite numbers, or the method is unknown.
 
     Warns
     -----
     LotrWarning
-        If the iteration stopped before it converged.
+        If an iteration stopped before it converged.
 
     Notes
     -----
-    QR of the factors side by side gives an equal problem of size ρ × K × ρ, ρ = Σ r_k; there HOSVD
-    starts HOOI and its discarded energies bound the error from below. The dense ΔW is never built.
+    Exact, for thin factors: QR of the factors side by side gives an equal problem of size
+    ρ × K × ρ, ρ = Σ r_k; there HOSVD starts HOOI and its discarded energies bound the error from
+    below. Matrix-free the bound comes from the energies that the block captured beyond the ranks
+    wanted, which are no larger than the discarded ones: valid, and less sharp.
 
     Examples
     --------
@@ -93,47 +102,81 @@ def tucker2(stack: LowRankStack, rank: Rank) -> Tucker2Fit:
     >>> fit.tucker2.rank, bool(fit.relative_error < 1e-12)
     ((8, 8), True)
     """
-    pair = check_rank(rank, stack.max_rank)
-    basis_left, small, basis_right = stack.reduce()
-    norms2 = small.norms2()
-    norm2 = float(small.xp.sum(norms2))
-    if norm2 == 0.0:
-        return _zero_fit(stack, pair)
-    full = hosvd(small)
-    bound2 = float(full.lower_bound2(pair))
-    fit = hooi(
-        small,
-        full.right[:, : pair[1]],
-        pair,
-        norm2=norm2,
-        # Eigenvectors of a Gram matrix lose energies of 1e-16 of the whole: far below this error.
-        squared=bound2 > 1e-8 * norm2,
+    goal = check_goal(rank, tolerance, energy, budget, stack.max_rank)
+    if method not in METHODS:
+        raise DataError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    scales = slice_weights(stack, weights)
+    target = stack if scales is None else stack.scaled(list(scales))
+    reduction = reduce_stack(
+        target,
+        goal.rank,
+        method=method,
+        tolerance=goal.tolerance or 0.0,
+        seed=seed,
+        max_passes=max_passes,
     )
+    if method in ("hosvd", "st-hosvd"):
+        reduction = replace(reduction, method=method)
+    problem = Problem(stack, scales, reduction, dtype or stack.dtype)
+    if goal.tolerance is not None:
+        fit = problem.fit_within(goal.tolerance)
+    else:
+        fit = problem.finish(problem.solve(_goal_rank(problem, goal)))
     if not fit.converged:
         warnings.warn(
-            f"HOOI did not converge in {fit.sweeps} sweeps; the reported error is exact "
-            "for the factors found, which may be improved",
+            f"the fit did not converge in {fit.passes} passes and {fit.iterations} sweeps; the "
+            "reported error holds for the factors found, which more passes may improve",
             LotrWarning,
             stacklevel=2,
         )
-    small_tucker2 = order_columns(Tucker2(fit.left, small.core(fit.left, fit.right), fit.right))
-    found = Tucker2(
-        as_accumulator(basis_left) @ small_tucker2.left,
-        small_tucker2.core,
-        as_accumulator(basis_right) @ small_tucker2.right,
-    ).astype(stack.dtype)
-    relative_error, slice_errors = relative_errors(stack, found)
-    return Tucker2Fit(
-        tucker2=found,
-        relative_error=relative_error,
-        # A bound that rounding has put above an error that was reached is that error.
-        lower_bound=min(math.sqrt(bound2 / norm2), relative_error),
-        slice_errors=slice_errors,
-        method="exact",
-        iterations=fit.sweeps,
-        history=tuple(math.sqrt(e) for e in fit.history),
-        converged=fit.converged,
-    )
+    return fit
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What was asked for: a rank pair, a tolerance or a budget, the others None."""
+
+    rank: tuple[int, int] | None = None
+    tolerance: float | None = None
+    budget: int | None = None
+
+
+def _goal_rank(problem: Problem, goal: Goal) -> tuple[int, int]:
+    if goal.rank is not None:
+        return goal.rank
+    curve = problem.curve()
+    return pair_at(curve, best_within(curve, goal.budget or 0))
+
+
+def check_goal(
+    rank: Rank | None,
+    tolerance: float | None,
+    energy: float | None,
+    budget: int | None,
+    largest: tuple[int, int],
+) -> Goal:
+    """Return the one goal given.
+
+    Raises
+    ------
+    RankError
+        If none or more than one is given, or it is out of range.
+    """
+    options = {"rank": rank, "tolerance": tolerance, "energy": energy, "budget": budget}
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) != 1:
+        raise RankError(
+            f"{' and '.join(given) or 'nothing'} given; expected exactly one of "
+            "rank, tolerance, energy, budget"
+        )
+    if rank is not None:
+        return Goal(rank=check_rank(rank, largest))
+    for name, value in (("tolerance", tolerance), ("energy", energy)):
+        if value is not None and not 0.0 < value < 1.0:
+            raise RankError(f"{name} is {value}; expected a number between 0 and 1")
+    if energy is not None:
+        return Goal(tolerance=math.sqrt(1.0 - energy))
+    return Goal(tolerance=tolerance, budget=budget)
 
 
 def check_rank(rank: Rank, largest: tuple[int, int]) -> tuple[int, int]:
@@ -144,8 +187,9 @@ def check_rank(rank: Rank, largest: tuple[int, int]) -> tuple[int, int]:
     RankError
         If it is no pair of integers between 1 and ``largest``.
     """
-    pair = (rank, rank) if isinstance(rank, int) else tuple(rank)
-    if len(pair) != 2 or not all(isinstance(r, int | np.integer) for r in pair):
+    pair = (rank, rank) if not isinstance(rank, Sequence) else tuple(rank)
+    integers = all(isinstance(r, int | np.integer) and not isinstance(r, bool) for r in pair)
+    if len(pair) != 2 or not integers:
         raise RankError(f"rank is {rank!r}; expected an integer or a pair (p, q)")
     if min(pair) < 1:
         raise RankError(f"rank is {rank}; expected at least 1")
@@ -157,54 +201,23 @@ def check_rank(rank: Rank, largest: tuple[int, int]) -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
-def relative_errors(stack: LowRankStack, found: Tucker2) -> tuple[float, np.ndarray]:
-    """Relative Frobenius error of the whole stack and of each slice (K).
+def slice_weights(stack: SliceStack, weights: Weights | None) -> np.ndarray | None:
+    """Return one positive number a slice, or None.
 
-    A zero slice counts 0 where it is reproduced exactly and infinity where it is not.
+    Raises
+    ------
+    DataError
+        If ``weights`` are not K positive finite numbers.
     """
-    errors2 = to_numpy(error_norms2(stack, found))
-    norms2 = to_numpy(stack.norms2())
-    total2 = float(norms2.sum())
-    with np.errstate(divide="ignore", invalid="ignore"):
-        slice_errors = np.where(errors2 == 0, 0.0, np.sqrt(errors2 / norms2))
-    whole = math.sqrt(float(errors2.sum()) / total2) if total2 else float(errors2.any())
-    return whole, slice_errors
-
-
-def order_columns(found: Tucker2) -> Tucker2:
-    """Rotate U and V so that their columns come by descending captured energy.
-
-    The cores' mode Gram matrices become diagonal: the leading columns are then good factors of
-    every smaller rank, and Σ_k G_k² summed over (p, q) is the energy captured there.
-    """
-    xp = found.xp
-    slices, p, q = found.core.shape
-    rows = xp.reshape(xp.permute_dims(found.core, (1, 0, 2)), (p, slices * q))
-    columns = xp.reshape(xp.permute_dims(found.core, (2, 0, 1)), (q, slices * p))
-    left, _ = leading_left(rows, p, squared=False)
-    right, _ = leading_left(columns, q, squared=False)
-    return Tucker2(found.left @ left, left.T @ found.core @ right, found.right @ right)
-
-
-def to_numpy(x: Array) -> np.ndarray:
-    """Return a small real array as NumPy float64."""
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-    return np.asarray(x, dtype=np.float64)
-
-
-def _zero_fit(stack: LowRankStack, pair: tuple[int, int]) -> Tucker2Fit:
-    """The decomposition of a stack of zeros: any orthonormal factors, zero cores."""
-    basis_left, small, basis_right = stack.reduce()
-    left, right = basis_left[:, : pair[0]], basis_right[:, : pair[1]]
-    core = small.xp.zeros((stack.shape[0], *pair), dtype=left.dtype)
-    return Tucker2Fit(
-        tucker2=Tucker2(left, core, right).astype(stack.dtype),
-        relative_error=0.0,
-        lower_bound=0.0,
-        slice_errors=np.zeros(stack.shape[0]),
-        method="exact",
-        iterations=0,
-        history=(),
-        converged=True,
-    )
+    if weights is None:
+        return None
+    slices = stack.shape[0]
+    if isinstance(weights, str):
+        if weights != "equal":
+            raise DataError(f"weights is {weights!r}; expected numbers or 'equal'")
+        norms = np.sqrt(to_numpy(stack.norms2()))
+        return 1.0 / np.where(norms > 0, norms, 1.0)
+    scales = np.asarray(weights, dtype=np.float64)
+    if scales.shape != (slices,) or not (np.isfinite(scales).all() and (scales > 0).all()):
+        raise DataError(f"weights are {weights!r}; expected {slices} positive finite numbers")
+    return scales

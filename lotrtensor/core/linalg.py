@@ -93,6 +93,34 @@ def as_accumulator(x: Array) -> Array:
     return xp.astype(x, xp.float64 if has_float64 else xp.float32)
 
 
+def to_numpy(x: Array) -> np.ndarray:
+    """Return a small real array as NumPy float64."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+    return np.asarray(x, dtype=np.float64)
+
+
+def common_dtype(arrays: list[Array]) -> Any:
+    """Return the type that all ``arrays`` promote to; unlike half-precision types, to float32."""
+    dtypes = list({x.dtype: None for x in arrays})
+    if len(dtypes) == 1:
+        return dtypes[0]
+    xp = namespace(*arrays)
+    return xp.result_type(*(as_working(x) for x in arrays))
+
+
+def norm2(x: Array) -> Array:
+    """Squared Frobenius norm of a matrix, summed in the widest type a block of rows at a time."""
+    xp = namespace(x)
+    rows = max(1, _BLOCK // x.shape[1])
+    blocks = (as_accumulator(x[a : a + rows, :]) for a in range(0, x.shape[0], rows))
+    return xp.sum(xp.stack([xp.sum(block * block) for block in blocks]))
+
+
+_BLOCK = 2**18
+"""Entries that are widened at once, so that no second copy of a large slice is made."""
+
+
 def orthonormal_basis(x: Array) -> Array:
     """Orthonormal columns that span those of ``x`` (a × b, b ≤ a): the Q of its QR."""
     xp = namespace(x)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from lotrtensor.core.linalg import Array, as_accumulator, as_working, namespace
+import math
+
+import numpy as np
+
+from lotrtensor.core.linalg import Array, as_accumulator, as_working, namespace, to_numpy
 from lotrtensor.core.stacks import SliceStack
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import ShapeError
@@ -32,5 +36,23 @@ def error_norms2(stack: SliceStack, tucker2: Tucker2) -> Array:
     right, right_triangle = xp.linalg.qr(as_working(tucker2.right))
     written = as_accumulator(left_triangle) @ as_accumulator(as_working(tucker2.core))
     written = written @ as_accumulator(right_triangle).T
-    inside = as_accumulator(stack.core(left, right)) - written
-    return stack.residual_norms2(left, right) + xp.sum(inside * inside, axis=(1, 2))
+    core, residuals = stack.project(left, right)
+    inside = as_accumulator(core) - written
+    return residuals + xp.sum(inside * inside, axis=(1, 2))
+
+
+def relative_errors(stack: SliceStack, found: Tucker2) -> tuple[float, np.ndarray]:
+    """Relative Frobenius error of the whole stack and of each slice (K).
+
+    A zero slice counts 0 where it is reproduced exactly and infinity where it is not.
+    """
+    return relate_errors(to_numpy(error_norms2(stack, found)), to_numpy(stack.norms2()))
+
+
+def relate_errors(errors2: np.ndarray, norms2: np.ndarray) -> tuple[float, np.ndarray]:
+    """Relative errors, whole and a slice each (K), from squared errors and squared norms."""
+    total2 = float(norms2.sum())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slice_errors = np.where(errors2 == 0, 0.0, np.sqrt(errors2 / norms2))
+    whole = math.sqrt(float(errors2.sum()) / total2) if total2 else float(errors2.any())
+    return whole, slice_errors

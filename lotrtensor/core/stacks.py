@@ -7,22 +7,37 @@ a pair of thin factors. ``to_dense`` exists for tests and tiny cases.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 from array_api_compat import device
 
 from lotrtensor.core.linalg import (
     Array,
-    Namespace,
     as_accumulator,
     as_working,
     check_finite,
     check_real_floating,
+    common_dtype,
     namespace,
+    norm2,
     orthonormal_basis,
     triangular_factor,
 )
 from lotrtensor.errors import ShapeError
+
+
+class Sweep(NamedTuple):
+    """The products of one pass over the slices, for blocks U (m × b) and V (n × c).
+
+    ``left`` is Σ_k (ΔW_k V)(ΔW_k V)ᵀ U (m × b), ``right`` Σ_k (ΔW_kᵀ U)(ΔW_kᵀ U)ᵀ V (n × c),
+    ``core`` UᵀΔW_k V (K × b × c) and ``norms2`` ‖ΔW_k‖² (K).
+    """
+
+    left: Array
+    right: Array
+    core: Array
+    norms2: Array
 
 
 class SliceStack(Protocol):
@@ -40,8 +55,29 @@ class SliceStack(Protocol):
         """Largest left and right rank (p, q) that the stack can need."""
 
     @property
-    def xp(self) -> Namespace:
-        """Array-API namespace of the stack's arrays."""
+    def dtype(self) -> Any:
+        """Type that a decomposition of the stack comes back in."""
+
+    def empty(self) -> Array:
+        """An array of no entries: library, device and working type of the products."""
+
+    def slice(self, k: int) -> Array:
+        """Return ΔW_k (m × n), dense."""
+
+    def scaled(self, weights: Sequence[float]) -> SliceStack:
+        """Return the stack of w_k ΔW_k."""
+
+    def reduce(self) -> tuple[Array | None, SliceStack, Array | None]:
+        """Return Q, a small stack in float64, and P with ΔW_k = Q · small_k · Pᵀ, exactly.
+
+        Q and P have orthonormal columns; None stands for the identity.
+        """
+
+    def sweep(self, left: Array, right: Array) -> Sweep:
+        """The products of one pass over the slices."""
+
+    def project(self, left: Array, right: Array) -> tuple[Array, Array]:
+        """`core` and `residual_norms2` in one pass over the slices."""
 
     def norms2(self) -> Array:
         """Squared Frobenius norms ‖ΔW_k‖², one a slice (K)."""
@@ -87,11 +123,13 @@ class LowRankStack:
     """
 
     def __init__(self, B: Sequence[Array] | Array, A: Sequence[Array] | Array) -> None:
-        lefts, rights = list(B), list(A)
+        lefts, rights = _listed(B, "B"), _listed(A, "A")
         _check_factors(lefts, rights)
-        self.dtype = lefts[0].dtype
+        self.xp = xp = namespace(*lefts, *rights)
+        self.dtype = common_dtype([*lefts, *rights])
         lefts, rights = [as_working(x) for x in lefts], [as_working(x) for x in rights]
-        self.xp = namespace(*lefts, *rights)
+        working = xp.result_type(*lefts, *rights)
+        lefts, rights = [[xp.astype(x, working, copy=False) for x in xs] for xs in (lefts, rights)]
         self.ranks = tuple(int(x.shape[1]) for x in lefts)
         starts = [sum(self.ranks[:k]) for k in range(len(self.ranks))]
         self._spans = [slice(a, a + r) for a, r in zip(starts, self.ranks, strict=True)]
@@ -115,7 +153,12 @@ class LowRankStack:
 
     def norms2(self) -> Array:
         """Squared Frobenius norms ‖B_k A_k‖², one a slice (K)."""
-        return self._block_norms2(self.left_factor(), [min(r, self.shape[2]) for r in self.ranks])
+        return self._norms2
+
+    @cached_property
+    def _norms2(self) -> Array:
+        blocks = (b @ triangular_factor(a.T).T for b, a in map(self.factors, range(self.shape[0])))
+        return self.xp.stack([norm2(block) for block in blocks])
 
     def left_factor(self, right: Array | None = None) -> Array:
         """Return F (m × c) with F Fᵀ = Σ_k ΔW_k V Vᵀ ΔW_kᵀ; V is the identity if not given.
@@ -153,10 +196,28 @@ class LowRankStack:
         for span in self._spans:
             lost_left = outside[:, span] @ triangular_factor(self._right[span, :].T).T
             lost_right = inside[:, span] @ triangular_factor(outside_right[span, :].T).T
-            residuals.append(_norm2(lost_left) + _norm2(lost_right))
+            residuals.append(norm2(lost_left) + norm2(lost_right))
         return self.xp.stack(residuals)
 
-    def reduce(self) -> tuple[Array, LowRankStack, Array]:
+    def sweep(self, left: Array, right: Array) -> Sweep:
+        """The products of one pass: about 4 ρ (m + n) b flops."""
+        lefts, rights = left.T @ self._left, self._right @ right
+        cores = [lefts[:, span] @ rights[span, :] for span in self._spans]
+        pairs = list(zip(self._spans, cores, strict=True))
+        inner_left = self.xp.concat([rights[span, :] @ c.T for span, c in pairs], axis=0)
+        inner_right = self.xp.concat([lefts[:, span].T @ c for span, c in pairs], axis=0)
+        return Sweep(
+            self._left @ inner_left,
+            self._right.T @ inner_right,
+            self.xp.stack(cores),
+            self.norms2(),
+        )
+
+    def project(self, left: Array, right: Array) -> tuple[Array, Array]:
+        """`core` and `residual_norms2`."""
+        return self.core(left, right), self.residual_norms2(left, right)
+
+    def reduce(self) -> tuple[Array | None, LowRankStack, Array | None]:
         """Return Q_B, a small stack and Q_A with ΔW_k = Q_B · small_k · Q_Aᵀ.
 
         QR of the factors side by side: an equal problem of size ρ × K × ρ, in float64 where the
@@ -171,28 +232,46 @@ class LowRankStack:
         )
         return basis_left, small, basis_right
 
-    def __sub__(self, other: LowRankStack) -> LowRankStack:
-        """Slice-wise difference, kept as factors of rank r_k + r'_k."""
+    def empty(self) -> Array:
+        """An array of no entries: library, device and working type of the products."""
+        return self._left[:0, :0]
+
+    def slice(self, k: int) -> Array:
+        """Return B_k A_k (m × n), dense."""
+        left, right = self.factors(k)
+        return left @ right
+
+    def scaled(self, weights: Sequence[float]) -> LowRankStack:
+        """Return the stack of (w_k B_k) A_k."""
+        pairs = [self.factors(k) for k in range(self.shape[0])]
+        scaled = [b * float(w) for (b, _), w in zip(pairs, weights, strict=True)]
+        return LowRankStack(scaled, [a for _, a in pairs])
+
+    def __add__(self, other: LowRankStack) -> LowRankStack:
+        """Slice-wise sum, kept as factors of rank r_k + r'_k."""
         if self.shape != other.shape:
             raise ShapeError(
-                f"cannot subtract stacks of shapes (K, m, n) = {other.shape} and {self.shape}"
+                f"stacks of shapes (K, m, n) = {self.shape} and {other.shape} have no sum"
             )
         pairs = [(self.factors(k), other.factors(k)) for k in range(self.shape[0])]
         return LowRankStack(
-            [self.xp.concat([b, -b2], axis=1) for (b, _), (b2, _) in pairs],
+            [self.xp.concat([b, b2], axis=1) for (b, _), (b2, _) in pairs],
             [self.xp.concat([a, a2], axis=0) for (_, a), (_, a2) in pairs],
         )
 
+    def __mul__(self, factor: float) -> LowRankStack:
+        """Every slice times a number."""
+        return self.scaled([factor] * self.shape[0])
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: LowRankStack) -> LowRankStack:
+        """Slice-wise difference, kept as factors of rank r_k + r'_k."""
+        return self + other * -1.0
+
     def to_dense(self) -> Array:
         """The slices as one array (K × m × n)."""
-        return self.xp.stack([b @ a for b, a in map(self.factors, range(self.shape[0]))])
-
-    def _block_norms2(self, factor: Array, widths: list[int]) -> Array:
-        """Squared norms of the blocks of ``widths`` columns that ``factor`` is made of."""
-        starts = [sum(widths[:k]) for k in range(len(widths))]
-        return self.xp.stack(
-            [_norm2(factor[:, a : a + w]) for a, w in zip(starts, widths, strict=True)]
-        )
+        return self.xp.stack([self.slice(k) for k in range(self.shape[0])])
 
 
 def _narrow(x: Array) -> Array:
@@ -200,11 +279,14 @@ def _narrow(x: Array) -> Array:
     return x if x.shape[1] <= x.shape[0] else triangular_factor(x.T).T
 
 
-def _norm2(x: Array) -> Array:
-    """Squared Frobenius norm, summed in the widest type."""
-    xp = namespace(x)
-    wide = as_accumulator(x)
-    return xp.sum(wide * wide)
+def _listed(factors: Sequence[Array] | Array, name: str) -> list[Array]:
+    """The factors one by one: of a sequence, or of an array (K, ., .)."""
+    if isinstance(factors, Sequence):
+        return list(factors)
+    if getattr(factors, "ndim", 0) != 3:
+        shape = tuple(getattr(factors, "shape", ()))
+        raise ShapeError(f"{name} has shape {shape}; expected (K, ., .) or a sequence of matrices")
+    return [factors[k, :, :] for k in range(factors.shape[0])]
 
 
 def _check_factors(lefts: list[Array], rights: list[Array]) -> None:

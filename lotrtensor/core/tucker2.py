@@ -11,6 +11,7 @@ from lotrtensor.core.linalg import (
     as_working,
     check_finite,
     check_real_floating,
+    leading_left,
     namespace,
 )
 from lotrtensor.core.stacks import LowRankStack
@@ -108,3 +109,18 @@ class Tucker2:
     def accumulated(self) -> Tucker2:
         """The same decomposition in the widest type of its library."""
         return Tucker2(*(as_accumulator(x) for x in (self.left, self.core, self.right)))
+
+
+def order_columns(found: Tucker2) -> Tucker2:
+    """Rotate U and V so that their columns come by descending captured energy.
+
+    The cores' mode Gram matrices become diagonal: the leading columns are then good factors of
+    every smaller rank, and Σ_k G_k² summed over (p, q) is the energy captured there.
+    """
+    xp = found.xp
+    slices, p, q = found.core.shape
+    rows = xp.reshape(xp.permute_dims(found.core, (1, 0, 2)), (p, slices * q))
+    columns = xp.reshape(xp.permute_dims(found.core, (2, 0, 1)), (q, slices * p))
+    left, _ = leading_left(rows, p, squared=False)
+    right, _ = leading_left(columns, q, squared=False)
+    return Tucker2(found.left @ left, left.T @ found.core @ right, found.right @ right)

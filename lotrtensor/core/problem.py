@@ -1,0 +1,206 @@
+"""A stack gone over to its small problem: solved at any ranks, measured once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lotrtensor.core.hooi import hooi
+from lotrtensor.core.hosvd import hosvd
+from lotrtensor.core.linalg import Array, as_accumulator, leading_left, to_numpy
+from lotrtensor.core.ranks import Frontier, cheapest_within, frontier
+from lotrtensor.core.reduction import Reduction
+from lotrtensor.core.residual import error_norms2, relate_errors
+from lotrtensor.core.stacks import SliceStack
+from lotrtensor.core.tucker2 import Tucker2, order_columns
+from lotrtensor.errors import RankError
+
+
+@dataclass(frozen=True, eq=False)
+class Tucker2Fit:
+    """A decomposition with its certificate.
+
+    Attributes
+    ----------
+    tucker2 : Tucker2
+        The decomposition; U and V orthonormal, columns by descending captured energy.
+    relative_error : float
+        √(Σ_k ‖ΔW_k − U G_k Vᵀ‖² / Σ_k ‖ΔW_k‖²), from residuals, of what is returned.
+    lower_bound : float
+        No Tucker-2 of these ranks has a smaller ``weighted_error``.
+    slice_errors : ndarray (K,)
+        ‖ΔW_k − U G_k Vᵀ‖ / ‖ΔW_k‖ of each slice; 0 for a zero slice kept exactly.
+    method : str
+        The algorithm that ran: exact, matrix-free, hosvd or st-hosvd.
+    iterations : int
+        HOOI sweeps over the small problem.
+    passes : int
+        Passes over the slices that the reduction took; 0 for the exact one.
+    history : tuple of float
+        Relative (weighted) error after each sweep, as estimated from the captured energy.
+    converged : bool
+        Whether the stopping rules were met; if not, `tucker2` also warned.
+    weighted_error : float
+        √(Σ_k w_k² ‖ΔW_k − U G_k Vᵀ‖² / Σ_k w_k² ‖ΔW_k‖²), which was minimised; equal to
+        ``relative_error`` where no weights were given.
+    """
+
+    tucker2: Tucker2
+    relative_error: float
+    lower_bound: float
+    slice_errors: np.ndarray
+    method: str
+    iterations: int
+    history: tuple[float, ...]
+    converged: bool
+    passes: int = 0
+    weighted_error: float = 0.0
+
+
+class Solution(NamedTuple):
+    """A decomposition of the small problem, not yet expanded or rounded.
+
+    ``error2`` is its squared (weighted) error against the whole stack.
+    """
+
+    tucker2: Tucker2
+    error2: float
+    sweeps: int
+    history: tuple[float, ...]
+    converged: bool
+
+
+class Problem:
+    """A stack gone over to its small problem, ready to be solved at any ranks.
+
+    Parameters
+    ----------
+    stack : SliceStack
+        The slices ΔW_k.
+    scales : ndarray (K,) or None
+        Slice weights.
+    reduction : Reduction
+        The small problem of the weighted slices.
+    dtype : dtype
+        Type of what is returned.
+    """
+
+    def __init__(
+        self, stack: SliceStack, scales: np.ndarray | None, reduction: Reduction, dtype: Any
+    ) -> None:
+        self.stack, self.scales, self.reduction, self.dtype = stack, scales, reduction, dtype
+        self.full = hosvd(reduction.small)
+
+    def curve(self, slice_ranks: Sequence[int] | None = None) -> Frontier:
+        """Efficient rank pairs, from the one HOSVD; see `tucker2_parameters` for ``slice_ranks``."""
+        return frontier(
+            self.reduction.small,
+            self.full,
+            self.stack.shape,
+            lost2=self.reduction.lost2,
+            slice_ranks=slice_ranks,
+        )
+
+    def lower_bound(self, rank: tuple[int, int]) -> float:
+        """Relative (weighted) error that no decomposition of ``rank`` goes below."""
+        norm2 = self.reduction.norm2
+        return math.sqrt(float(self.full.lower_bound2(rank)) / norm2) if norm2 else 0.0
+
+    def solve(self, rank: tuple[int, int]) -> Solution:
+        """Decompose the small problem at ``rank``."""
+        small = self.reduction.small
+        left, right, sweeps, history, converged = self._factors(rank)
+        found = order_columns(Tucker2(left, small.core(left, right), right))
+        error2 = float(to_numpy(error_norms2(small, found)).sum()) + self.reduction.lost2
+        return Solution(found, error2, sweeps, history, converged)
+
+    def finish(self, solution: Solution) -> Tucker2Fit:
+        """Expand ``solution``, round it to the type wanted, and measure what is returned."""
+        found = self._rounded(solution.tucker2)
+        errors2 = to_numpy(error_norms2(self.stack, found))
+        weights2 = np.ones(len(errors2)) if self.scales is None else self.scales**2
+        weighted_norms2 = self.reduction.norms2
+        relative_error, slice_errors = relate_errors(errors2, weighted_norms2 / weights2)
+        weighted_error, _ = relate_errors(errors2 * weights2, weighted_norms2)
+        return Tucker2Fit(
+            tucker2=found,
+            relative_error=relative_error,
+            # A bound that rounding has put above an error that was reached is that error.
+            lower_bound=min(self.lower_bound(found.rank), weighted_error),
+            slice_errors=slice_errors,
+            method=self.reduction.method,
+            iterations=solution.sweeps,
+            history=self.reduction.history + solution.history,
+            converged=solution.converged and self.reduction.converged,
+            passes=self.reduction.passes,
+            weighted_error=weighted_error,
+        )
+
+    def fit_within(self, tolerance: float) -> Tucker2Fit:
+        """Decompose with the fewest parameters found whose error is at most ``tolerance``.
+
+        The HOSVD's curve gives a pair that holds, and its bounds the pairs that cannot; between
+        them HOOI decides, by bisection along the curve.
+
+        Raises
+        ------
+        RankError
+            If no pair holds, or rounding to the storage type alone exceeds the tolerance.
+        """
+        curve = self.curve()
+        target = tolerance**2 * self.reduction.norm2
+        high = cheapest_within(curve, tolerance)
+        best = self.solve(pair_at(curve, high))
+        low = -1
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = None
+            if self.lower_bound(pair_at(curve, middle)) <= tolerance:
+                found = self.solve(pair_at(curve, middle))
+            if found is not None and found.error2 <= target:
+                high, best = middle, found
+            else:
+                low = middle
+        # Rounding adds to the error that was solved for: a few pairs up make room for it.
+        for index in range(high, min(high + 8, len(curve.parameters))):
+            fit = self.finish(best if index == high else self.solve(pair_at(curve, index)))
+            if fit.weighted_error <= tolerance:
+                return fit
+        raise RankError(
+            f"tolerance is {tolerance}; rounding to {self.dtype} exceeds it: choose a wider dtype "
+            "or a larger tolerance"
+        )
+
+    def _factors(self, rank: tuple[int, int]) -> tuple[Array, Array, int, tuple[float, ...], bool]:
+        """U and V of the small problem, the sweeps taken, their errors, and convergence."""
+        small, norm2, method = self.reduction.small, self.reduction.norm2, self.reduction.method
+        left, right = self.full.left[:, : rank[0]], self.full.right[:, : rank[1]]
+        if method == "st-hosvd":
+            right, _ = leading_left(small.right_factor(left), rank[1], squared=False)
+        if method in ("hosvd", "st-hosvd") or norm2 == 0.0:
+            return left, right, 0, (), True
+        # Eigenvectors of a Gram matrix lose energies of 1e-16 of the whole: far below this error.
+        squared = float(self.full.lower_bound2(rank)) > 1e-8 * norm2
+        found = hooi(small, right, rank, norm2=norm2, squared=squared)
+        history = tuple(math.sqrt(e) for e in found.history)
+        return found.left, found.right, found.sweeps, history, found.converged
+
+    def _rounded(self, small: Tucker2) -> Tucker2:
+        left, right, core = self.reduction.left, self.reduction.right, small.core
+        if self.scales is not None:
+            core = core * small.xp.asarray(1.0 / self.scales, dtype=core.dtype)[:, None, None]
+        return Tucker2(
+            small.left if left is None else as_accumulator(left) @ small.left,
+            core,
+            small.right if right is None else as_accumulator(right) @ small.right,
+        ).astype(self.dtype)
+
+
+def pair_at(curve: Frontier, index: int) -> tuple[int, int]:
+    """Return the ranks (p, q) at ``index`` of ``curve``."""
+    p, q = curve.ranks[index]
+    return int(p), int(q)

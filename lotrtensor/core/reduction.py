@@ -1,0 +1,142 @@
+"""From a large stack to a small one: the choice between exact and matrix-free."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lotrtensor.core.dense import DenseStack, LazyStack
+from lotrtensor.core.iteration import block_iteration
+from lotrtensor.core.linalg import Array, to_numpy
+from lotrtensor.core.stacks import LowRankStack, SliceStack
+
+Method = Literal["auto", "exact", "matrix-free", "hosvd", "st-hosvd"]
+METHODS = ("auto", "exact", "matrix-free", "hosvd", "st-hosvd")
+
+EXACT_FLOPS = 2e11
+"""What the exact reduction may cost before ``auto`` goes matrix-free: seconds on two cores."""
+
+OVERSAMPLE = 8
+"""Columns that a block has beyond the rank wanted."""
+
+FACTOR_PASSES = 30
+"""Passes over thin factors, at most."""
+
+FACTOR_RTOL = 1e-4
+"""Share of the squared error that a pass over thin factors must gain for another to follow."""
+
+LAZY_RTOL = 1e-2
+"""The same where a pass costs the reading of all slices."""
+
+LAZY_PASSES = 5
+"""Passes over slices that are read on demand; the error of what is returned takes one more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """ΔW_k ≈ Q · small_k · Pᵀ with orthonormal Q and P, None standing for the identity.
+
+    ``norms2`` are ‖ΔW_k‖² (K) and ``lost2`` is the squared norm outside, 0 for the exact method.
+    ``passes``, ``history`` (relative errors) and ``converged`` tell of the iteration.
+    """
+
+    method: str
+    left: Array | None
+    small: SliceStack
+    right: Array | None
+    norms2: np.ndarray
+    lost2: float = 0.0
+    passes: int = 0
+    history: tuple[float, ...] = ()
+    converged: bool = True
+
+    @property
+    def norm2(self) -> float:
+        """Σ_k ‖ΔW_k‖²."""
+        return float(self.norms2.sum())
+
+
+def exact_flops(stack: SliceStack) -> float:
+    """Estimated cost of the exact method.
+
+    Thin factors: two QRs of m × ρ and n × ρ (4 m ρ² with Q) and the SVDs and sweeps of the
+    ρ × ρ problem. Whole slices: the SVDs of the m × Kn and n × Km unfoldings.
+    """
+    slices, m, n = stack.shape
+    a, b = stack.max_rank
+    if isinstance(stack, LowRankStack):
+        rho = sum(stack.ranks)
+        return 4.0 * (m * a + n * b) * rho + 60.0 * (a * a + b * b) * rho
+    return 8.0 * slices * m * n * (a + b) + 20.0 * (a**3 + b**3)
+
+
+def reduce_stack(
+    stack: SliceStack,
+    rank: tuple[int, int] | None,
+    *,
+    method: str,
+    tolerance: float = 0.0,
+    seed: int = 0,
+    max_passes: int | None = None,
+) -> Reduction:
+    """Return an equal or nearly equal small problem.
+
+    ``auto`` is exact while `exact_flops` stays below `EXACT_FLOPS`, and for stacks read on demand
+    never. Matrix-free, the block is the rank wanted and `OVERSAMPLE` more; where no rank is given
+    it doubles until the error outside is below half of ``tolerance``.
+    """
+    if method == "auto":
+        affordable = not is_lazy(stack) and exact_flops(stack) <= EXACT_FLOPS
+        method = "exact" if affordable else "matrix-free"
+    if method != "matrix-free":
+        left, small, right = stack.reduce()
+        return Reduction("exact", left, small, right, to_numpy(small.norms2()))
+    if rank is not None:
+        return _matrix_free(stack, rank, seed, max_passes)
+    width = 32
+    while True:
+        found = _matrix_free(stack, (width, width), seed, max_passes)
+        inside = found.lost2 <= (tolerance / 2) ** 2 * found.norm2
+        if inside or width >= max(stack.max_rank):
+            return found
+        width *= 2
+
+
+def _matrix_free(
+    stack: SliceStack, rank: tuple[int, int], seed: int, max_passes: int | None
+) -> Reduction:
+    b, c = (
+        min(r + max(OVERSAMPLE, r // 4), most) for r, most in zip(rank, stack.max_rank, strict=True)
+    )
+    lazy = is_lazy(stack)
+    passes = max_passes or (LAZY_PASSES if lazy else FACTOR_PASSES)
+    rtol = LAZY_RTOL if lazy else FACTOR_RTOL
+    found = block_iteration(stack, (b, c), rtol=rtol, max_passes=passes, seed=seed)
+    if lazy:
+        # Another pass would give it to full precision; what is returned is measured anyway.
+        lost2 = max(found.norm2 - found.captured[-1], 0.0)
+    else:
+        lost2 = float(to_numpy(stack.residual_norms2(found.left, found.right)).sum())
+    return Reduction(
+        method="matrix-free",
+        left=found.left,
+        small=DenseStack(found.core),
+        right=found.right,
+        norms2=found.norms2,
+        lost2=lost2,
+        passes=len(found.captured),
+        history=tuple(_relative(found.norm2 - c, found.norm2) for c in found.captured),
+        converged=found.converged,
+    )
+
+
+def is_lazy(stack: SliceStack) -> bool:
+    """Whether every pass over the slices costs their reading."""
+    return isinstance(stack, LazyStack) and not isinstance(stack, DenseStack)
+
+
+def _relative(part2: float, whole2: float) -> float:
+    return math.sqrt(max(part2, 0.0) / whole2) if whole2 else 0.0
