@@ -1,0 +1,36 @@
+"""LoTR as trainable torch modules for any ``nn.Module``.
+
+>>> import torch, lotrtensor.torch as lotr
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+>>> model = lotr.apply_lotr(model, ["0", "2"], rank=2)
+>>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+40
+"""
+
+from lotrtensor.torch.apply import (
+    apply_lotr,
+    merge,
+    param_groups,
+    set_trainable,
+    unload,
+    unmerge,
+)
+from lotrtensor.torch.factors import FactorTable, SharedFactors
+from lotrtensor.torch.linear import LotrLinear
+from lotrtensor.torch.state import load_lotr, lotr_state_dict, save_lotr, to_adapter
+
+__all__ = [
+    "FactorTable",
+    "LotrLinear",
+    "SharedFactors",
+    "apply_lotr",
+    "load_lotr",
+    "lotr_state_dict",
+    "merge",
+    "param_groups",
+    "save_lotr",
+    "set_trainable",
+    "to_adapter",
+    "unload",
+    "unmerge",
+]

@@ -1,0 +1,246 @@
+"""Put LoTR layers into a model, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
+from lotrtensor.torch.factors import FactorTable, SharedFactors
+from lotrtensor.torch.groups import (
+    DEFAULT_ALPHA,
+    PAPER_ALPHA,
+    GroupPlan,
+    Rank,
+    plan_groups,
+    select,
+)
+from lotrtensor.torch.init import base_weight, check_init, init_factors
+from lotrtensor.torch.linear import LotrLinear
+
+TABLE = "lotr_factors"
+"""Name of the model's child that owns the factors."""
+
+
+def apply_lotr(
+    model: nn.Module,
+    patterns: str | Iterable[str],
+    *,
+    rank: Rank,
+    group_by: str = "type",
+    alpha: float | None = None,
+    rslora: bool = False,
+    init: str = "orthogonal",
+    train: str = "all",
+    dropout: float = 0.0,
+) -> nn.Module:
+    """Freeze ``model`` and replace the layers that ``patterns`` name by `LotrLinear`, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+    patterns : str or iterable of str
+        Which layers: ends of paths (``["query", "value"]``), or one regular expression for the
+        whole path.
+    rank : int or (int, int)
+        Left and right rank (p, q) of every group.
+    group_by : str
+        Which layers share U and V: ``"type"``, ``"shape"`` or patterns such as
+        ``"qv=query|value"``; see `lotrtensor.adapters.grouping.group_modules`.
+    alpha : float, optional
+        The update is scaled by alpha / r, r = √(p q); 32 if not given, 1 for ``init="paper"``.
+    rslora : bool
+        Scale by alpha / √r instead.
+    init : str
+        ``"orthogonal"``, ``"paper"`` or ``"svd"``; see `lotrtensor.torch.init.init_factors`. The
+        cores are zero, so that the model computes what it computed before.
+    train : str
+        ``"all"`` or ``"cores"``; see `set_trainable`.
+    dropout : float
+        Dropout on the input of every update.
+
+    Returns
+    -------
+    nn.Module
+        ``model``, for chaining.
+
+    Raises
+    ------
+    FormatError
+        If a pattern matches nothing, or the model has LoTR layers already.
+    RankError, ShapeError, UnsupportedAdapterError, DataError
+        If a rank exceeds a layer, unlike layers meet in a group, a layer is of a kind that is not
+        adapted, or a name is not known. The model is as it was.
+    """
+    check_init(init)
+    _check_train(train)
+    _check_plain(model)
+    layers = select(model, patterns)
+    if alpha is None:
+        alpha = PAPER_ALPHA if init == "paper" else DEFAULT_ALPHA
+    plans = plan_groups(layers, rank=rank, group_by=group_by, alpha=alpha, rslora=rslora)
+    inject(model, plans, dropout=dropout)
+    for plan in plans:
+        weights = [base_weight(layers[name]) for name in plan.modules] if init == "svd" else []
+        init_factors(factor_table(model).of(plan.name), init, weights)
+    set_trainable(model, train)
+    return model
+
+
+def inject(model: nn.Module, plans: Sequence[GroupPlan], *, dropout: float = 0.0) -> None:
+    """Freeze ``model`` and replace the layers of ``plans``; U, V and the cores are zero."""
+    _check_plain(model)
+    for plan in plans:
+        if plan.embedding:
+            raise UnsupportedAdapterError(
+                f"group {plan.name!r} adapts the embedding {plan.modules[0]!r}; only linear layers "
+                "are adapted here: use lotrtensor.peft, or leave it out"
+            )
+    model.requires_grad_(False)
+    table = FactorTable()
+    for plan in plans:
+        weight = model.get_submodule(plan.modules[0]).weight
+        assert isinstance(weight, torch.Tensor)
+        dtype = weight.dtype if weight.is_floating_point() else None
+        factors = SharedFactors(plan.shape, plan.rank, dtype=dtype, device=weight.device)
+        table.add(plan.name, factors)
+        for name in plan.modules:
+            layer = LotrLinear(
+                model.get_submodule(name), factors, scale=plan.scale, dropout=dropout
+            )
+            layer.train(model.training)
+            model.set_submodule(name, layer)
+    model.add_module(TABLE, table)
+
+
+def set_trainable(model: nn.Module, train: str = "all") -> None:
+    """Say what trains: ``"all"`` factors and cores, or the ``"cores"`` alone.
+
+    With the factors frozen a layer of any width trains p · q numbers.
+
+    Raises
+    ------
+    DataError
+        If ``train`` is neither.
+    """
+    _check_train(train)
+    factor_table(model).requires_grad_(train == "all")
+    for _, layer in lotr_layers(model):
+        layer.lotr_core.requires_grad_(True)
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    factor_lr: float | None = None,
+    core_lr: float | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Return optimiser groups with separate learning rates for factors, cores and the rest.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model of `apply_lotr`, or a PEFT model of `lotrtensor.peft`.
+    lr : float
+        For every other trained parameter, a task head say, and for what is not given.
+    factor_lr, core_lr : float, optional
+        For U and V, and for the G_k.
+    **options
+        Further options of every group, such as ``weight_decay``.
+    """
+    factors = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, SharedFactors)
+        for parameter in module.parameters()
+    }
+    parts: dict[str, list[nn.Parameter]] = {"factors": [], "cores": [], "rest": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            core = "lotr_core" in name.split(".")
+            part = "factors" if id(parameter) in factors else "cores" if core else "rest"
+            parts[part].append(parameter)
+    rates = {"factors": factor_lr, "cores": core_lr, "rest": None}
+    return [
+        {"params": parameters, "lr": lr if rates[part] is None else rates[part], **options}
+        for part, parameters in parts.items()
+        if parameters
+    ]
+
+
+def merge(model: nn.Module, *, safe: bool = False) -> nn.Module:
+    """Add every ΔW_k to its base weight, in place; see `LotrLinear.merge`.
+
+    Raises
+    ------
+    DataError
+        If ``safe`` is given and a merged weight is not finite; layers merged before are unmerged.
+    """
+    done: list[LotrLinear] = []
+    for name, layer in lotr_layers(model):
+        if layer.merged:
+            continue
+        try:
+            layer.merge(safe=safe)
+        except DataError as error:
+            for earlier in done:
+                earlier.unmerge()
+            raise DataError(f"{name}: {error}") from error
+        done.append(layer)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Take every ΔW_k off its base weight, in place."""
+    for _, layer in lotr_layers(model):
+        layer.unmerge()
+    return model
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Put the base layers back, in place: merged ones keep ΔW_k, others lose it."""
+    for name, layer in list(lotr_layers(model)):
+        model.set_submodule(name, layer.base)
+    if TABLE in model._modules:
+        delattr(model, TABLE)
+    return model
+
+
+def lotr_layers(model: nn.Module) -> Iterator[tuple[str, LotrLinear]]:
+    """Iterate over the paths of the adapted layers and the layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, LotrLinear):
+            yield name, module
+
+
+def factor_table(model: nn.Module) -> FactorTable:
+    """Return the table that owns the model's shared factors.
+
+    Raises
+    ------
+    FormatError
+        If the model has none.
+    """
+    table = model._modules.get(TABLE)
+    if not isinstance(table, FactorTable):
+        raise FormatError(f"{type(model).__name__} has no LoTR layers; call apply_lotr first")
+    return table
+
+
+def _check_plain(model: nn.Module) -> None:
+    if TABLE in model._modules or next(lotr_layers(model), None) is not None:
+        raise FormatError(
+            f"{type(model).__name__} has LoTR layers already; unload them first, or use "
+            "lotrtensor.peft for several adapters"
+        )
+
+
+def _check_train(train: str) -> None:
+    if train not in ("all", "cores"):
+        raise DataError(f"train is {train!r}; expected 'all' or 'cores'")

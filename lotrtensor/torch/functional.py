@@ -1,0 +1,49 @@
+"""The arithmetic of an adapted layer: y + scale · x V Gᵀ Uᵀ, and the dense ΔW."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_update(
+    y: Tensor, x: Tensor, left: Tensor, core: Tensor, right: Tensor, scale: float
+) -> Tensor:
+    """Return y + scale · x V Gᵀ Uᵀ.
+
+    Parameters
+    ----------
+    y : tensor (..., m)
+        Output of the frozen layer.
+    x : tensor (..., n)
+        Its input.
+    left, core, right : tensor (m, p), (p, q), (n, q)
+        U, G and V.
+    scale : float
+        Scale of the update.
+    """
+    return add_projected(y, x.reshape(-1, x.shape[-1]) @ right, left, core, scale)
+
+
+def add_projected(y: Tensor, h: Tensor, left: Tensor, core: Tensor, scale: float) -> Tensor:
+    """Return y + scale · h Gᵀ Uᵀ with h (t × q) the rows x V, one for each of the t rows of y.
+
+    The core is multiplied into whichever side is smaller: U G costs m p q, h Gᵀ costs t p q. The
+    sum with y is part of the last product.
+    """
+    if h.shape[0] > left.shape[0]:
+        left = left @ core
+    else:
+        h = h @ core.T
+    if h.dtype == y.dtype:
+        flat = y.reshape(-1, y.shape[-1])
+        return torch.addmm(flat, h, left.T, alpha=scale).reshape(y.shape)
+    # Factors in float32 beside a half-precision layer: sum in float32, as PEFT's methods do.
+    return (y + (scale * (h @ left.T)).reshape(y.shape)).to(y.dtype)
+
+
+def dense_update(left: Tensor, core: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return ΔW = scale · U G Vᵀ (m × n), multiplied in float32 at the least."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    left, core, right = (x.detach().to(wide) for x in (left, core, right))
+    return scale * (left @ core) @ right.T

@@ -1,0 +1,234 @@
+"""Which layers share factors and at what ranks: decided, and refused, before a model is touched."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lotrtensor.adapters.grouping import Slot, group_modules
+from lotrtensor.errors import FormatError, RankError, ShapeError, UnsupportedAdapterError
+
+Rank = int | tuple[int, int]
+
+DEFAULT_ALPHA = 32.0
+"""Orthonormal factors: a scale of 4 at rank 8, which trained best; see `scale_of`."""
+
+PAPER_ALPHA = 1.0
+"""Normal factors are larger by √m and √n, so that their scale has to be smaller."""
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Layers that are to share one U and one V.
+
+    Attributes
+    ----------
+    name : str
+        Name of the group; also its key in a file.
+    modules : tuple of str
+        Paths of the layers, one a slice.
+    shape : (int, int)
+        Shape (m, n) of a ΔW_k.
+    rank : (int, int)
+        Left and right rank (p, q).
+    scale : float
+        ΔW_k = scale · U G_k Vᵀ.
+    slice_ranks : tuple of int
+        No core has a rank above this.
+    embedding : bool
+        Whether the layers are embeddings, whose weights are n × m.
+    fit : mapping or None
+        What a conversion wrote of its error, carried along.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    shape: tuple[int, int]
+    rank: tuple[int, int]
+    scale: float
+    slice_ranks: tuple[int, ...]
+    embedding: bool = False
+    fit: Mapping[str, Any] | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained numbers: m p + n q + K p q."""
+        (m, n), (p, q) = self.shape, self.rank
+        return m * p + n * q + len(self.modules) * p * q
+
+
+def plan_groups(
+    layers: Mapping[str, nn.Module],
+    *,
+    rank: Rank,
+    group_by: str = "type",
+    alpha: float = DEFAULT_ALPHA,
+    rslora: bool = False,
+) -> tuple[GroupPlan, ...]:
+    """Group layers and give every group its ranks and scale.
+
+    Parameters
+    ----------
+    layers : mapping of str to nn.Module
+        The layers to adapt, by path.
+    rank : int or (int, int)
+        Left and right rank (p, q) of every group.
+    group_by : str
+        ``"type"``, ``"shape"`` or patterns; see `lotrtensor.adapters.grouping.group_modules`.
+    alpha, rslora
+        See `scale_of`.
+
+    Raises
+    ------
+    RankError
+        If a rank is no positive integer, or larger than the layers of a group.
+    ShapeError
+        If a pattern brings layers of unlike shapes together.
+    UnsupportedAdapterError
+        If a layer is neither linear nor an embedding; the message names it.
+    """
+    pair = check_rank(rank)
+    groups = group_modules([slot_of(name, layer) for name, layer in layers.items()], group_by)
+    plans = []
+    for name, slots in groups.items():
+        (m, n), (p, q) = slots[0].shape, pair
+        if p > m or q > n:
+            raise RankError(
+                f"rank (p, q) = ({p}, {q}) exceeds the layers of group {name!r}, which are "
+                f"{m} × {n} ({slots[0].name}); choose p ≤ {m} and q ≤ {n}"
+            )
+        plans.append(
+            GroupPlan(
+                name=name,
+                modules=tuple(slot.name for slot in slots),
+                shape=(m, n),
+                rank=pair,
+                scale=scale_of(pair, alpha, rslora=rslora),
+                slice_ranks=(min(pair),) * len(slots),
+                embedding=slots[0].embedding,
+            )
+        )
+    return tuple(plans)
+
+
+def check_rank(rank: Rank | Sequence[int]) -> tuple[int, int]:
+    """Return ``rank`` as a pair (p, q).
+
+    Raises
+    ------
+    RankError
+        If it is no pair of positive integers.
+    """
+    pair = (rank, rank) if isinstance(rank, int) else tuple(rank)
+    if len(pair) != 2 or not all(isinstance(r, int) and r >= 1 for r in pair):
+        raise RankError(f"rank is {rank!r}; expected a positive integer or a pair (p, q) of them")
+    return pair[0], pair[1]
+
+
+def scale_of(rank: tuple[int, int], alpha: float, *, rslora: bool = False) -> float:
+    """Return alpha / r, or alpha / √r where ``rslora``, with r = √(p q)."""
+    mean = math.sqrt(rank[0] * rank[1])
+    return alpha / (math.sqrt(mean) if rslora else mean)
+
+
+def check_plans(plans: Iterable[GroupPlan], layers: Mapping[str, nn.Module]) -> None:
+    """Hold plans that were read from a file against a model.
+
+    Raises
+    ------
+    FormatError
+        If layers are missing: the adapter was made for another model.
+    ShapeError
+        If a layer has another shape.
+    """
+    for plan in plans:
+        missing = [name for name in plan.modules if name not in layers]
+        if missing:
+            raise FormatError(
+                f"group {plan.name!r} adapts {missing[0]!r}, which this model does not have "
+                f"({len(missing)} of {len(plan.modules)} layers are missing); the adapter was "
+                "made for another model"
+            )
+        for name in plan.modules:
+            slot = slot_of(name, layers[name])
+            if (slot.shape, slot.embedding) != (plan.shape, plan.embedding):
+                raise ShapeError(
+                    f"{name} is {slot.shape[0]} × {slot.shape[1]} in this model and "
+                    f"{plan.shape[0]} × {plan.shape[1]} in the adapter (group {plan.name!r}); "
+                    "the adapter was made for another model"
+                )
+
+
+def select(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, nn.Module]:
+    """Return the layers of ``model`` that ``patterns`` name, by path.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    patterns : str or iterable of str
+        One string: a regular expression for the whole path. Several: ends of paths, ``"query"``
+        or ``"attention.output.dense"``.
+
+    Raises
+    ------
+    FormatError
+        If one of them matches nothing, or is no regular expression.
+    """
+    named = {name: module for name, module in model.named_modules() if name}
+    tests = [patterns] if isinstance(patterns, str) else list(patterns)
+    found: dict[str, nn.Module] = {}
+    for test in tests:
+        whole = isinstance(patterns, str)
+        hits = {n: m for n, m in named.items() if (_matches if whole else _ends)(test, n)}
+        if not hits:
+            raise FormatError(
+                f"pattern {test!r} matches none of the {len(named)} modules of "
+                f"{type(model).__name__}, such as {next(iter(named), '(none)')!r}"
+            )
+        found |= hits
+    return {name: module for name, module in named.items() if name in found}
+
+
+def slot_of(name: str, layer: nn.Module) -> Slot:
+    """Return what grouping needs to know of a layer.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        If the layer is neither linear nor an embedding.
+    """
+    if isinstance(layer, nn.Embedding):
+        return Slot(name, (layer.embedding_dim, layer.num_embeddings), embedding=True)
+    if is_transposed(layer):
+        n, m = layer.weight.shape  # type: ignore[misc]
+        return Slot(name, (m, n))
+    for out_name, in_name in (("out_features", "in_features"), ("outfeatures", "infeatures")):
+        shape = (getattr(layer, out_name, None), getattr(layer, in_name, None))
+        if isinstance(shape[0], int) and isinstance(shape[1], int):
+            return Slot(name, (shape[0], shape[1]))
+    raise UnsupportedAdapterError(
+        f"{name} is a {type(layer).__name__}, which has no LoTR form; expected a linear layer, "
+        "a Conv1D of transformers or an embedding: leave it out of the target modules"
+    )
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer is transformers' Conv1D, a linear layer whose weight is n × m."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise FormatError(f"pattern {pattern!r} is no regular expression ({error})") from error
+
+
+def _ends(end: str, name: str) -> bool:
+    return name == end or name.endswith("." + end)

@@ -1,0 +1,93 @@
+"""What LoTR layers can start from: a LoTR, a LoRA or weight deltas, all as a LoTR adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from lotrtensor.adapters.grouping import Slot, group_modules
+from lotrtensor.adapters.loading import Adapter, load
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.adapters.modules import store_group
+from lotrtensor.convert import convert
+from lotrtensor.core.dense import DenseStack
+from lotrtensor.core.fit import tucker2
+from lotrtensor.errors import UnsupportedAdapterError
+from lotrtensor.torch.groups import Rank, check_rank
+
+Source = str | os.PathLike[str] | Adapter | Mapping[str, Tensor]
+"""A directory, an adapter in memory, or weight deltas (m × n) by the path of their layer."""
+
+
+def as_lotr(source: Source, *, rank: Rank | None = None, group_by: str = "type") -> LotrAdapter:
+    """Return ``source`` as a LoTR adapter.
+
+    Parameters
+    ----------
+    source : path-like, LotrAdapter, LoraAdapter, or mapping of str to tensor
+        A LoTR is returned as it is, a LoRA converted, deltas ΔW_k (m × n) decomposed.
+    rank : int or (int, int), optional
+        Ranks to convert or decompose to; a group that needs less gets less.
+    group_by : str
+        Grouping to do so with.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        If anything but a LoTR is given without ``rank``.
+    """
+    if isinstance(source, str | os.PathLike):
+        source = load(source)
+    if isinstance(source, LotrAdapter):
+        return source
+    if rank is None:
+        kind = "a LoRA" if isinstance(source, LoraAdapter) else "a mapping of weight deltas"
+        raise UnsupportedAdapterError(
+            f"the source is {kind} and has no LoTR form yet; give the rank to convert it with"
+        )
+    if isinstance(source, LoraAdapter):
+        return convert(source, rank=rank, group_by=group_by)
+    return _decompose(source, check_rank(rank), group_by)
+
+
+def _decompose(deltas: Mapping[str, Tensor], rank: tuple[int, int], group_by: str) -> LotrAdapter:
+    arrays = {name: to_numpy(delta.float()) for name, delta in deltas.items()}
+    slots = [Slot(name, (x.shape[0], x.shape[1])) for name, x in arrays.items()]
+    groups = []
+    for name, members in group_modules(slots, group_by).items():
+        stack = DenseStack(np.stack([arrays[slot.name] for slot in members]))
+        pair = tuple(min(r, most) for r, most in zip(rank, stack.max_rank, strict=True))
+        found = tucker2(stack, (pair[0], pair[1])).tucker2
+        groups.append(
+            store_group(
+                found,
+                name=name,
+                modules=tuple(slot.name for slot in members),
+                slice_ranks=(min(pair),) * len(members),
+                dtype=np.dtype("float32"),
+            )
+        )
+    return LotrAdapter(tuple(groups), {}, np.dtype("float32"))
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """Return a tensor as NumPy array, brain floats as ``ml_dtypes.bfloat16``."""
+    x = x.detach().cpu().contiguous()
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    found: np.ndarray = x.numpy()
+    return found
+
+
+def from_numpy(x: np.ndarray) -> Tensor:
+    """Return a NumPy array as tensor: the inverse of `to_numpy`."""
+    x = np.array(x, order="C")
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
