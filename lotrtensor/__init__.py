@@ -8,7 +8,17 @@ from importlib.metadata import version
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.convert import compare, convert
+from lotrtensor.compare import compare
+from lotrtensor.convert import convert
+from lotrtensor.core.algebra import (
+    cosine_similarity,
+    inner,
+    norm,
+    principal_angles,
+    subspace_overlap,
+)
+from lotrtensor.core.analysis import RatePoint, rate_distortion
+from lotrtensor.core.cluster import Clustering, cluster
 from lotrtensor.core.dense import DenseStack, LazyStack
 from lotrtensor.core.fit import tucker2
 from lotrtensor.core.problem import Tucker2Fit
@@ -23,10 +33,13 @@ from lotrtensor.errors import (
     ShapeError,
     UnsupportedAdapterError,
 )
+from lotrtensor.extract import extract, merge
+from lotrtensor.truncate import truncate
 
 __version__ = version("lotrtensor")
 
 __all__ = [
+    "Clustering",
     "DataError",
     "DenseStack",
     "FormatError",
@@ -37,13 +50,24 @@ __all__ = [
     "LotrWarning",
     "LowRankStack",
     "RankError",
+    "RatePoint",
     "ShapeError",
     "SliceStack",
     "Tucker2",
     "Tucker2Fit",
     "UnsupportedAdapterError",
+    "cluster",
     "compare",
     "convert",
+    "cosine_similarity",
+    "extract",
+    "inner",
     "load",
+    "merge",
+    "norm",
+    "principal_angles",
+    "rate_distortion",
+    "subspace_overlap",
+    "truncate",
     "tucker2",
 ]

@@ -1,52 +1,77 @@
-"""The verbs: a LoRA becomes a LoTR; two adapters are compared."""
+"""convert: a LoRA adapter becomes a LoTR."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lotrtensor.adapters.formats.native import COMMON_FIELDS
-from lotrtensor.adapters.formats.tensors import FLOATS
-from lotrtensor.adapters.grouping import Slot, group_modules, layer_order
+from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import FitRecord, LoraModule, LotrGroup, store_group
-from lotrtensor.core.fit import Rank, check_rank, tucker2
+from lotrtensor.core.goals import Goal, Rank, check_goal
+from lotrtensor.core.problem import Problem
+from lotrtensor.core.ranks import Frontier, allocate_budget, allocate_tolerance, pair_at
+from lotrtensor.core.reduction import is_lazy, reduce_stack
 from lotrtensor.core.residual import relative_errors
-from lotrtensor.core.stacks import LowRankStack
-from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
+from lotrtensor.core.stacks import LowRankStack, SliceStack
+from lotrtensor.errors import LotrWarning, RankError, UnsupportedAdapterError
+from lotrtensor.sizes import budget_parameters, check_dtype
 
 Progress = Callable[[str, int, int], None]
 """Called with a group's name, how many groups are done and how many there are."""
+
+DEFAULT_BUDGET = "25%"
+"""What `convert` keeps where nothing else is asked for: a quarter of the bytes."""
+
+WIDEST = 256
+"""Directions a side that a budget may choose from where slices are read on demand."""
+
+CALIBRATIONS = 4
+"""Rounds in which the curves learn how far HOOI is below the HOSVD that priced them."""
 
 
 def convert(
     adapter: Adapter,
     *,
-    rank: Rank,
+    rank: Rank | None = None,
+    tolerance: float | None = None,
+    energy: float | None = None,
+    budget: int | str | None = None,
     group_by: str = "type",
     dtype: np.dtype | str | None = None,
     progress: Progress | None = None,
 ) -> LotrAdapter:
     """Convert a LoRA adapter into LoTR form, ΔW_k ≈ U · G_k · Vᵀ with U, V shared by a group.
 
+    At most one of ``rank``, ``tolerance``, ``energy`` and ``budget`` says how far; with none of
+    them the budget is `DEFAULT_BUDGET`, a quarter of the adapter's bytes.
+
     Parameters
     ----------
     adapter : LoraAdapter
         The trained adapter.
-    rank : int or (int, int)
+    rank : int or (int, int), optional
         Left and right rank (p, q) of every group; a group that needs less gets what it needs.
+    tolerance : float, optional
+        Relative Frobenius error, in (0, 1), that the whole adapter as stored does not exceed.
+    energy : float, optional
+        Share of Σ ‖ΔW_k‖², in (0, 1), to keep: a tolerance of √(1 − energy).
+    budget : int or str, optional
+        Bytes of all groups together: a number, ``"500KB"``, ``"25%"`` of the adapter's, or
+        parameters, ``"20000p"``.
     group_by : str
         Which modules share factors: ``"type"``, ``"shape"`` or patterns; see `group_modules`.
     dtype : dtype, optional
         Type to store in; the adapter's own if not given.
     progress : callable, optional
-        Told of every group before its fit.
+        Told of every group before it is decomposed.
 
     Returns
     -------
@@ -59,157 +84,223 @@ def convert(
     UnsupportedAdapterError
         If the adapter is no LoRA.
     RankError
-        If a rank is below 1 or larger than every group can need.
+        If a rank is below 1 or larger than every group can need, a tolerance is out of reach, or
+        a budget is below the smallest decomposition.
 
     Notes
     -----
-    The cores of a group cost K p q numbers, its factors m p + n q; LoRA's cost Σ r_k (m + n).
+    The cores of a group cost K p q numbers, its factors m p + n q; LoRA's cost Σ r_k (m + n). One
+    tolerance or budget is shared out among the groups by energy per parameter, on the convex
+    hulls of their rate–distortion curves.
     """
     if not isinstance(adapter, LoraAdapter):
         raise UnsupportedAdapterError(
-            "the adapter is in LoTR form already; expected a LoRA: export it first to convert anew"
+            "the adapter is in LoTR form already; expected a LoRA: truncate it, or export it first"
         )
-    store = check_dtype(dtype) if dtype is not None else adapter.dtype
-    modules = {module.name: module for module in adapter.modules}
-    slots = [Slot(m.name, m.shape, m.embedding) for m in adapter.modules]
-    members = {
-        name: [modules[slot.name] for slot in group]
-        for name, group in group_modules(slots, group_by).items()
-    }
-    ranks = _clamp(rank, members)
-    groups = []
-    for done, (name, group) in enumerate(members.items()):
-        if progress:
-            progress(name, done, len(members))
-        groups.append(_fit_group(name, group, ranks[name], store, adapter.dtype))
+    if all(goal is None for goal in (rank, tolerance, energy, budget)):
+        budget = DEFAULT_BUDGET
+    groups = fit_groups(
+        lora_groups(adapter, group_by),
+        rank=rank,
+        tolerance=tolerance,
+        energy=energy,
+        budget=budget,
+        dtype=check_dtype(dtype) if dtype is not None else adapter.dtype,
+        progress=progress,
+    )
     config = {key: adapter.config[key] for key in COMMON_FIELDS if key in adapter.config}
-    return LotrAdapter(tuple(groups), config, store, adapter.extras)
+    return LotrAdapter(groups, config, groups[0].left.dtype, adapter.extras)
 
 
-class ModuleDifference(NamedTuple):
-    """Relative Frobenius difference ‖ΔW_A − ΔW_B‖ / ‖ΔW_A‖ of one module."""
+@dataclass(frozen=True, eq=False)
+class SourceGroup:
+    """Updates that are to share their factors, and what they cost where they come from.
+
+    Attributes
+    ----------
+    name : str
+        Name of the group.
+    modules : tuple of str
+        Paths of the modules, one a slice.
+    stack : SliceStack
+        Their updates.
+    slice_ranks : tuple of int or None
+        Ranks r_k of the slices; None where they are whole matrices.
+    embedding : bool
+        Whether the modules are embeddings.
+    parameters, bytes : int
+        Size of the updates as stored in the source.
+    """
 
     name: str
-    relative_error: float
+    modules: tuple[str, ...]
+    stack: SliceStack
+    slice_ranks: tuple[int, ...] | None
+    embedding: bool
+    parameters: int
+    bytes: int
 
 
-class Difference(NamedTuple):
-    """How far two adapters are apart, A being the reference.
-
-    ``relative_error`` is √(Σ ‖ΔW_A − ΔW_B‖² / Σ ‖ΔW_A‖²) over all modules; ``max_slice_error`` the
-    largest of the modules' own.
-    """
-
-    relative_error: float
-    max_slice_error: float
-    modules: tuple[ModuleDifference, ...]
+def lora_groups(adapter: LoraAdapter, group_by: str) -> list[SourceGroup]:
+    """Group the modules of a LoRA; see `group_modules`."""
+    modules = {module.name: module for module in adapter.modules}
+    slots = [Slot(m.name, m.shape, m.embedding) for m in adapter.modules]
+    return [
+        source_group(name, [modules[slot.name] for slot in group], adapter.dtype)
+        for name, group in group_modules(slots, group_by).items()
+    ]
 
 
-def compare(a: Adapter, b: Adapter) -> Difference:
-    """Compare the updates of two adapters module by module, each a LoRA or a LoTR.
-
-    A module that only one of them has counts as zero in the other. The dense ΔW is never built.
-
-    Raises
-    ------
-    FormatError
-        If a module has unlike shapes in the two: they belong to different base models.
-    """
-    first, second = lora_factors(a), lora_factors(b)
-    rows, lost2, norm2 = [], 0.0, 0.0
-    for name in sorted(first.keys() | second.keys(), key=layer_order):
-        difference2, reference2 = _difference2(name, first.get(name), second.get(name))
-        lost2, norm2 = lost2 + difference2, norm2 + reference2
-        rows.append(ModuleDifference(name, _ratio(difference2, reference2)))
-    worst = max(row.relative_error for row in rows)
-    return Difference(_ratio(lost2, norm2), worst, tuple(rows))
-
-
-def lora_factors(adapter: Adapter) -> dict[str, LowRankStack]:
-    """Every module's ΔW as a stack of one slice of thin factors, by module name."""
-    if isinstance(adapter, LoraAdapter):
-        return {m.name: LowRankStack([m.B], [m.A]) for m in adapter.modules}
-    factors = {}
-    for group in adapter.groups:
-        stack = group.tucker2().to_low_rank()
-        for k, name in enumerate(group.modules):
-            left, right = stack.factors(k)
-            factors[name] = LowRankStack([left], [right])
-    return factors
-
-
-def check_dtype(dtype: np.dtype | str) -> np.dtype:
-    """Return a storage type by name.
-
-    Raises
-    ------
-    DataError
-        If it is not one of float32, float16, bfloat16 and float64.
-    """
-    found = next((known for known in FLOATS if str(dtype) == known.name), None)
-    if found is None:
-        names = ", ".join(known.name for known in FLOATS)
-        raise DataError(f"dtype is {str(dtype)!r}; expected one of {names}")
-    return found
-
-
-def _clamp(rank: Rank, members: dict[str, list[LoraModule]]) -> dict[str, tuple[int, int]]:
-    """Ranks of every group: ``rank``, or what the group can need where that is less."""
-    largest = {}
-    for name, group in members.items():
-        total = sum(module.rank for module in group)
-        largest[name] = tuple(min(side, total) for side in group[0].shape)
-    whole = tuple(max(pair[i] for pair in largest.values()) for i in (0, 1))
-    p, q = check_rank(rank, (whole[0], whole[1]))
-    return {name: (min(p, pair[0]), min(q, pair[1])) for name, pair in largest.items()}
-
-
-def _fit_group(
-    name: str,
-    group: list[LoraModule],
-    rank: tuple[int, int],
-    dtype: np.dtype,
-    source_dtype: np.dtype,
-) -> LotrGroup:
-    stack = LowRankStack([module.B for module in group], [module.A for module in group])
-    fit = tucker2(stack, rank)
-    stored = store_group(
-        fit.tucker2,
+def source_group(name: str, modules: Sequence[LoraModule], dtype: np.dtype) -> SourceGroup:
+    """Return LoRA modules as a group; ``dtype`` is the type that they are stored in."""
+    stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
+    parameters = sum(module.parameters for module in modules)
+    return SourceGroup(
         name=name,
-        modules=tuple(module.name for module in group),
+        modules=tuple(module.name for module in modules),
+        stack=stack,
         slice_ranks=stack.ranks,
-        dtype=dtype,
-        embedding=group[0].embedding,
-    )
-    relative_error, _ = relative_errors(stack, stored.tucker2())
-    parameters = sum(module.parameters for module in group)
-    return replace(
-        stored,
-        fit=FitRecord(
-            relative_error=relative_error,
-            lower_bound=fit.lower_bound,
-            norm=math.sqrt(float(stack.norms2().sum())),
-            parameters=parameters,
-            bytes=parameters * source_dtype.itemsize,
-        ),
+        embedding=modules[0].embedding,
+        parameters=parameters,
+        bytes=parameters * dtype.itemsize,
     )
 
 
-def _difference2(name: str, a: LowRankStack | None, b: LowRankStack | None) -> tuple[float, float]:
-    """Squared norms of ΔW_A − ΔW_B and of ΔW_A."""
-    if a is None or b is None:
-        present = a or b
-        norm2 = float(present.norms2()[0]) if present else 0.0
-        return norm2, norm2 if b is None else 0.0
-    if a.shape != b.shape:
-        raise FormatError(
-            f"{name} is {a.shape[1]} × {a.shape[2]} in the first adapter and {b.shape[1]} × "
-            f"{b.shape[2]} in the second; they belong to different base models"
+def fit_groups(
+    sources: Sequence[SourceGroup],
+    *,
+    rank: Rank | None,
+    tolerance: float | None,
+    energy: float | None,
+    budget: int | str | None,
+    dtype: np.dtype,
+    progress: Progress | None = None,
+) -> tuple[LotrGroup, ...]:
+    """Decompose groups at one rank, or within one tolerance or budget; see `convert`."""
+    parameters = None
+    if budget is not None:
+        whole = sum(source.bytes for source in sources)
+        parameters = budget_parameters(budget, dtype.itemsize, whole)
+    limits = [source.stack.max_rank for source in sources]
+    largest = max(p for p, _ in limits), max(q for _, q in limits)
+    goal = check_goal(rank, tolerance, energy, parameters, largest)
+    jobs = []
+    for done, source in enumerate(sources):
+        if progress:
+            progress(source.name, done, len(sources))
+        jobs.append(_start(source, goal))
+    if goal.tolerance is not None:
+        return _within(jobs, goal.tolerance, dtype)
+    if goal.budget is not None:
+        chosen = allocate_budget([job.curve for job in jobs], goal.budget)
+        pairs = [pair_at(job.curve, i) for job, i in zip(jobs, chosen, strict=True)]
+    else:
+        p, q = goal.rank or largest
+        pairs = [(min(p, a), min(q, b)) for a, b in limits]
+    return tuple(job.store(pair, dtype) for job, pair in zip(jobs, pairs, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A group on its way: its small problem and its rate–distortion curve."""
+
+    source: SourceGroup
+    problem: Problem
+    curve: Frontier
+
+    def error2(self, pair: tuple[int, int]) -> float:
+        """Squared error at ``pair``, refined."""
+        return self.problem.error2(self.problem.solve(pair))
+
+    def store(self, pair: tuple[int, int], dtype: np.dtype) -> LotrGroup:
+        """Decompose at ``pair``, round to ``dtype``, and measure what is stored."""
+        source = self.source
+        fit = self.problem.finish(self.problem.solve(pair))
+        if not fit.converged:
+            warnings.warn(
+                f"the fit of {source.name} did not converge; its error is exact for the factors "
+                "found, which more passes may improve",
+                LotrWarning,
+                stacklevel=2,
+            )
+        stored = store_group(
+            fit.tucker2,
+            name=source.name,
+            modules=source.modules,
+            slice_ranks=source.slice_ranks or (min(pair),) * len(source.modules),
+            dtype=dtype,
+            embedding=source.embedding,
         )
-    return float((a - b).norms2()[0]), float(a.norms2()[0])
+        relative_error = fit.relative_error
+        if source.slice_ranks is not None or dtype != self.problem.dtype:
+            relative_error, _ = relative_errors(source.stack, stored.tucker2())
+        record = FitRecord(
+            relative_error=relative_error,
+            lower_bound=min(fit.lower_bound, relative_error),
+            norm=math.sqrt(self.problem.reduction.norm2),
+            parameters=source.parameters,
+            bytes=source.bytes,
+        )
+        return replace(stored, fit=record)
 
 
-def _ratio(part2: float, whole2: float) -> float:
-    if part2 == 0.0:
-        return 0.0
-    return math.sqrt(part2 / whole2) if whole2 else math.inf
+def _start(source: SourceGroup, goal: Goal) -> _Job:
+    """Reduce a group to its small problem, as wide as the goal can need."""
+    stack, rank = source.stack, goal.rank
+    if rank is None and goal.budget is not None and is_lazy(stack):
+        rank = (WIDEST, WIDEST)
+    if rank is not None:
+        p, q = stack.max_rank
+        rank = (min(rank[0], p), min(rank[1], q))
+    reduction = reduce_stack(stack, rank, method="auto", tolerance=goal.tolerance or 0.0)
+    problem = Problem(stack, None, reduction, stack.dtype)
+    return _Job(source, problem, problem.curve(source.slice_ranks))
+
+
+def _within(jobs: list[_Job], tolerance: float, dtype: np.dtype) -> tuple[LotrGroup, ...]:
+    """Groups of few parameters whose error as stored is at most ``tolerance`` over all of them."""
+    norm2 = sum(job.problem.reduction.norm2 for job in jobs)
+    limit2 = tolerance**2 * norm2
+    target2 = limit2
+    while target2 > 0:
+        pairs = _share_out(jobs, math.sqrt(target2 / norm2)) if norm2 else [(1, 1)] * len(jobs)
+        groups = tuple(job.store(pair, dtype) for job, pair in zip(jobs, pairs, strict=True))
+        lost2 = sum((g.fit.relative_error * g.fit.norm) ** 2 for g in groups if g.fit)
+        if lost2 <= limit2:
+            return groups
+        # Rounding to the storage type took more than was left for it: leave it that much, and some.
+        fitted2 = sum(job.error2(pair) for job, pair in zip(jobs, pairs, strict=True))
+        target2 = min(limit2 - 1.1 * (lost2 - fitted2), 0.99 * target2)
+    raise RankError(
+        f"tolerance is {tolerance}; rounding to {dtype.name} alone exceeds it: choose a wider "
+        "dtype or a larger tolerance"
+    )
+
+
+def _share_out(jobs: list[_Job], tolerance: float) -> list[tuple[int, int]]:
+    """Rank pairs of the fewest parameters found for one tolerance over all groups.
+
+    The curves price truncated HOSVDs; HOOI is better. Each round scales a group's curve by how
+    much better it was where it was tried, and shares the tolerance out anew.
+    """
+    limit2 = tolerance**2 * sum(job.problem.reduction.norm2 for job in jobs)
+    curves = [job.curve for job in jobs]
+    held: dict[int, list[tuple[int, int]]] = {}
+    for _ in range(CALIBRATIONS):
+        chosen = allocate_tolerance(curves, tolerance)
+        pairs = [pair_at(curve, i) for curve, i in zip(curves, chosen, strict=True)]
+        errors2 = [job.error2(pair) for job, pair in zip(jobs, pairs, strict=True)]
+        price = sum(int(curve.parameters[i]) for curve, i in zip(curves, chosen, strict=True))
+        if sum(errors2) <= limit2:
+            held[price] = pairs
+        curves = [
+            _calibrated(job.curve, i, e) for job, i, e in zip(jobs, chosen, errors2, strict=True)
+        ]
+    # The first round is among them: HOOI is never worse than the HOSVD that met the tolerance.
+    return held[min(held)]
+
+
+def _calibrated(curve: Frontier, index: int, error2: float) -> Frontier:
+    """Return the curve scaled so that it passes through ``error2`` at ``index``."""
+    priced = float(curve.error2[index])
+    return curve._replace(error2=curve.error2 * (error2 / priced if priced else 1.0))

@@ -41,7 +41,12 @@ class LoraAdapter:
         return cls(*read_lora(Path(directory).expanduser()))
 
     def save(
-        self, directory: str | os.PathLike[str], *, pad: bool = False, force: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        uniform: bool = True,
+        pad: bool = False,
+        force: bool = False,
     ) -> None:
         """Write a portable PEFT LoRA directory, atomically.
 
@@ -51,6 +56,9 @@ class LoraAdapter:
         ----------
         directory : path-like
             The directory to make.
+        uniform : bool
+            False keeps every module's own rank, in PEFT's rank and alpha patterns: smaller, but
+            vLLM and llama.cpp do not read it.
         pad : bool
             Raise r to the next of vLLM's sizes: 8, 16, 32, 64, 128, 256, 320, 512.
         force : bool
@@ -64,7 +72,7 @@ class LoraAdapter:
             If ``pad`` is given and the rank exceeds vLLM's largest.
         """
         content = (self.modules, self.config, self.dtype, self.extras)
-        write_lora(Path(directory).expanduser(), content, pad=pad, force=force)
+        write_lora(Path(directory).expanduser(), content, uniform=uniform, pad=pad, force=force)
 
     @property
     def parameters(self) -> int:

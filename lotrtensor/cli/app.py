@@ -8,7 +8,7 @@ import warnings
 import typer
 
 import lotrtensor
-from lotrtensor.cli import convert, demo, export, inspect, verify
+from lotrtensor.cli import convert, demo, export, extract, inspect, merge, truncate, verify
 from lotrtensor.errors import LotrError
 
 app = typer.Typer(
@@ -19,7 +19,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect.inspect, convert.convert, export.export, verify.verify, demo.demo):
+for command in (
+    inspect.inspect,
+    convert.convert,
+    truncate.truncate,
+    export.export,
+    verify.verify,
+    extract.extract,
+    merge.merge,
+    demo.demo,
+):
     app.command()(command)
 
 

@@ -17,6 +17,13 @@ from lotrtensor.report.documents import Document, dumps
 
 AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter directory.")]
 OutputPath = Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")]
+Tolerance = Annotated[
+    float | None, typer.Option(help="Relative error of the whole adapter that is not exceeded.")
+]
+Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to keep.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Size at most: 500KB, 25% of the source, or 20000p parameters.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an adapter that stands there.")]
 

@@ -10,13 +10,17 @@ from lotrtensor.adapters.formats.directory import check_output
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import (
     AdapterPath,
+    Budget,
+    Energy,
     Force,
     Json,
     OutputPath,
+    Tolerance,
     output_console,
     print_json,
     progress_bar,
 )
+from lotrtensor.convert import DEFAULT_BUDGET
 from lotrtensor.convert import convert as convert_adapter
 from lotrtensor.report.documents import lotr_document
 from lotrtensor.report.tables import lotr_table, size_line
@@ -26,8 +30,11 @@ def convert(
     adapter: AdapterPath,
     output: OutputPath,
     rank: Annotated[
-        int, typer.Option(help="Left and right rank of every group, at most what it needs.")
-    ],
+        int | None, typer.Option(help="Left and right rank of every group, at most what it needs.")
+    ] = None,
+    tolerance: Tolerance = None,
+    energy: Energy = None,
+    budget: Budget = None,
     group_by: Annotated[
         str,
         typer.Option(
@@ -42,17 +49,30 @@ def convert(
 ) -> None:
     """Convert a trained LoRA into LoTR form, and say exactly what was lost.
 
+    With no rank, tolerance, energy or budget, a quarter of the bytes is kept.
+
     Example: lotr convert my-lora -o my-lotr --rank 16
     """
     check_output(output, force=force)
     source = load(adapter)
     with progress_bar() as progress:
-        lotr = convert_adapter(source, rank=rank, group_by=group_by, dtype=dtype, progress=progress)
+        lotr = convert_adapter(
+            source,
+            rank=rank,
+            tolerance=tolerance,
+            energy=energy,
+            budget=budget,
+            group_by=group_by,
+            dtype=dtype,
+            progress=progress,
+        )
     lotr.save(output, force=force)
     document = lotr_document(lotr)
     if json:
         print_json(document)
         return
     console = output_console()
+    if all(goal is None for goal in (rank, tolerance, energy, budget)):
+        console.print(f"no rank given: kept to {DEFAULT_BUDGET} of the bytes")
     console.print(lotr_table(document))
     console.print(f"{output}: {size_line(document)}")

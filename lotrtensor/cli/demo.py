@@ -9,7 +9,8 @@ from pathlib import Path
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.cli.common import Json, output_console, print_json
-from lotrtensor.convert import compare, convert
+from lotrtensor.compare import compare
+from lotrtensor.convert import convert
 from lotrtensor.report.documents import Document, lotr_document
 from lotrtensor.report.tables import error, lotr_table, size_line
 

@@ -10,7 +10,7 @@ from lotrtensor.adapters.formats.directory import check_output
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.cli.common import AdapterPath, Force, Json, OutputPath, output_console, print_json
-from lotrtensor.convert import compare
+from lotrtensor.compare import compare
 from lotrtensor.errors import UnsupportedAdapterError
 from lotrtensor.report.documents import inspect_document
 from lotrtensor.report.tables import error, lora_table, size_line

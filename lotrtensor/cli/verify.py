@@ -9,7 +9,7 @@ import typer
 
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import Json, output_console, print_json
-from lotrtensor.convert import compare
+from lotrtensor.compare import compare
 from lotrtensor.report.documents import difference_document
 from lotrtensor.report.tables import difference_table, error
 

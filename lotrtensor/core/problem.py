@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from lotrtensor.core.hooi import hooi
 from lotrtensor.core.hosvd import hosvd
-from lotrtensor.core.linalg import Array, as_accumulator, leading_left, to_numpy
-from lotrtensor.core.ranks import Frontier, cheapest_within, frontier
+from lotrtensor.core.linalg import as_accumulator, namespace, to_numpy
+from lotrtensor.core.ranks import Frontier, cheapest_within, frontier, pair_at
 from lotrtensor.core.reduction import Reduction
 from lotrtensor.core.residual import error_norms2, relate_errors
+from lotrtensor.core.solve import Solution, solve
 from lotrtensor.core.stacks import SliceStack
-from lotrtensor.core.tucker2 import Tucker2, order_columns
+from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import RankError
 
 
@@ -61,19 +61,6 @@ class Tucker2Fit:
     weighted_error: float = 0.0
 
 
-class Solution(NamedTuple):
-    """A decomposition of the small problem, not yet expanded or rounded.
-
-    ``error2`` is its squared (weighted) error against the whole stack.
-    """
-
-    tucker2: Tucker2
-    error2: float
-    sweeps: int
-    history: tuple[float, ...]
-    converged: bool
-
-
 class Problem:
     """A stack gone over to its small problem, ready to be solved at any ranks.
 
@@ -96,7 +83,7 @@ class Problem:
         self.full = hosvd(reduction.small)
 
     def curve(self, slice_ranks: Sequence[int] | None = None) -> Frontier:
-        """Efficient rank pairs, from the one HOSVD; see `tucker2_parameters` for ``slice_ranks``."""
+        """Efficient rank pairs, from the one HOSVD; for ``slice_ranks`` see `frontier`."""
         return frontier(
             self.reduction.small,
             self.full,
@@ -112,15 +99,20 @@ class Problem:
 
     def solve(self, rank: tuple[int, int]) -> Solution:
         """Decompose the small problem at ``rank``."""
-        small = self.reduction.small
-        left, right, sweeps, history, converged = self._factors(rank)
-        found = order_columns(Tucker2(left, small.core(left, right), right))
-        error2 = float(to_numpy(error_norms2(small, found)).sum()) + self.reduction.lost2
-        return Solution(found, error2, sweeps, history, converged)
+        reduction = self.reduction
+        return solve(
+            reduction.small, self.full, rank, norm2=reduction.norm2, method=reduction.method
+        )
+
+    def error2(self, solution: Solution) -> float:
+        """Squared (weighted) error of ``solution`` against the whole stack."""
+        found = Tucker2(solution.left, solution.core, solution.right)
+        inside = float(to_numpy(error_norms2(self.reduction.small, found)).sum())
+        return inside + self.reduction.lost2
 
     def finish(self, solution: Solution) -> Tucker2Fit:
         """Expand ``solution``, round it to the type wanted, and measure what is returned."""
-        found = self._rounded(solution.tucker2)
+        found = self._rounded(solution)
         errors2 = to_numpy(error_norms2(self.stack, found))
         weights2 = np.ones(len(errors2)) if self.scales is None else self.scales**2
         weighted_norms2 = self.reduction.norms2
@@ -161,7 +153,7 @@ class Problem:
             found = None
             if self.lower_bound(pair_at(curve, middle)) <= tolerance:
                 found = self.solve(pair_at(curve, middle))
-            if found is not None and found.error2 <= target:
+            if found is not None and self.error2(found) <= target:
                 high, best = middle, found
             else:
                 low = middle
@@ -175,32 +167,14 @@ class Problem:
             "or a larger tolerance"
         )
 
-    def _factors(self, rank: tuple[int, int]) -> tuple[Array, Array, int, tuple[float, ...], bool]:
-        """U and V of the small problem, the sweeps taken, their errors, and convergence."""
-        small, norm2, method = self.reduction.small, self.reduction.norm2, self.reduction.method
-        left, right = self.full.left[:, : rank[0]], self.full.right[:, : rank[1]]
-        if method == "st-hosvd":
-            right, _ = leading_left(small.right_factor(left), rank[1], squared=False)
-        if method in ("hosvd", "st-hosvd") or norm2 == 0.0:
-            return left, right, 0, (), True
-        # Eigenvectors of a Gram matrix lose energies of 1e-16 of the whole: far below this error.
-        squared = float(self.full.lower_bound2(rank)) > 1e-8 * norm2
-        found = hooi(small, right, rank, norm2=norm2, squared=squared)
-        history = tuple(math.sqrt(e) for e in found.history)
-        return found.left, found.right, found.sweeps, history, found.converged
-
-    def _rounded(self, small: Tucker2) -> Tucker2:
+    def _rounded(self, small: Solution) -> Tucker2:
         left, right, core = self.reduction.left, self.reduction.right, small.core
         if self.scales is not None:
-            core = core * small.xp.asarray(1.0 / self.scales, dtype=core.dtype)[:, None, None]
+            core = (
+                core * namespace(core).asarray(1.0 / self.scales, dtype=core.dtype)[:, None, None]
+            )
         return Tucker2(
             small.left if left is None else as_accumulator(left) @ small.left,
             core,
             small.right if right is None else as_accumulator(right) @ small.right,
         ).astype(self.dtype)
-
-
-def pair_at(curve: Frontier, index: int) -> tuple[int, int]:
-    """Return the ranks (p, q) at ``index`` of ``curve``."""
-    p, q = curve.ranks[index]
-    return int(p), int(q)

@@ -106,6 +106,12 @@ def _efficient(
     return Frontier(ranks[keep], parameters[keep], error2[keep], norm2)
 
 
+def pair_at(curve: Frontier, index: int) -> tuple[int, int]:
+    """Return the ranks (p, q) at ``index`` of ``curve``."""
+    p, q = curve.ranks[index]
+    return int(p), int(q)
+
+
 def cheapest_within(curve: Frontier, tolerance: float) -> int:
     """Index of the smallest pair whose relative error is at most ``tolerance``.
 

@@ -241,6 +241,11 @@ class LowRankStack:
         left, right = self.factors(k)
         return left @ right
 
+    def take(self, indices: Sequence[int]) -> LowRankStack:
+        """Return the stack of the slices at ``indices``, in that order."""
+        pairs = [self.factors(k) for k in indices]
+        return LowRankStack([b for b, _ in pairs], [a for _, a in pairs])
+
     def scaled(self, weights: Sequence[float]) -> LowRankStack:
         """Return the stack of (w_k B_k) A_k."""
         pairs = [self.factors(k) for k in range(self.shape[0])]

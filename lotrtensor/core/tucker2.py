@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from array_api_compat import device
+
+from lotrtensor.core.dense import DenseStack
+from lotrtensor.core.goals import Rank, check_goal
+from lotrtensor.core.hosvd import hosvd
 from lotrtensor.core.linalg import (
     Array,
     Namespace,
@@ -11,9 +16,10 @@ from lotrtensor.core.linalg import (
     as_working,
     check_finite,
     check_real_floating,
-    leading_left,
     namespace,
 )
+from lotrtensor.core.ranks import best_within, cheapest_within, frontier, pair_at
+from lotrtensor.core.solve import solve
 from lotrtensor.core.stacks import LowRankStack
 from lotrtensor.errors import ShapeError
 
@@ -96,6 +102,98 @@ class Tucker2:
         xp = self.xp
         return Tucker2(*(xp.astype(x, dtype) for x in (self.left, self.core, self.right)))
 
+    def __add__(self, other: Tucker2) -> Tucker2:
+        """The sum: factors side by side, cores block-diagonal; ranks add up.
+
+        Raises
+        ------
+        ShapeError
+            If K, m or n differ.
+        """
+        if self.shape != other.shape:
+            raise ShapeError(
+                f"decompositions of (K, m, n) = {self.shape} and {other.shape} have no sum"
+            )
+        xp, (slices, _, _) = self.xp, self.shape
+        (p, q), (p2, q2) = self.rank, other.rank
+        place = {"dtype": self.core.dtype, "device": device(self.core)}
+        upper = xp.concat([self.core, xp.zeros((slices, p, q2), **place)], axis=2)
+        lower = xp.concat([xp.zeros((slices, p2, q), **place), other.core], axis=2)
+        return Tucker2(
+            xp.concat([self.left, other.left], axis=1),
+            xp.concat([upper, lower], axis=1),
+            xp.concat([self.right, other.right], axis=1),
+        )
+
+    def __mul__(self, factor: float) -> Tucker2:
+        """Every slice times a number."""
+        return Tucker2(self.left, self.core * factor, self.right)
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: Tucker2) -> Tucker2:
+        """The difference, kept like a sum."""
+        return self + other * -1.0
+
+    def orthogonalised(self) -> Tucker2:
+        """The same slices with orthonormal U and V, in the widest type of the library.
+
+        The triangles of the QRs U = Q T and V = P S go into the cores, T G_k Sᵀ. Where a factor has
+        more columns than rows, the rank falls to the number of rows.
+        """
+        xp, wide = self.xp, self.accumulated()
+        left, left_triangle = xp.linalg.qr(wide.left)
+        right, right_triangle = xp.linalg.qr(wide.right)
+        return Tucker2(left, left_triangle @ wide.core @ right_triangle.T, right)
+
+    def truncate(
+        self,
+        rank: Rank | None = None,
+        *,
+        tolerance: float | None = None,
+        energy: float | None = None,
+        budget: int | None = None,
+        refine: bool = True,
+    ) -> Tucker2:
+        """Round to lower ranks: orthogonalise, HOSVD of the cores, HOOI.
+
+        Parameters
+        ----------
+        rank, tolerance, energy, budget
+            How far; exactly one of them, as for `tucker2`. Tolerance and energy hold for the
+            HOSVD, so that ranks are found without a fit for each.
+        refine : bool
+            Refine the truncated HOSVD by HOOI.
+
+        Returns
+        -------
+        Tucker2
+            In the same dtype, with orthonormal factors.
+
+        Raises
+        ------
+        RankError
+            If the goal is out of range or not exactly one is given.
+        """
+        whole = self.orthogonalised()
+        small = DenseStack(whole.core)
+        full = hosvd(small)
+        goal = check_goal(rank, tolerance, energy, budget, whole.rank)
+        if goal.rank is None:
+            curve = frontier(small, full, self.shape)
+            index = (
+                best_within(curve, goal.budget)
+                if goal.budget is not None
+                else cheapest_within(curve, goal.tolerance or 0.0)
+            )
+            pair = pair_at(curve, index)
+        else:
+            pair = goal.rank
+        norm2 = float(self.xp.sum(small.norms2()))
+        found = solve(small, full, pair, norm2=norm2, method="hooi" if refine else "hosvd")
+        rounded = Tucker2(whole.left @ found.left, found.core, whole.right @ found.right)
+        return rounded.astype(self.core.dtype)
+
     def to_low_rank(self) -> LowRankStack:
         """The slices as factors U and G_k Vᵀ, so that they compare with any other stack."""
         left, core, right = (as_working(x) for x in (self.left, self.core, self.right))
@@ -109,18 +207,3 @@ class Tucker2:
     def accumulated(self) -> Tucker2:
         """The same decomposition in the widest type of its library."""
         return Tucker2(*(as_accumulator(x) for x in (self.left, self.core, self.right)))
-
-
-def order_columns(found: Tucker2) -> Tucker2:
-    """Rotate U and V so that their columns come by descending captured energy.
-
-    The cores' mode Gram matrices become diagonal: the leading columns are then good factors of
-    every smaller rank, and Σ_k G_k² summed over (p, q) is the energy captured there.
-    """
-    xp = found.xp
-    slices, p, q = found.core.shape
-    rows = xp.reshape(xp.permute_dims(found.core, (1, 0, 2)), (p, slices * q))
-    columns = xp.reshape(xp.permute_dims(found.core, (2, 0, 1)), (q, slices * p))
-    left, _ = leading_left(rows, p, squared=False)
-    right, _ = leading_left(columns, q, squared=False)
-    return Tucker2(found.left @ left, left.T @ found.core @ right, found.right @ right)

@@ -72,8 +72,8 @@ def read_lora(directory: Path) -> LoraContent:
     Returns
     -------
     modules, config, dtype, extras
-        The fields of a `LoraAdapter`. Factors in float32 (float64 where stored so), the scale alpha / r or alpha / √r folded
-        into B.
+        The fields of a `LoraAdapter`. Factors in float32 (float64 where stored so), with the
+        scale alpha / r or alpha / √r folded into B.
 
     Raises
     ------
@@ -99,13 +99,19 @@ def read_lora(directory: Path) -> LoraContent:
 
 
 def write_lora(
-    directory: Path, content: LoraContent, *, pad: bool = False, force: bool = False
+    directory: Path,
+    content: LoraContent,
+    *,
+    uniform: bool = True,
+    pad: bool = False,
+    force: bool = False,
 ) -> None:
     """Write a LoRA directory in the form that PEFT, vLLM, SGLang and llama.cpp read alike.
 
     All modules have one rank r, zero-padded where theirs is lower; alpha = r, so that the scale
     is 1 and baked into B; no rsLoRA, no rank or alpha patterns. With ``pad`` the rank is the next
-    of the sizes that vLLM accepts.
+    of the sizes that vLLM accepts. With ``uniform`` false every module keeps its own rank, told by
+    rank and alpha patterns: smaller, and read by PEFT alone.
 
     Raises
     ------
@@ -119,8 +125,11 @@ def write_lora(
     if pad:
         rank = _vllm_rank(rank)
     tensors: Tensors = dict(extras)
+    patterns = {}
     for module in modules:
-        zeros = (0, rank - module.rank)
+        zeros = (0, rank - module.rank if uniform else 0)
+        if not uniform and module.rank != rank:
+            patterns[re.escape(module.name)] = module.rank
         b, a = np.pad(module.B, ((0, 0), zeros)), np.pad(module.A, (zeros, (0, 0)))
         stem, tail = ("lora_embedding_", "") if module.embedding else ("lora_", ".weight")
         tensors[f"{PREFIX}{module.name}.{stem}A{tail}"] = a.astype(dtype)
@@ -132,8 +141,8 @@ def write_lora(
         "r": rank,
         "lora_alpha": rank,
         "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
         "inference_mode": True,
         "init_lora_weights": True,
     }
@@ -293,8 +302,8 @@ def _scale(name: str, a: _Factor, config: Mapping[str, Any], directory: Path) ->
     found = a.tensor.shape[0]
     if rank != found:
         raise FormatError(
-            f"{directory}: the config gives {name} the rank {rank!r}, but {a.key} has rank {found}; "
-            "they belong to different adapters"
+            f"{directory}: the config gives {name} the rank {rank!r}, but {a.key} has rank "
+            f"{found}; they belong to different adapters"
         )
     return alpha / (math.sqrt(found) if config.get("use_rslora") else found)
 

@@ -40,7 +40,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise FormatError(f"{directory} has no {CONFIG_NAME}; expected an adapter directory")
-    return _read_json_object(path)
+    return read_json_object(path)
 
 
 def read_tensors(directory: Path) -> Tensors:
@@ -121,7 +121,7 @@ def _read_file(path: Path) -> Tensors:
 
 
 def _read_shards(index_path: Path) -> Tensors:
-    weight_map = _read_json_object(index_path).get("weight_map")
+    weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index_path} has no weight_map; expected tensor names and their files")
     tensors: Tensors = {}
@@ -137,7 +137,14 @@ def _read_shards(index_path: Path) -> Tensors:
     return tensors
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in ``path``.
+
+    Raises
+    ------
+    FormatError
+        If it cannot be read, or is no object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,0 +1,75 @@
+# `make` lists the targets. Another interpreter: make demo PYTHON=python3.12
+
+ifndef PYTHON
+PYTHON := $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; \
+    done),python3)
+endif
+
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find lotrtensor -type f -not -path '*/__pycache__/*')
+DEMO := .venv
+TEST := .venv-test
+BIN := $(TEST)/bin
+
+stage = @printf '\n== %s\n' '$(1)'
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+
+demo: $(DEMO)/installed ## Install the base package into .venv and convert the bundled adapter
+	$(call stage,lotr demo)
+	@$(DEMO)/bin/lotr demo
+
+test: lint ## Run every check: the linters, then all tests and doctests
+	$(call stage,pytest)
+	@$(BIN)/python -m pytest
+
+lint: $(TEST)/installed ## Check style, types and the direction of imports
+	$(call stage,ruff check)
+	@$(BIN)/ruff check .
+	$(call stage,ruff format --check)
+	@$(BIN)/ruff format --check .
+	$(call stage,mypy)
+	@$(BIN)/mypy
+	$(call stage,import-linter)
+	@$(BIN)/lint-imports
+
+bench: $(TEST)/installed ## Measure speed and memory
+	@$(BIN)/python -m tests.bench
+
+clean: ## Remove both environments, caches and build products
+	rm -rf $(DEMO) $(TEST) build dist docs/_build
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# Tests load nothing from a model hub, and measure the same device everywhere.
+test bench: export HF_HUB_OFFLINE := 1
+test bench: export JAX_PLATFORMS := cpu
+
+define create-venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+    echo 'lotrtensor needs Python 3.11 or newer, and "$(PYTHON)" is older or missing;' \
+        'name another with: make PYTHON=/path/to/python' >&2; exit 1; }
+@$(PYTHON) -m venv $(@D)
+endef
+
+# Installed as pip would give it to a user, so that the wheel's contents are what runs.
+$(DEMO)/installed: pyproject.toml constraints.txt $(SOURCES)
+	$(call stage,install the base package into $(DEMO))
+	$(create-venv)
+	@$(DEMO)/bin/python $(PIP_INSTALL) .
+	@touch $@
+
+# Editable: only a change of the requirements installs anew. PyTorch comes first and by its exact
+# version, so that no range of another package picks a different build.
+$(TEST)/installed: pyproject.toml constraints.txt
+	$(call stage,install the package and its test extra into $(TEST) (several minutes when new))
+	$(create-venv)
+	@$(BIN)/python $(PIP_INSTALL) $$(grep '^torch==' constraints.txt)
+	@$(BIN)/python $(PIP_INSTALL) -e '.[test]'
+	@touch $@

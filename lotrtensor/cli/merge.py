@@ -1,0 +1,32 @@
+"""lotr merge: base weights and an adapter's update as one checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lotrtensor.adapters.formats.checkpoint import check_checkpoint_output
+from lotrtensor.adapters.loading import load
+from lotrtensor.cli.common import AdapterPath, Force, Json, OutputPath, output_console, print_json
+from lotrtensor.extract import merge as merge_adapter
+
+
+def merge(
+    adapter: AdapterPath,
+    base: Annotated[Path, typer.Option(help="Checkpoint that the adapter was trained on.")],
+    output: OutputPath,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write base + ΔW as a checkpoint, shard by shard, every tensor in its own type.
+
+    Example: lotr merge my-lotr --base base-model -o merged-model
+    """
+    check_checkpoint_output(output, force=force)
+    changed = merge_adapter(base, load(adapter), output, force=force)
+    if json:
+        print_json({"changed": list(changed)})
+        return
+    output_console().print(f"{output}: {len(changed)} weights changed")

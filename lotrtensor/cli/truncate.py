@@ -1,0 +1,77 @@
+"""lotr truncate: an adapter to lower ranks."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lotrtensor.adapters.formats.directory import check_output
+from lotrtensor.adapters.loading import load
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.cli.common import (
+    AdapterPath,
+    Budget,
+    Energy,
+    Force,
+    Json,
+    OutputPath,
+    Tolerance,
+    output_console,
+    print_json,
+    progress_bar,
+)
+from lotrtensor.compare import compare
+from lotrtensor.report.documents import inspect_document
+from lotrtensor.report.tables import error, lora_table, lotr_table, size_line
+from lotrtensor.truncate import truncate as truncate_adapter
+
+
+def truncate(
+    adapter: AdapterPath,
+    output: OutputPath,
+    rank: Annotated[int | None, typer.Option(help="Largest rank of a module or group.")] = None,
+    tolerance: Tolerance = None,
+    energy: Energy = None,
+    budget: Budget = None,
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform", help="Pad a LoRA to one rank, as vLLM and llama.cpp need; larger."
+        ),
+    ] = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Lower the ranks of an adapter: a LoRA stays a LoRA, a LoTR a LoTR.
+
+    Example: lotr truncate my-lora -o small-lora --budget 25%
+    """
+    check_output(output, force=force)
+    source = load(adapter)
+    with progress_bar() as progress:
+        found = truncate_adapter(
+            source,
+            rank=rank,
+            tolerance=tolerance,
+            energy=energy,
+            budget=budget,
+            progress=progress,
+        )
+    if isinstance(found, LoraAdapter):
+        found.save(output, uniform=uniform, force=force)
+    else:
+        found.save(output, force=force)
+    written = load(output)
+    document = inspect_document(written) | {
+        "relative_error": compare(source, written).relative_error,
+        "source_parameters": source.parameters,
+        "source_bytes": source.bytes,
+    }
+    if json:
+        print_json(document)
+        return
+    console = output_console()
+    console.print(lora_table(document) if document["type"] == "LORA" else lotr_table(document))
+    console.print(f"{output}: {size_line(document)}")
+    console.print(f"relative error: {error(document['relative_error'])}")

@@ -1,0 +1,78 @@
+"""Storage types and budgets as people write them."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from lotrtensor.adapters.formats.tensors import FLOATS
+from lotrtensor.errors import DataError, RankError
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+def check_dtype(dtype: np.dtype | str) -> np.dtype:
+    """Return a storage type by name.
+
+    Raises
+    ------
+    DataError
+        If it is not one of float32, float16, bfloat16 and float64.
+    """
+    found = next((known for known in FLOATS if str(dtype) == known.name), None)
+    if found is None:
+        names = ", ".join(known.name for known in FLOATS)
+        raise DataError(f"dtype is {str(dtype)!r}; expected one of {names}")
+    return found
+
+
+def budget_parameters(budget: int | str, itemsize: int, source_bytes: int) -> int:
+    """Return a budget as a number of parameters.
+
+    Parameters
+    ----------
+    budget : int or str
+        Bytes: ``500000``, ``"500KB"``, ``"1.5MiB"``; a share of the source's bytes: ``"25%"``; or
+        parameters: ``"20000p"``.
+    itemsize : int
+        Bytes of a stored number.
+    source_bytes : int
+        Bytes of the adapter that a share refers to.
+
+    Raises
+    ------
+    RankError
+        If it is none of these, or not above 0.
+
+    Examples
+    --------
+    >>> budget_parameters("1KiB", 2, 4096), budget_parameters("25%", 2, 4096)
+    (512, 512)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z%]*)\s*", str(budget))
+    unit = match[2].upper() if match else None
+    if match is None or unit not in (*_UNITS, "%", "P"):
+        raise RankError(
+            f"budget is {budget!r}; expected bytes such as 500KB, a share such as 25%, or "
+            "parameters such as 20000p"
+        )
+    number = float(match[1])
+    if unit == "P":
+        parameters = number
+    elif unit == "%":
+        parameters = number / 100 * source_bytes / itemsize
+    else:
+        parameters = number * _UNITS[unit] / itemsize
+    if parameters < 1:
+        raise RankError(f"budget is {budget!r}; expected room for at least one parameter")
+    return int(parameters)
