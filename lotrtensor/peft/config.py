@@ -1,0 +1,167 @@
+"""LotrConfig: what a user says of a LoTR adapter, and what its ``adapter_config.json`` holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peft import PeftConfig
+
+from lotrtensor.adapters.formats.native import FORMAT_VERSION, PEFT_TYPE
+from lotrtensor.errors import DataError, FormatError
+from lotrtensor.torch.groups import DEFAULT_ALPHA, PAPER_ALPHA, GroupPlan, check_rank
+from lotrtensor.torch.init import INITS
+
+GROUP_FIELDS = ("name", "modules", "shape", "rank", "slice_ranks", "scale")
+
+
+@dataclass
+class LotrConfig(PeftConfig):
+    """Configuration of a LoTR adapter: ΔW_k = scale · U G_k Vᵀ, U and V shared by a group.
+
+    Parameters
+    ----------
+    r : int or (int, int)
+        Left and right rank (p, q) of every group; one number stands for both.
+    target_modules : list of str or str, optional
+        Layers to adapt, as in LoRA: ends of paths, a regular expression, or ``"all-linear"``.
+    exclude_modules : list of str or str, optional
+        Layers to leave out.
+    group_by : str
+        Which layers share U and V: ``"type"``, ``"shape"`` or patterns such as
+        ``"qv=query|value"``; see `lotrtensor.adapters.grouping.group_modules`.
+    lotr_alpha : float, optional
+        The scale is lotr_alpha / r with r = √(p q); 32 if not given, 1 for ``init="paper"``.
+    use_rslora : bool
+        Scale by lotr_alpha / √r instead.
+    lotr_dropout : float
+        Dropout on the input of every update.
+    init : str
+        ``"orthogonal"``, ``"paper"`` or ``"svd"`` (see `lotrtensor.torch.init.init_factors`), with
+        zero cores and so ΔW = 0; or the directory of a trained LoRA or LoTR to start from.
+    train : str
+        ``"all"`` or ``"cores"``: the latter leaves the factors as they are, so that a layer of any
+        width trains p · q numbers.
+    share_factors : str, optional
+        Name of an adapter of the same model whose factors this one uses, training cores alone.
+        Adapters that share factors run in one mixed batch at little more than the cost of one.
+    bias, fan_in_fan_out, modules_to_save, layers_to_transform, layers_pattern, layer_replication, \
+trainable_token_indices
+        As in LoRA.
+    format_version, groups
+        Written by `save_pretrained` and by ``lotr convert``: what the file holds. Given, they
+        decide which layers are adapted, and the fields above do not.
+
+    Raises
+    ------
+    RankError, DataError
+        If a field has no meaning.
+    FormatError
+        If ``format_version`` or a group of a file is not understood.
+    """
+
+    r: int | list[int] | tuple[int, int] = 8
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    group_by: str = "type"
+    lotr_alpha: float | None = None
+    use_rslora: bool = False
+    lotr_dropout: float = 0.0
+    init: str = "orthogonal"
+    train: str = "all"
+    share_factors: str | None = None
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    trainable_token_indices: Any = None
+    format_version: int = FORMAT_VERSION
+    groups: list[dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = PEFT_TYPE
+        if self.format_version != FORMAT_VERSION:
+            raise FormatError(
+                f"the adapter has format_version {self.format_version!r}; this release reads "
+                f"{FORMAT_VERSION}: update lotrtensor or convert the source again"
+            )
+        self.r = check_rank(self.r)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list | tuple):
+                setattr(self, name, set(getattr(self, name)))
+        if self.train not in ("all", "cores"):
+            raise DataError(f"train is {self.train!r}; expected 'all' or 'cores'")
+        if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
+            raise DataError(f"bias is {self.bias!r}; expected 'none', 'all' or 'lotr_only'")
+        if not 0.0 <= self.lotr_dropout < 1.0:
+            raise DataError(f"lotr_dropout is {self.lotr_dropout}; expected 0 ≤ p < 1")
+        if self.lotr_alpha is not None and not math.isfinite(self.lotr_alpha):
+            raise DataError(f"lotr_alpha is {self.lotr_alpha}; expected a finite number")
+        if self.groups is not None:
+            self.plans()
+
+    @property
+    def alpha(self) -> float:
+        """``lotr_alpha``, or the value that suits the initialisation."""
+        if self.lotr_alpha is not None:
+            return self.lotr_alpha
+        return PAPER_ALPHA if self.init == "paper" else DEFAULT_ALPHA
+
+    @property
+    def source(self) -> str | None:
+        """Directory of the adapter to start from, if ``init`` names one."""
+        return None if self.init in INITS else self.init
+
+    def plans(self) -> tuple[GroupPlan, ...]:
+        """Return the groups of the file.
+
+        Raises
+        ------
+        FormatError
+            If one of them lacks a field or mistypes it.
+        """
+        return tuple(_read_group(record) for record in self.groups or ())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON holds them, sets in order so that equal configs are equal."""
+        fields = asdict(self)
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
+
+
+def write_group(plan: GroupPlan) -> dict[str, Any]:
+    """Return a group as ``adapter_config.json`` lists it."""
+    return {
+        "name": plan.name,
+        "modules": list(plan.modules),
+        "shape": list(plan.shape),
+        "rank": list(plan.rank),
+        "slice_ranks": list(plan.slice_ranks),
+        "scale": plan.scale,
+        "embedding": plan.embedding,
+        "fit": dict(plan.fit) if plan.fit else None,
+    }
+
+
+def _read_group(record: Mapping[str, Any]) -> GroupPlan:
+    try:
+        (m, n), (p, q) = record["shape"], record["rank"]
+        return GroupPlan(
+            name=str(record["name"]),
+            modules=tuple(record["modules"]),
+            shape=(int(m), int(n)),
+            rank=(int(p), int(q)),
+            scale=float(record["scale"]),
+            slice_ranks=tuple(int(rank) for rank in record["slice_ranks"]),
+            embedding=bool(record.get("embedding")),
+            fit=record.get("fit"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            f"a group of the config lacks or mistypes {error}; expected {', '.join(GROUP_FIELDS)}"
+        ) from error

@@ -1,0 +1,279 @@
+"""The layers of the PEFT method: several adapters on one frozen layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+
+from lotrtensor.errors import DataError
+from lotrtensor.peft.mixed import BASE, split_batch, update_rows
+from lotrtensor.torch.factors import SharedFactors
+from lotrtensor.torch.functional import add_projected, dense_update
+from lotrtensor.torch.groups import is_transposed, slot_of
+
+
+class LotrLayer(BaseTunerLayer):
+    """What linear layers and embeddings have in common.
+
+    ``lotr_core[adapter]`` is G_k (p × q), the layer's own; ``lotr_shared[adapter]`` refers to the
+    module that holds U and V, which the `LotrModel` owns. It is a plain dict: what it refers to is
+    not registered a second time.
+    """
+
+    adapter_layer_names = ("lotr_core",)
+    other_param_names = ("lotr_shared", "lotr_scale", "lotr_dropout", "lotr_trains_factors")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.lotr_core = nn.ParameterDict({})
+        self.lotr_dropout = nn.ModuleDict({})
+        self.lotr_shared: dict[str, SharedFactors] = {}
+        self.lotr_scale: dict[str, float] = {}
+        self.lotr_trains_factors: dict[str, bool] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        shape = slot_of("the layer", self.get_base_layer()).shape
+        self.out_features, self.in_features = shape
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        factors: SharedFactors,
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        trains_factors: bool = True,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter with a zero core.
+
+        Parameters
+        ----------
+        adapter_name : str
+            Its name.
+        factors : SharedFactors
+            U and V of this layer's group.
+        scale : float
+            ΔW_k = scale · U G_k Vᵀ.
+        dropout : float
+            Dropout on the input of the update.
+        trains_factors : bool
+            Whether U and V train with the core.
+        inference_mode : bool
+            Whether nothing trains.
+        """
+        self.lotr_core[adapter_name] = nn.Parameter(factors.left.new_zeros(factors.rank))
+        if dropout:
+            self.lotr_dropout[adapter_name] = nn.Dropout(dropout)
+        self.lotr_shared[adapter_name] = factors
+        self.lotr_scale[adapter_name] = scale
+        self.lotr_trains_factors[adapter_name] = trains_factors
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    # PEFT asks the layers to say what trains. Factors follow the cores that they belong to, so
+    # that every way of asking (set_adapter, disable_adapter, set_requires_grad) reaches them.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, which train unless ``inference_mode``."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.sync_factors()
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Say whether adapters train."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.sync_factors()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off."""
+        super().enable_adapters(enabled)
+        self.sync_factors()
+
+    def sync_factors(self) -> None:
+        """Let U and V train where the core of an adapter that trains them does."""
+        trains: dict[SharedFactors, bool] = {}
+        for name, core in self.lotr_core.items():
+            if self.lotr_trains_factors[name]:
+                factors = self.lotr_shared[name]
+                trains[factors] = trains.get(factors, False) or core.requires_grad
+        for factors, requires_grad in trains.items():
+            factors.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from this layer."""
+        super().delete_adapter(adapter_name)
+        self.sync_factors()
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if adapter_name in self.lotr_core:
+            core, factors = self.lotr_core[adapter_name], self.lotr_shared[adapter_name]
+            if not factors.left.is_meta and factors.left.device != core.device:
+                factors.to(core.device)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return ΔW_k of an adapter in the layout of the base weight: m × n, or n × m."""
+        factors = self.lotr_shared[adapter_name]
+        core, scale = self.lotr_core[adapter_name], self.lotr_scale[adapter_name]
+        delta = dense_update(factors.left, core, factors.right, scale)
+        base = self.get_base_layer()
+        return delta.T if is_transposed(base) or isinstance(base, nn.Embedding) else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW_k of adapters to the base weight.
+
+        Raises
+        ------
+        DataError
+            If ``safe_merge`` and the sum is not finite; the weight is as it was.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lotr_core:
+                self._add_to_base(name, 1, safe=safe_merge)
+                self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the merged ΔW_k off the base weight."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.lotr_core:
+                self._add_to_base(name, -1, safe=False)
+
+    def _add_to_base(self, name: str, sign: int, *, safe: bool) -> None:
+        weight = self.get_base_weight()
+        delta = self.get_delta_weight(name).to(weight.device)
+        merged = (weight + sign * delta).to(weight.dtype)
+        if safe and not torch.isfinite(merged).all():
+            raise DataError(
+                f"merging adapter {name!r} would write NaN or infinite values; the weight is left "
+                "as it was: the adapter has diverged, take an earlier checkpoint"
+            )
+        self.set_base_weight(merged)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's ``convert_to_lora`` may be used: ΔW is additive."""
+        return True
+
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Return base(x) + Σ scale · x V G_kᵀ Uᵀ over the active adapters.
+
+        With ``adapter_names``, one a row of x, every row gets the update of its own adapter.
+        """
+        if self._disable_adapters or self.merged_adapters:
+            if adapter_names is not None and not self._disable_adapters:
+                raise DataError(
+                    "adapter_names is given while adapters are merged; call unmerge_adapter first"
+                )
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            y = self.quantization_backend.maybe_clone_base_result(y)
+        if adapter_names is not None:
+            return self._add_mixed(y, x, adapter_names)
+        for name in self.active_adapters:
+            if name in self.lotr_core:
+                y = self._add(y, x, name)
+        return y
+
+    def _add(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+        factors, core = self.lotr_shared[name], self.lotr_core[name]
+        left: Tensor = factors.left
+        right: Tensor = factors.right
+        if left.device != y.device:  # layers of a group may be spread over devices
+            left, right = left.to(y.device), right.to(y.device)
+        h = self._project(x, right, name)
+        return add_projected(y, h.reshape(-1, h.shape[-1]), left, core, self._scale(name))
+
+    def _add_mixed(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """Add to every row of y the update of its adapter; rows of shared factors go together."""
+        if len(adapter_names) != len(x):
+            raise DataError(
+                f"adapter_names has {len(adapter_names)} entries for {len(x)} rows; expected one "
+                f"a row, {BASE!r} for none"
+            )
+        for factors, rows, names, which in split_batch(self.lotr_shared, adapter_names):
+            part = x if rows is None else x[rows]
+            cores = torch.stack([self.lotr_core[name] * self._scale(name) for name in names])
+            h = self._project(part, factors.right, names[0])
+            update = update_rows(h, cores, which, factors.left)
+            y = y + update.to(y.dtype) if rows is None else y.index_add(0, rows, update.to(y.dtype))
+        return y
+
+    def _scale(self, name: str) -> float:
+        return self.lotr_scale[name]
+
+    def _project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
+        """Return x V (..., q)."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Quantisation backend for ``repr``."""
+        return quantization_extra_repr(self)  # type: ignore[arg-type]
+
+
+class Linear(LotrLayer, nn.Module):
+    """LoTR on a linear layer or transformers' Conv1D."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, factors: SharedFactors, **options: Any
+    ) -> None:
+        nn.Module.__init__(self)
+        LotrLayer.__init__(self, base_layer, **options.pop("quantization", {}))
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, factors, **options)
+
+    def _project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
+        if name in self.lotr_dropout:
+            x = self.lotr_dropout[name](x)
+        # Autocast chooses the type itself; a cast before it would only be undone.
+        if x.dtype != right.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, right.dtype)
+        return x @ right
+
+
+class Embedding(LotrLayer, nn.Module):
+    """LoTR on an embedding: x V is a look-up of rows of V; ΔW is m × n, the weight n × m."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, factors: SharedFactors, **options: Any
+    ) -> None:
+        nn.Module.__init__(self)
+        LotrLayer.__init__(self, base_layer, **options.pop("quantization", {}))
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, factors, **options)
+
+    def _project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
+        base: Any = self.get_base_layer()
+        return F.embedding(
+            x,
+            right,
+            padding_idx=base.padding_idx,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
+        )
+
+    def _scale(self, name: str) -> float:
+        # Some models scale what comes out of the embedding; the update has to follow.
+        scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
+        return self.lotr_scale[name] * (1.0 if scale is None else float(scale))

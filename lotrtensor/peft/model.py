@@ -1,0 +1,340 @@
+"""LotrModel: LoTR as a tuner of PEFT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from peft.tuners import tuners_utils
+from peft.tuners.tuners_utils import BaseTuner, replicate_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from torch import Tensor, nn
+
+from lotrtensor.adapters.modules import FactoredCore
+from lotrtensor.errors import DataError, FormatError
+from lotrtensor.peft import state as keys
+from lotrtensor.peft.config import LotrConfig, write_group
+from lotrtensor.peft.hooks import mixed_batch_hooks
+from lotrtensor.peft.layer import Embedding, Linear, LotrLayer
+from lotrtensor.peft.planning import AdapterPlan, base_layers, check_sharing, plan_adapter
+from lotrtensor.torch.factors import FactorTable, SharedFactors
+from lotrtensor.torch.groups import GroupPlan
+from lotrtensor.torch.init import INITS, base_weight, init_factors
+from lotrtensor.torch.sources import from_numpy
+
+
+class LotrModel(BaseTuner):
+    """Low tensor rank adaptation (arXiv 2402.01376): W_k + scale · U G_k Vᵀ.
+
+    ``lotr_factors[adapter]`` is the table of the shared factors of an adapter, the one owner of U
+    and V; the layers own the cores G_k and refer to the factors.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The base model.
+    config : LotrConfig or dict of str to LotrConfig
+        Config of the first adapter.
+    adapter_name : str
+        Its name.
+    low_cpu_mem_usage : bool
+        Make the adapter on the meta device, for a file that is about to be read.
+    """
+
+    uses_shared_state = True
+    prefix = "lotr_"
+    tuner_layer_cls = LotrLayer
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        self.lotr_factors = nn.ModuleDict()
+        self._lotr_plans: dict[str, AdapterPlan] = {}
+        # Adapters that were made for a file whose tensors have not come yet, and what the base
+        # model's requires_grad flags were: a failed load takes the adapter out again.
+        self._lotr_pending: dict[str, dict[str, bool]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter; ``add_adapter`` calls this without PEFT's injection hooks.
+
+        Raises
+        ------
+        FormatError, RankError, ShapeError, UnsupportedAdapterError, DataError
+            If the adapter does not fit the model, which is as it was.
+        """
+        given: Any = self.peft_config[adapter_name]
+        config: LotrConfig = copy.copy(given)  # what is written into it belongs to this model alone
+        check_sharing(config, adapter_name, self.lotr_factors)
+        if config.layer_replication:
+            replicate_layers(model, config.layer_replication)
+        layers = base_layers(model)
+        shared = None
+        if config.share_factors and config.groups is None:
+            shared = self._lotr_plans[config.share_factors].groups
+        plan = plan_adapter(config, layers, self._targets(model, config, layers), shared)
+        from_file = given.groups is not None
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        if plan.groups:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._make_factors(adapter_name, config, plan, layers)
+            self._lotr_plans[adapter_name] = plan
+            config.groups = [write_group(group) for group in plan.groups]
+            config.init = config.init if config.init in INITS else "orthogonal"
+            if config.share_factors:
+                config.train, config.share_factors = "cores", None
+        self.peft_config[adapter_name] = config
+        try:
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+            )
+        except Exception:
+            self._forget(adapter_name)
+            raise
+        self._fill(adapter_name, plan)
+        if from_file:
+            self._lotr_pending[adapter_name] = flags
+        self._sync_factors()
+
+    def _table(self, adapter_name: str) -> FactorTable:
+        table = self.lotr_factors[adapter_name]
+        assert isinstance(table, FactorTable)
+        return table
+
+    def _targets(
+        self, model: nn.Module, config: LotrConfig, layers: Mapping[str, nn.Module]
+    ) -> list[str]:
+        if config.groups is not None or config.source or config.share_factors:
+            return []
+        self._prepare_adapter_config(config, self.get_model_config(model))
+        # Name lists like "all-linear" are expanded in place; a copy keeps the user's word.
+        named = tuners_utils._maybe_include_all_linear_layers(copy.copy(config), model)
+        return [name for name in layers if self._check_target_module_exists(named, name)]
+
+    def _make_factors(
+        self,
+        adapter_name: str,
+        config: LotrConfig,
+        plan: AdapterPlan,
+        layers: Mapping[str, nn.Module],
+    ) -> None:
+        table = FactorTable()
+        # Numbers of a file replace whatever is drawn here.
+        init = "orthogonal" if config.groups is not None else config.init
+        for group in plan.groups:
+            if config.share_factors and config.groups is None:
+                table.add(group.name, self._table(config.share_factors).of(group.name))
+                continue
+            first = layers[group.modules[0]]
+            weight = next((w for w in first.parameters() if w.is_floating_point()), None)
+            factors = SharedFactors(
+                group.shape,
+                group.rank,
+                dtype=weight.dtype if weight is not None else torch.float32,
+                device=next((w.device for w in first.parameters()), None),
+            )
+            table.add(group.name, factors.requires_grad_(config.train == "all"))
+            if plan.source is None:
+                weights = _weights(group, layers) if init == "svd" else []
+                init_factors(factors, init, weights)
+        self.lotr_factors[adapter_name] = table
+
+    @torch.no_grad()
+    def _fill(self, adapter_name: str, plan: AdapterPlan) -> None:
+        """Take over the numbers of an adapter to start from."""
+        if plan.source is None:
+            return
+        for group, found in zip(plan.groups, plan.source.groups, strict=True):
+            factors = self._table(adapter_name).of(group.name)
+            factors.left.copy_(from_numpy(found.left))
+            factors.right.copy_(from_numpy(found.right))
+            for name, core in zip(found.modules, found.cores, strict=True):
+                dense = core.dense() if isinstance(core, FactoredCore) else core
+                layer = self.model.get_submodule(name)
+                layer.lotr_core[adapter_name].copy_(from_numpy(dense) / group.scale)
+        self._lotr_plans[adapter_name] = AdapterPlan(plan.groups)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        found = tuners_utils.check_target_module_exists(peft_config, key)
+        excluded = isinstance(found, tuners_utils._ExcludedModule)
+        if peft_config.groups is None or excluded:
+            return found
+        return any(key in group["modules"] for group in peft_config.groups)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        if peft_config.target_modules is None and peft_config.groups is not None:
+            peft_config.target_modules = {m for g in peft_config.groups for m in g["modules"]}
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        group = self._lotr_plans[adapter_name].group_of(current_key)
+        factors = self._table(adapter_name).of(group.name)
+        options: dict[str, Any] = {
+            "scale": group.scale,
+            "dropout": peft_config.lotr_dropout,
+            "trains_factors": peft_config.train == "all",
+            "inference_mode": peft_config.inference_mode,
+        }
+        if isinstance(target, LotrLayer):
+            target.update_layer(adapter_name, factors, **options)
+            return
+        options["quantization"] = get_quantization_kwargs(self)
+        kind = Embedding if group.embedding else Linear
+        layer = kind(target, adapter_name, factors, **options)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _sync_factors(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, LotrLayer):
+                module.sync_factors()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype and adapter_name in self.lotr_factors:
+            for factor in self.lotr_factors[adapter_name].parameters():
+                if factor.dtype in (torch.float16, torch.bfloat16):
+                    factor.data = factor.data.float()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and its factors unless another adapter shares them."""
+        super().delete_adapter(adapter_name)
+        self._forget(adapter_name)
+
+    def _forget(self, adapter_name: str) -> None:
+        if adapter_name in self.lotr_factors:
+            del self.lotr_factors[adapter_name]
+        self._lotr_plans.pop(adapter_name, None)
+        self._lotr_pending.pop(adapter_name, None)
+
+    def tie_factors(self) -> int:
+        """Let adapters whose factors are equal to the bit hold one copy of them.
+
+        Adapters that were trained on one basis and saved apart (``lotr unpack`` writes such) then
+        take the memory of one, and run in one mixed batch at little more than its cost.
+
+        Returns
+        -------
+        int
+            Number of pairs U, V that were let go.
+        """
+        kept: list[SharedFactors] = []
+        dropped: dict[int, SharedFactors] = {}
+        for adapter in self.lotr_factors:
+            for name, factors in list(self._table(adapter).groups()):
+                twin = next((k for k in kept if _equal(k, factors)), None)
+                if twin is None:
+                    kept.append(factors)
+                elif twin is not factors:
+                    dropped[id(factors)] = twin
+                    self._table(adapter).add(name, twin)
+        for module in self.model.modules():
+            if isinstance(module, LotrLayer):
+                for user, factors in module.lotr_shared.items():
+                    module.lotr_shared[user] = dropped.get(id(factors), factors)
+        return len(dropped)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise DataError("adapter_names is for inference; call eval() first")
+        unknown = sorted(set(names) - set(self.lotr_factors) - {"__base__"})
+        if unknown:
+            raise DataError(
+                f"adapter_names has {unknown[0]!r}, which this model does not have; it has "
+                f"{', '.join(self.lotr_factors)}"
+            )
+        with mixed_batch_hooks(self, list(names), kwargs.get("num_beams")):
+            yield
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
+        if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
+            raise DataError("replicated layers share their weights and cannot be merged")
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        found = keys.file_key(key, adapter_name)
+        if found is not None:
+            return found
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
+        try:
+            state_dict = keys.multiply_cores(state_dict)
+            keys.check_state(state_dict, cls._expected(model, adapter_name))
+        except FormatError:
+            if tuner is not None and adapter_name in tuner._lotr_pending:
+                tuner._take_out(adapter_name)
+            raise
+        if tuner is not None:
+            tuner._lotr_pending.pop(adapter_name, None)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _expected(cls, model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
+        """Keys and shapes of an adapter's file."""
+        prefixes = tuners_utils._get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        own = tuners_utils._filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
+        return {
+            cls._remove_adapter_name_from_key(key, adapter_name): value.shape
+            for key, value in own.items()
+        }
+
+    def _take_out(self, adapter_name: str) -> None:
+        """Undo an injection whose file turned out not to fit."""
+        flags = self._lotr_pending.pop(adapter_name)
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+            return
+        self.unload()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad = flags.get(name, parameter.requires_grad)
+
+
+def _weights(group: GroupPlan, layers: Mapping[str, nn.Module]) -> list[Tensor]:
+    weights = [base_weight(layers[name]) for name in group.modules]
+    for name, weight in zip(group.modules, weights, strict=True):
+        if not weight.is_floating_point() or weight.shape != group.shape:
+            raise DataError(
+                f"init='svd' needs the weight of {name}, which is quantised; use 'orthogonal'"
+            )
+    return weights
+
+
+def _equal(a: SharedFactors, b: SharedFactors) -> bool:
+    return a is b or (
+        a.shape == b.shape
+        and a.rank == b.rank
+        and a.left.device == b.left.device
+        and torch.equal(a.left, b.left)
+        and torch.equal(a.right, b.right)
+    )

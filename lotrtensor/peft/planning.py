@@ -1,0 +1,128 @@
+"""What a new adapter of a PEFT model will consist of, decided before the model is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.errors import FormatError, UnsupportedAdapterError
+from lotrtensor.peft.config import LotrConfig
+from lotrtensor.torch.groups import GroupPlan, check_plans, check_rank, plan_groups, scale_of
+from lotrtensor.torch.sources import as_lotr
+from lotrtensor.torch.state import adapter_plans
+
+
+class AdapterPlan(NamedTuple):
+    """Groups of a new adapter, and the numbers it starts from if it does not start from zero."""
+
+    groups: tuple[GroupPlan, ...]
+    source: LotrAdapter | None = None
+
+    def group_of(self, module: str) -> GroupPlan:
+        """Return the group that adapts ``module``."""
+        return next(group for group in self.groups if module in group.modules)
+
+
+def plan_adapter(
+    config: LotrConfig,
+    layers: Mapping[str, nn.Module],
+    targets: Iterable[str],
+    shared: tuple[GroupPlan, ...] | None = None,
+) -> AdapterPlan:
+    """Plan an adapter.
+
+    Parameters
+    ----------
+    config : LotrConfig
+        Its config.
+    layers : mapping of str to nn.Module
+        Every base layer of the model by path.
+    targets : iterable of str
+        Paths that ``target_modules`` matches.
+    shared : tuple of GroupPlan, optional
+        Groups of the adapter whose factors are to be used.
+
+    Raises
+    ------
+    FormatError, ShapeError
+        If the groups of a file, or an adapter to start from, do not fit the model.
+    RankError, ShapeError, UnsupportedAdapterError
+        As `lotrtensor.torch.groups.plan_groups`.
+    """
+    if config.groups is not None:
+        groups = config.plans()
+        check_plans(groups, layers)
+        return AdapterPlan(groups if config.inference_mode else tuple(map(_trained, groups)))
+    if shared is not None:
+        return AdapterPlan(tuple(map(_trained, shared)))
+    if config.source is not None:
+        return _from_source(config, layers)
+    plans = plan_groups(
+        {name: layers[name] for name in targets},
+        rank=check_rank(config.r),
+        group_by=config.group_by,
+        alpha=config.alpha,
+        rslora=config.use_rslora,
+    )
+    return AdapterPlan(plans)
+
+
+def base_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of ``model`` by path, adapted ones as what they were before."""
+    layers: dict[str, nn.Module] = {}
+    wrapped: list[str] = []
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(prefix) for prefix in wrapped):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            wrapped.append(name + ".")
+            layers[name] = module.get_base_layer()
+        else:
+            layers[name] = module
+    return layers
+
+
+def _trained(group: GroupPlan) -> GroupPlan:
+    """What a group becomes in training: its cores may gain rank, and no error holds any more."""
+    return replace(group, slice_ranks=(min(group.rank),) * len(group.modules), fit=None)
+
+
+def _from_source(config: LotrConfig, layers: Mapping[str, nn.Module]) -> AdapterPlan:
+    source = as_lotr(str(config.source), rank=check_rank(config.r), group_by=config.group_by)
+    if source.extras:
+        raise UnsupportedAdapterError(
+            f"{config.source} carries {next(iter(source.extras))!r} besides its update, which "
+            "would be lost; load it with PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    groups = adapter_plans(source)
+    check_plans(groups, layers)
+    rescaled = (
+        replace(g, scale=scale_of(g.rank, config.alpha, rslora=config.use_rslora)) for g in groups
+    )
+    return AdapterPlan(tuple(map(_trained, rescaled)), source)
+
+
+def check_sharing(config: LotrConfig, adapter_name: str, existing: Iterable[str]) -> None:
+    """Refuse a name or an owner of factors that cannot be.
+
+    Raises
+    ------
+    FormatError
+        If the adapter is named like a part of LoTR's own keys, or the owner does not exist.
+    """
+    if adapter_name in ("left", "right"):
+        raise FormatError(
+            f"an adapter cannot be named {adapter_name!r}, which is a part of LoTR's own keys; "
+            "choose another name"
+        )
+    owner = config.share_factors
+    if owner is not None and config.groups is None and owner not in set(existing) - {adapter_name}:
+        raise FormatError(
+            f"share_factors names the adapter {owner!r}, which this model does not have; add it "
+            "first"
+        )

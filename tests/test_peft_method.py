@@ -1,0 +1,509 @@
+"""LoTR as a PEFT method: what a user of PEFT expects of any method."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+from peft import PeftConfig, get_peft_model, inject_adapter_in_model  # noqa: E402
+from torch import nn  # noqa: E402
+
+import lotrtensor as lt  # noqa: E402
+import lotrtensor.peft as lotr  # noqa: E402
+from lotrtensor.torch import param_groups  # noqa: E402
+from tests.peft_models import (  # noqa: E402
+    THIRD_PARTY,
+    bert,
+    classifier,
+    config,
+    gpt2,
+    ids,
+    lotr_layers,
+    output,
+    randomize,
+)
+
+pytestmark = pytest.mark.filterwarnings(THIRD_PARTY)
+
+CORES = 9 * 3 * 4
+FACTORS = 2 * 32 * (3 + 4) + 48 * 3 + 32 * 4
+
+
+def test_base_package_imports_neither_torch_nor_peft() -> None:
+    code = "import sys, lotrtensor; sys.exit(bool({'torch', 'peft'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_registered_without_a_change_of_pefts_enum() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["LOTR"] is lotr.LotrConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["LOTR"] is lotr.LotrModel
+    assert "LOTR" not in peft.PeftType.__members__
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.20.0"])
+def test_an_old_peft_is_refused_by_version(version: str) -> None:
+    with pytest.raises(lotr.PeftVersionError, match=rf"needs peft 0\.21 or newer; found {version}"):
+        lotr.check_peft(version)
+
+
+def test_a_peft_without_the_hooks_is_refused() -> None:
+    with pytest.raises(lotr.PeftVersionError, match="lacks _get_adapter_state_dict"):
+        lotr.check_peft("0.99.0", object)
+
+
+def test_the_base_output_is_unchanged_at_start() -> None:
+    base = bert()
+    expected = output(base)
+    for init in ("orthogonal", "paper", "svd"):
+        model = get_peft_model(bert(), config(init=init))
+        assert torch.equal(output(model), expected)
+
+
+def test_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    model = get_peft_model(bert(), config())
+    assert model.get_nb_trainable_parameters()[0] == CORES + FACTORS
+    model.print_trainable_parameters()
+    assert f"trainable params: {CORES + FACTORS:,}" in capsys.readouterr().out
+    cores = get_peft_model(bert(), config(train="cores"))
+    assert cores.get_nb_trainable_parameters()[0] == CORES
+    names = [n for n, p in cores.named_parameters() if p.requires_grad]
+    assert all("lotr_core" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("rank", "parameters"),
+    [(1, 1560), (2, 3168), (4, 6528), (8, 13824), (16, 30720), (32, 73728)],
+)
+def test_parameter_counts_of_the_papers_table(rank: int, parameters: int) -> None:
+    """RoBERTa-base, query and value sharing one pair (arXiv 2402.01376)."""
+    from transformers import RobertaConfig, RobertaModel
+
+    with torch.device("meta"):
+        base = RobertaModel(RobertaConfig(vocab_size=64))
+    model = get_peft_model(
+        base, lotr.LotrConfig(r=rank, target_modules=["query", "value"], group_by="shape")
+    )
+    assert model.get_nb_trainable_parameters()[0] == parameters
+
+
+def test_param_groups_of_a_peft_model() -> None:
+    model = get_peft_model(bert(), config())
+    groups = param_groups(model, 1e-3, factor_lr=1e-4, core_lr=1e-2)
+    assert [(g["lr"], len(g["params"])) for g in groups] == [(1e-4, 6), (1e-2, 9)]
+
+
+def test_all_linear_and_layers_to_transform() -> None:
+    model = get_peft_model(bert(), config(target_modules="all-linear"))
+    assert len(lotr_layers(model)) == 18
+    model.add_adapter("second", config(target_modules="all-linear"))
+    assert all("second" in layer.lotr_core for layer in lotr_layers(model).values())
+    some = get_peft_model(bert(), config(layers_to_transform=[0, 2]))
+    assert {name.split(".layer.")[1][0] for name in lotr_layers(some)} == {"0", "2"}
+    without = get_peft_model(bert(), config(exclude_modules=["value"]))
+    assert not any(name.endswith("value") for name in lotr_layers(without))
+
+
+def test_layers_of_a_group_read_one_pair() -> None:
+    model = get_peft_model(bert(), config(group_by="qv=query|value"))
+    layers = lotr_layers(model)
+    by_factors = {id(layer.lotr_shared["default"]) for layer in layers.values()}
+    assert len(by_factors) == 2
+    keys = [key for key in model.state_dict() if "lotr_factors" in key]
+    assert len(keys) == len(set(keys)) == 4
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.to(torch.float64)],
+    ids=["deepcopy", "pickle", "to"],
+)
+def test_sharing_survives(transform) -> None:
+    model = get_peft_model(bert(), config())
+    randomize(model)
+    expected = output(model)
+    moved = transform(model)
+    owned = {id(f) for f in moved.base_model.lotr_factors["default"].values()}
+    read = {id(layer.lotr_shared["default"]) for layer in lotr_layers(moved).values()}
+    assert owned == read
+    torch.testing.assert_close(output(moved).float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_factors_and_cores() -> None:
+    model = get_peft_model(bert(), config())
+    randomize(model)
+    model(ids())[0].square().sum().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 15
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+
+
+# Merging
+
+
+@pytest.mark.parametrize("make", [bert, gpt2], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize("safe", [False, True])
+def test_merge_unmerge_and_unload(make, safe: bool) -> None:
+    targets = {} if make is bert else {"target_modules": ["c_attn", "c_fc"]}
+    model = get_peft_model(make(), config(**targets))
+    randomize(model)
+    expected, before = output(model), output(make())
+    assert not torch.allclose(expected, before, atol=1e-3)
+    model.merge_adapter(safe_merge=safe)
+    torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-4)
+    plain = model.merge_and_unload(safe_merge=safe)
+    assert not lotr_layers(plain)
+    assert set(plain.state_dict()) == set(make().state_dict())
+    torch.testing.assert_close(output(plain), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_unload_gives_the_base_model_back() -> None:
+    model = get_peft_model(bert(), config())
+    randomize(model)
+    assert torch.equal(output(model.unload()), output(bert()))
+
+
+def test_safe_merge_refuses_nan() -> None:
+    model = get_peft_model(bert(), config())
+    layer = next(iter(lotr_layers(model).values()))
+    layer.lotr_core["default"].data.fill_(float("nan"))
+    weight = layer.weight.clone()
+    with pytest.raises(lt.DataError, match="adapter 'default' would write NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.weight, weight)
+
+
+def test_disable_adapter() -> None:
+    model = get_peft_model(bert(), config())
+    randomize(model)
+    adapted = output(model)
+    with model.disable_adapter():
+        assert torch.equal(output(model), output(bert()))
+        assert not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(output(model), adapted)
+    assert model.get_nb_trainable_parameters()[0] == CORES + FACTORS
+
+
+# Several adapters
+
+
+def two_adapters() -> nn.Module:
+    model = get_peft_model(bert(), config())
+    model.add_adapter("other", config(r=2, group_by="shape", target_modules=["query", "key"]))
+    randomize(model, "default", 1)
+    randomize(model, "other", 2)
+    return model
+
+
+def alone(name: str) -> torch.Tensor:
+    model = two_adapters()
+    model.set_adapter(name)
+    return output(model)
+
+
+def test_each_adapter_has_its_own_shared_factors() -> None:
+    model = two_adapters()
+    tables = model.base_model.lotr_factors
+    own = {name: {id(p) for p in table.parameters()} for name, table in tables.items()}
+    assert not own["default"] & own["other"]
+    for layer in lotr_layers(model).values():
+        for name, factors in layer.lotr_shared.items():
+            assert {id(p) for p in factors.parameters()} <= own[name]
+
+
+def test_set_adapter_switches_outputs_and_gradients() -> None:
+    model = two_adapters()
+    first = output(model)
+    model.set_adapter("other")
+    second = output(model)
+    assert not torch.allclose(first, second, atol=1e-3)
+    for name, table in model.base_model.lotr_factors.items():
+        assert all(p.requires_grad == (name == "other") for p in table.parameters())
+    model.set_adapter("default")
+    assert torch.equal(output(model), first)
+
+
+def test_adding_an_adapter_changes_nothing_of_the_first() -> None:
+    model = get_peft_model(bert(), config())
+    randomize(model)
+    before = output(model)
+    model.add_adapter("other", config(inference_mode=True))
+    assert torch.equal(output(model), before)
+    assert model.get_nb_trainable_parameters()[0] == CORES + FACTORS
+
+
+def test_delete_adapter_takes_its_factors_along() -> None:
+    model = two_adapters()
+    first = output(model)
+    model.delete_adapter("other")
+    assert list(model.base_model.lotr_factors) == ["default"]
+    assert not any(".other" in key for key in model.state_dict())
+    assert torch.equal(output(model), first)
+    model.delete_adapter("default")
+    assert not any("lotr" in key for key in model.state_dict())
+
+
+def test_deleting_the_active_adapter_activates_the_other() -> None:
+    model = two_adapters()
+    expected = alone("other")
+    with pytest.warns(UserWarning, match="Setting active adapter to other"):
+        model.delete_adapter("default")
+    torch.testing.assert_close(output(model), expected)
+
+
+def test_two_active_adapters_add_up_as_merged_ones() -> None:
+    model = two_adapters()
+    model.base_model.set_adapter(["default", "other"])
+    both = output(model)
+    model.merge_adapter(["default", "other"])
+    torch.testing.assert_close(output(model), both, rtol=1e-4, atol=1e-4)
+
+
+def test_mixed_batch_gives_each_row_its_adapter() -> None:
+    model = two_adapters()
+    x = ids(5)
+    names = ["other", "default", "__base__", "default", "other"]
+    mixed = output(model, x, adapter_names=names)
+    for name in set(names):
+        rows = [i for i, n in enumerate(names) if n == name]
+        if name == "__base__":
+            expected = output(bert(), x)
+        else:
+            model.set_adapter(name)
+            expected = output(model, x)
+        torch.testing.assert_close(mixed[rows], expected[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_batch_of_adapters_that_share_factors() -> None:
+    model = get_peft_model(bert(), config())
+    randomize(model)
+    for k in range(3):
+        model.add_adapter(f"user{k}", config(share_factors="default"))
+        randomize(model, f"user{k}", k + 1)
+    assert (
+        len({id(t.of("attention.self.query")) for t in model.base_model.lotr_factors.values()}) == 1
+    )
+    names = ["user0", "user2", "user2", "default", "user1", "__base__"]
+    x = ids(6)
+    mixed = output(model, x, adapter_names=names)
+    for row, name in enumerate(names):
+        if name == "__base__":
+            continue
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], output(model, x)[row], rtol=1e-4, atol=1e-5)
+        trained = model.get_nb_trainable_parameters()[0]
+        assert trained == (CORES + FACTORS if name == "default" else CORES)
+    model.delete_adapter("user0")
+    model.set_adapter("default")
+    assert model.get_nb_trainable_parameters()[0] == CORES + FACTORS
+
+
+def test_mixed_batch_refusals() -> None:
+    model = two_adapters().eval()
+    with pytest.raises(lt.DataError, match="'nobody'"):
+        model(ids(2), adapter_names=["nobody", "default"])
+    with pytest.raises(lt.DataError, match="1 entries for 2 rows"):
+        model(ids(2), adapter_names=["default"])
+    model.train()
+    with pytest.raises(lt.DataError, match="eval"):
+        model(ids(1), adapter_names=["default"])
+    model.eval().merge_adapter()
+    with pytest.raises(lt.DataError, match="unmerge"):
+        model(ids(1), adapter_names=["default"])
+
+
+def test_mixed_batch_generates_with_beams() -> None:
+    model = get_peft_model(gpt2(), config(target_modules=["c_attn"]))
+    model.add_adapter("other", config(target_modules=["c_attn"]))
+    randomize(model, "default", 1)
+    randomize(model, "other", 2)
+    model.eval()
+    names = ["other", "default", "__base__"]
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    x = ids(3)
+    mask = torch.ones_like(x)
+    mixed = model.generate(input_ids=x, attention_mask=mask, adapter_names=names, **options)
+    for row, name in enumerate(names[:2]):
+        model.set_adapter(name)
+        own = model.generate(
+            input_ids=x[row : row + 1], attention_mask=mask[row : row + 1], **options
+        )
+        assert torch.equal(mixed[row, : own.shape[1]], own[0])
+
+
+def test_equal_factors_are_tied_on_request() -> None:
+    model = get_peft_model(bert(), config())
+    model.add_adapter("twin", config())
+    for name, factors in model.base_model.lotr_factors["twin"].groups():
+        factors.load_state_dict(model.base_model.lotr_factors["default"].of(name).state_dict())
+    randomize(model, "twin", 3)
+    model.set_adapter("twin")
+    expected = output(model)
+    assert model.base_model.tie_factors() == 3
+    assert torch.equal(output(model), expected)
+    assert model.base_model.tie_factors() == 0
+
+
+# Everything else that a model goes through
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiles_to_one_graph() -> None:
+    torch._dynamo.reset()
+    model = get_peft_model(bert(), config())
+    randomize(model)
+    expected = output(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(output(compiled), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        base = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+        if checkpointing:
+            name = "activation_checkpointing_enable"  # from transformers 5.2 on
+            enable = getattr(base, name, None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        model = get_peft_model(base, config())
+        randomize(model)
+        model(ids())[0].square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
+    for name, grad in plain.items():
+        torch.testing.assert_close(checkpointed[name], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_base_gets_float32_adapter() -> None:
+    model = get_peft_model(bert().to(torch.bfloat16), config())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert output(model).dtype == torch.bfloat16
+    half = get_peft_model(bert().to(torch.bfloat16), config(), autocast_adapter_dtype=False)
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.bfloat16}
+    randomize(half)
+    output(half)
+
+
+def test_autocast() -> None:
+    model = get_peft_model(bert(), config())
+    randomize(model)
+    expected = output(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = output(model)
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_embeddings_are_adapted() -> None:
+    model = get_peft_model(bert(), config(target_modules=["word_embeddings", "query"]))
+    randomize(model)
+    expected = output(model)
+    assert not torch.allclose(expected, output(bert()), atol=1e-3)
+    names = ["default", "__base__", "default", "default"]
+    mixed = output(model, adapter_names=names)
+    torch.testing.assert_close(mixed[[0, 2, 3]], expected[[0, 2, 3]], rtol=1e-4, atol=1e-5)
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(output(plain), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_modules_to_save_train_with_the_adapter() -> None:
+    model = get_peft_model(classifier(), config(task_type="SEQ_CLS"))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any("classifier.modules_to_save" in name for name in trained)
+
+
+def test_status_functions_of_peft() -> None:
+    model = two_adapters()
+    status = peft.get_model_status(model)
+    assert status.available_adapters == ["default", "other"]
+    assert status.active_adapters == ["default"]
+    layers = peft.get_layer_status(model)
+    assert len(layers) == len(lotr_layers(model))
+
+
+# Refusals: each leaves the model as it was
+
+
+def unchanged(model: nn.Module) -> bool:
+    plain = bert()
+    same = all(torch.equal(plain.state_dict()[k], v) for k, v in model.state_dict().items())
+    trainable = all(p.requires_grad for p in model.parameters())
+    return same and trainable and set(model.state_dict()) == set(plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target_modules": ["quary"]}, ValueError, "quary.*not found"),
+        ({"r": 33}, lt.RankError, r"exceeds the layers of group"),
+        ({"group_by": "all=."}, lt.ShapeError, "together"),
+        ({"group_by": "x=nothing"}, lt.FormatError, "matches none"),
+        (
+            {"target_modules": ["LayerNorm"]},
+            lt.UnsupportedAdapterError,
+            r"LayerNorm is a LayerNorm",
+        ),
+        ({"share_factors": "nobody"}, lt.FormatError, "'nobody'"),
+    ],
+)
+def test_refusals(options, error, message) -> None:
+    base = bert()
+    with pytest.raises(error, match=message):
+        get_peft_model(base, config(**options))
+    assert unchanged(base)
+    model = get_peft_model(bert(), config())
+    before = output(model)
+    with pytest.raises(error, match=message):
+        model.add_adapter("second", config(**options))
+    assert list(model.base_model.lotr_factors) == list(model.peft_config) == ["default"]
+    assert not any("second" in key for key in model.state_dict())
+    assert torch.equal(output(model), before)
+    assert model.get_nb_trainable_parameters()[0] == CORES + FACTORS
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"r": 0}, lt.RankError),
+        ({"r": (1, 2, 3)}, lt.RankError),
+        ({"train": "some"}, lt.DataError),
+        ({"bias": "some"}, lt.DataError),
+        ({"lotr_dropout": 1.5}, lt.DataError),
+        ({"lotr_alpha": float("nan")}, lt.DataError),
+        ({"format_version": 2}, lt.FormatError),
+        ({"groups": [{"name": "query"}]}, lt.FormatError),
+    ],
+)
+def test_config_refusals(options, error) -> None:
+    with pytest.raises(error):
+        config(**options)
+
+
+def test_a_name_that_is_part_of_the_keys_is_refused() -> None:
+    with pytest.raises(lt.FormatError, match="'left'"):
+        get_peft_model(bert(), config(), adapter_name="left")
+
+
+def test_injection_without_a_tuner_is_refused_by_peft() -> None:
+    with pytest.raises(ValueError, match="shared state"):
+        inject_adapter_in_model(config(), bert())
+
+
+def test_the_users_config_is_not_written_to() -> None:
+    own = config()
+    get_peft_model(bert(), own)
+    assert own.groups is None
+    assert get_peft_model(bert(layers=2), own).peft_config["default"].groups is not None
+    assert isinstance(own, PeftConfig)
