@@ -147,7 +147,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise FormatError(f"{path} holds a JSON {type(content).__name__}; expected an object")

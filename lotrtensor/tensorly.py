@@ -1,0 +1,59 @@
+"""To and from TensorLy's ``TuckerTensor``, both ways exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from array_api_compat import array_namespace, device
+
+from lotrtensor.core.tucker2 import Tucker2
+from lotrtensor.errors import LotrError, ShapeError
+
+try:
+    from tensorly.tucker_tensor import TuckerTensor
+except ImportError as error:  # pragma: no cover - depends on what is installed
+    raise LotrError(
+        "lotrtensor.tensorly needs TensorLy; install it with: pip install 'lotrtensor[tensorly]'"
+    ) from error
+
+
+def to_tensorly(tucker2: Tucker2) -> TuckerTensor:
+    """Return the decomposition as a Tucker tensor of shape (K, m, n).
+
+    The core is (K, p, q) and the factors are the K × K identity, U (m × p) and V (n × q).
+    """
+    xp, core = tucker2.xp, tucker2.core
+    identity = xp.eye(tucker2.shape[0], dtype=core.dtype, device=device(core))
+    return TuckerTensor((core, [identity, tucker2.left, tucker2.right]))
+
+
+def from_tensorly(tensor: Any) -> Tucker2:
+    """Return a Tucker tensor of shape (K, m, n) as a Tucker-2 decomposition.
+
+    Parameters
+    ----------
+    tensor : TuckerTensor or (core, factors)
+        Three factors, one a mode; or two, of the modes 1 and 2, as ``partial_tucker`` with
+        ``modes=[1, 2]`` returns them. A first factor goes into the cores, G ← G ×₁ F.
+
+    Returns
+    -------
+    Tucker2
+        With left factor U of mode 1 and right factor V of mode 2.
+
+    Raises
+    ------
+    ShapeError
+        If the tensor is not third-order, or has another number of factors.
+    """
+    core, factors = tensor
+    factors = list(factors)
+    if core.ndim != 3 or len(factors) not in (2, 3):
+        raise ShapeError(
+            f"the core has {core.ndim} modes and there are {len(factors)} factors; expected a core "
+            "(K, p, q) and three factors, or two for the modes 1 and 2"
+        )
+    if len(factors) == 3:
+        xp = array_namespace(core, *factors)
+        core = xp.tensordot(factors.pop(0), core, axes=1)
+    return Tucker2(factors[0], core, factors[1])
