@@ -1,0 +1,66 @@
+"""Two gloo processes: the same losses as one process, the same factors in both, one whole file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+    pytest.skip("this PyTorch has no gloo", allow_module_level=True)
+
+from peft import PeftModel  # noqa: E402
+
+import lotrtensor as lt  # noqa: E402
+from tests.distributed_worker import MODES, NO_DROPOUT, make_model, train  # noqa: E402
+from tests.peft_models import THIRD_PARTY, bert, output  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings(THIRD_PARTY), pytest.mark.slow]
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote, a directory a mode."""
+    out = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(WORKER), str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[list[float], torch.Tensor]:
+    """Losses of one process on whole batches, and what the trained model computes."""
+    model = make_model()
+    losses = train(model)
+    assert losses[-1] < losses[1]
+    return losses, output(model)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_train_as_one(trained: Path, mode: str, alone) -> None:
+    losses, expected = alone
+    report = json.loads((trained / mode / "report.json").read_text())
+    assert report["losses"] == pytest.approx(losses, rel=1e-5)
+    assert report["equal"]
+    assert report["factors"] == 4  # U and V of two groups
+    assert (report["sharded"] > 0) == (mode == "fsdp2")
+    loaded = PeftModel.from_pretrained(bert(**NO_DROPOUT), trained / mode)
+    torch.testing.assert_close(output(loaded), expected, rtol=1e-3, atol=1e-3)
+    groups = lt.load(trained / mode).groups
+    assert [len(group.modules) for group in groups] == [6, 3]
