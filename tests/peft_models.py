@@ -59,6 +59,12 @@ def output(model: nn.Module, x: torch.Tensor | None = None, **options: Any) -> t
         return model.eval()(ids() if x is None else x, **options)[0]
 
 
+def weighted(y: torch.Tensor) -> torch.Tensor:
+    """A loss with gradients: the sum of squares of a normalised output has none."""
+    generator = torch.Generator().manual_seed(5)
+    return (y * torch.randn(y.shape, generator=generator)).sum()
+
+
 def config(**options: Any) -> lotr.LotrConfig:
     """A config of small rank."""
     return lotr.LotrConfig(**{"r": (3, 4), "target_modules": TARGETS, **options})

@@ -28,6 +28,7 @@ from tests.peft_models import (  # noqa: E402
     lotr_layers,
     output,
     randomize,
+    weighted,
 )
 
 pytestmark = pytest.mark.filterwarnings(THIRD_PARTY)
@@ -140,10 +141,10 @@ def test_sharing_survives(transform) -> None:
 def test_gradients_reach_factors_and_cores() -> None:
     model = get_peft_model(bert(), config())
     randomize(model)
-    model(ids())[0].square().sum().backward()
+    weighted(model(ids())[0]).backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 15
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+    assert all(p.grad is not None and p.grad.norm() > 1e-3 for p in trained.values())
 
 
 # Merging
@@ -378,13 +379,14 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         torch.manual_seed(0)
         model = get_peft_model(base, config())
         randomize(model)
-        model(ids())[0].square().sum().backward()
+        weighted(model(ids())[0]).backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     plain, checkpointed = gradients(False), gradients(True)
     assert plain.keys() == checkpointed.keys()
     for name, grad in plain.items():
         torch.testing.assert_close(checkpointed[name], grad, rtol=1e-4, atol=1e-5)
+        assert grad.norm() > 1e-3
 
 
 def test_half_precision_base_gets_float32_adapter() -> None:

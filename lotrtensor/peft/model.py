@@ -11,7 +11,11 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 
 from lotrtensor.adapters.modules import FactoredCore
@@ -144,9 +148,19 @@ class LotrModel(BaseTuner):
             )
             table.add(group.name, factors.requires_grad_(config.train == "all"))
             if plan.source is None:
-                weights = _weights(group, layers) if init == "svd" else []
+                weights = self._weights(group, layers) if init == "svd" else []
                 init_factors(factors, init, weights)
         self.lotr_factors[adapter_name] = table
+
+    def _weights(self, group: GroupPlan, layers: Mapping[str, nn.Module]) -> list[Tensor]:
+        """Base weights of a group (m × n), dequantised."""
+        options = get_quantization_kwargs(self)
+        weights = []
+        for name in group.modules:
+            backend = resolve_quantization_backend(layers[name], **options)
+            dense = backend.get_base_weight(layers[name]) if backend else base_weight(layers[name])
+            weights.append(dense)
+        return weights
 
     @torch.no_grad()
     def _fill(self, adapter_name: str, plan: AdapterPlan) -> None:
@@ -318,16 +332,6 @@ class LotrModel(BaseTuner):
         self.unload()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad = flags.get(name, parameter.requires_grad)
-
-
-def _weights(group: GroupPlan, layers: Mapping[str, nn.Module]) -> list[Tensor]:
-    weights = [base_weight(layers[name]) for name in group.modules]
-    for name, weight in zip(group.modules, weights, strict=True):
-        if not weight.is_floating_point() or weight.shape != group.shape:
-            raise DataError(
-                f"init='svd' needs the weight of {name}, which is quantised; use 'orthogonal'"
-            )
-    return weights
 
 
 def _equal(a: SharedFactors, b: SharedFactors) -> bool:
