@@ -8,6 +8,7 @@ from importlib.metadata import version
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.analyze import Analysis, Choice, analyze
 from lotrtensor.compare import compare
 from lotrtensor.convert import convert
 from lotrtensor.core.algebra import (
@@ -39,6 +40,8 @@ from lotrtensor.truncate import truncate
 __version__ = version("lotrtensor")
 
 __all__ = [
+    "Analysis",
+    "Choice",
     "Clustering",
     "DataError",
     "DenseStack",
@@ -56,6 +59,7 @@ __all__ = [
     "Tucker2",
     "Tucker2Fit",
     "UnsupportedAdapterError",
+    "analyze",
     "cluster",
     "compare",
     "convert",

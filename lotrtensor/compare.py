@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
@@ -75,7 +77,11 @@ def _difference2(name: str, a: LowRankStack | None, b: LowRankStack | None) -> t
             f"{name} is {a.shape[1]} × {a.shape[2]} in the first adapter and {b.shape[1]} × "
             f"{b.shape[2]} in the second; they belong to different base models"
         )
-    return float((a - b).norms2()[0]), float(a.norms2()[0])
+    if all(np.array_equal(x, y) for x, y in zip(a.factors(0), b.factors(0), strict=True)):
+        return 0.0, float(a.norms2()[0])
+    # In float64: the difference of float32 products is no smaller than their rounding.
+    first, second = (LowRankStack(*([x.astype(np.float64)] for x in s.factors(0))) for s in (a, b))
+    return float((first - second).norms2()[0]), float(first.norms2()[0])
 
 
 def _ratio(part2: float, whole2: float) -> float:

@@ -10,18 +10,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lotrtensor.adapters.formats.native import COMMON_FIELDS
-from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import FitRecord, LoraModule, LotrGroup, store_group
+from lotrtensor.adapters.modules import FitRecord, LotrGroup, store_group
 from lotrtensor.core.goals import Goal, Rank, check_goal
 from lotrtensor.core.problem import Problem
 from lotrtensor.core.ranks import Frontier, allocate_budget, allocate_tolerance, pair_at
 from lotrtensor.core.reduction import is_lazy, reduce_stack
 from lotrtensor.core.residual import relative_errors
-from lotrtensor.core.stacks import LowRankStack, SliceStack
 from lotrtensor.errors import LotrWarning, RankError, UnsupportedAdapterError
+from lotrtensor.groups import SourceGroup, lora_groups, source_group, split_groups
 from lotrtensor.sizes import budget_parameters, check_dtype
 
 Progress = Callable[[str, int, int], None]
@@ -45,6 +44,7 @@ def convert(
     energy: float | None = None,
     budget: int | str | None = None,
     group_by: str = "type",
+    cluster: int | None = None,
     dtype: np.dtype | str | None = None,
     progress: Progress | None = None,
 ) -> LotrAdapter:
@@ -68,6 +68,9 @@ def convert(
         parameters, ``"20000p"``.
     group_by : str
         Which modules share factors: ``"type"``, ``"shape"`` or patterns; see `group_modules`.
+    cluster : int, optional
+        Split every group's slices among this many pairs of factors, each slice to the pair that
+        suits it best.
     dtype : dtype, optional
         Type to store in; the adapter's own if not given.
     progress : callable, optional
@@ -99,8 +102,12 @@ def convert(
         )
     if all(goal is None for goal in (rank, tolerance, energy, budget)):
         budget = DEFAULT_BUDGET
+    members = lora_groups(adapter, group_by)
+    if cluster is not None:
+        pair = (rank, rank) if isinstance(rank, int) else rank
+        members = split_groups(members, cluster, pair)
     groups = fit_groups(
-        lora_groups(adapter, group_by),
+        [source_group(name, group, adapter.dtype) for name, group in members],
         rank=rank,
         tolerance=tolerance,
         energy=energy,
@@ -110,60 +117,6 @@ def convert(
     )
     config = {key: adapter.config[key] for key in COMMON_FIELDS if key in adapter.config}
     return LotrAdapter(groups, config, groups[0].left.dtype, adapter.extras)
-
-
-@dataclass(frozen=True, eq=False)
-class SourceGroup:
-    """Updates that are to share their factors, and what they cost where they come from.
-
-    Attributes
-    ----------
-    name : str
-        Name of the group.
-    modules : tuple of str
-        Paths of the modules, one a slice.
-    stack : SliceStack
-        Their updates.
-    slice_ranks : tuple of int or None
-        Ranks r_k of the slices; None where they are whole matrices.
-    embedding : bool
-        Whether the modules are embeddings.
-    parameters, bytes : int
-        Size of the updates as stored in the source.
-    """
-
-    name: str
-    modules: tuple[str, ...]
-    stack: SliceStack
-    slice_ranks: tuple[int, ...] | None
-    embedding: bool
-    parameters: int
-    bytes: int
-
-
-def lora_groups(adapter: LoraAdapter, group_by: str) -> list[SourceGroup]:
-    """Group the modules of a LoRA; see `group_modules`."""
-    modules = {module.name: module for module in adapter.modules}
-    slots = [Slot(m.name, m.shape, m.embedding) for m in adapter.modules]
-    return [
-        source_group(name, [modules[slot.name] for slot in group], adapter.dtype)
-        for name, group in group_modules(slots, group_by).items()
-    ]
-
-
-def source_group(name: str, modules: Sequence[LoraModule], dtype: np.dtype) -> SourceGroup:
-    """Return LoRA modules as a group; ``dtype`` is the type that they are stored in."""
-    stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
-    parameters = sum(module.parameters for module in modules)
-    return SourceGroup(
-        name=name,
-        modules=tuple(module.name for module in modules),
-        stack=stack,
-        slice_ranks=stack.ranks,
-        embedding=modules[0].embedding,
-        parameters=parameters,
-        bytes=parameters * dtype.itemsize,
-    )
 
 
 def fit_groups(

@@ -7,8 +7,16 @@ the argument. The command line prints the same sentence and exits with 1.
 from __future__ import annotations
 
 
+def printable(message: object) -> str:
+    """Return the message on one line: names in it come from files and may hold line breaks."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
+
+
 class LotrError(Exception):
     """Base class of all errors raised on purpose by lotrtensor."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(message))
 
 
 class ShapeError(LotrError, ValueError):

@@ -22,10 +22,11 @@ from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.compare import lora_factors
-from lotrtensor.convert import Progress, SourceGroup, fit_groups
+from lotrtensor.convert import Progress, fit_groups
 from lotrtensor.core.dense import LazyStack
 from lotrtensor.core.goals import Rank
 from lotrtensor.errors import FormatError, LotrWarning
+from lotrtensor.groups import SourceGroup
 from lotrtensor.sizes import check_dtype
 
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)$")

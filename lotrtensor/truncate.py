@@ -11,7 +11,7 @@ from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule
-from lotrtensor.convert import Progress, fit_groups, source_group
+from lotrtensor.convert import Progress, fit_groups
 from lotrtensor.core.goals import check_goal
 from lotrtensor.core.stacks import LowRankStack
 from lotrtensor.core.truncate import (
@@ -23,6 +23,7 @@ from lotrtensor.core.truncate import (
     uniform_ranks,
 )
 from lotrtensor.errors import RankError
+from lotrtensor.groups import source_group
 from lotrtensor.sizes import budget_parameters
 
 
@@ -135,7 +136,7 @@ def _at_ranks(adapter: LoraAdapter, svds: list[SliceSvd], ranks: list[int]) -> L
     modules = []
     for module, svd, rank in zip(adapter.modules, svds, ranks, strict=True):
         b, a = truncate_slices([svd], [rank]).factors(0)
-        modules.append(replace(module, B=b, A=a))
+        modules.append(replace(module, B=b, A=a, stored=None))
     return replace(adapter, modules=tuple(modules))
 
 

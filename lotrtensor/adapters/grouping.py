@@ -20,7 +20,7 @@ class Slot(NamedTuple):
 def layer_order(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that puts layer 2 before layer 10."""
     parts = re.split(r"(\d+)", name)
-    return tuple((1, int(p), "") if p.isdigit() else (0, 0, p) for p in parts)
+    return tuple((1, int(p), "") if p.isdecimal() else (0, 0, p) for p in parts)
 
 
 def module_kind(name: str) -> str:
@@ -29,7 +29,7 @@ def module_kind(name: str) -> str:
     >>> module_kind("model.layers.12.self_attn.q_proj")
     'model.layers.*.self_attn.q_proj'
     """
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def group_modules(slots: Iterable[Slot], group_by: str = "type") -> dict[str, list[Slot]]:
@@ -95,6 +95,13 @@ def _parse_patterns(text: str) -> dict[str, re.Pattern[str]]:
     patterns: dict[str, re.Pattern[str]] = {}
     for item in text.split(","):
         name, equals, pattern = item.strip().partition("=")
+        if not name or (equals and not pattern):
+            raise FormatError(
+                f"grouping {text!r} has an empty pattern; expected 'type', 'shape' or patterns "
+                "such as 'qv=query|value,mlp=dense'"
+            )
+        if name in patterns:
+            raise FormatError(f"grouping {text!r} names {name!r} twice; join the patterns with |")
         try:
             patterns[name] = re.compile(pattern if equals else name)
         except re.error as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.formats.native import PEFT_TYPE
 from lotrtensor.adapters.formats.tensors import read_config
 from lotrtensor.adapters.lora import LoraAdapter
@@ -31,7 +31,7 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     FormatError, UnsupportedAdapterError, DataError
         Naming the file and key, what was found and what was expected.
     """
-    directory = Path(path).expanduser()
+    directory = expand(path)
     if read_config(directory).get("peft_type") == PEFT_TYPE:
         return LotrAdapter.load(directory)
     return LoraAdapter.load(directory)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.formats.peft import read_lora, write_lora
 from lotrtensor.adapters.modules import LoraModule
 
@@ -38,7 +38,7 @@ class LoraAdapter:
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> LoraAdapter:
         """Read a PEFT LoRA directory; see `lotrtensor.adapters.formats.peft.read_lora`."""
-        return cls(*read_lora(Path(directory).expanduser()))
+        return cls(*read_lora(expand(directory)))
 
     def save(
         self,
@@ -72,7 +72,7 @@ class LoraAdapter:
             If ``pad`` is given and the rank exceeds vLLM's largest.
         """
         content = (self.modules, self.config, self.dtype, self.extras)
-        write_lora(Path(directory).expanduser(), content, uniform=uniform, pad=pad, force=force)
+        write_lora(expand(directory), content, uniform=uniform, pad=pad, force=force)
 
     @property
     def parameters(self) -> int:
@@ -81,5 +81,5 @@ class LoraAdapter:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the updates as stored: parameters × itemsize."""
-        return self.parameters * self.dtype.itemsize
+        """Bytes of the updates as read, or as they would be stored: parameters × itemsize."""
+        return sum(module.bytes_in(self.dtype) for module in self.modules)

@@ -6,11 +6,11 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.formats.native import read_lotr, write_lotr
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.lora import LoraAdapter
@@ -60,7 +60,7 @@ class LotrAdapter:
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> LotrAdapter:
         """Read a native directory; see `lotrtensor.adapters.formats.native.read_lotr`."""
-        return cls(*read_lotr(Path(directory).expanduser()))
+        return cls(*read_lotr(expand(directory)))
 
     def save(self, directory: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write a native LoTR directory, atomically.
@@ -71,7 +71,7 @@ class LotrAdapter:
             If ``directory`` exists and ``force`` is not given, or cannot be written.
         """
         content = (self.groups, self.config, self.dtype, self.extras)
-        write_lotr(Path(directory).expanduser(), content, force=force)
+        write_lotr(expand(directory), content, force=force)
 
     @property
     def parameters(self) -> int:

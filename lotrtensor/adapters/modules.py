@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lotrtensor.adapters.rounding import rounded
 from lotrtensor.core.balanced import balanced_factors
 from lotrtensor.core.tucker2 import Tucker2
 
@@ -24,12 +25,15 @@ class LoraModule:
         Right factor.
     embedding : bool
         Whether the module is an embedding, whose weight is n × m: the transpose of ΔW.
+    stored : (dtype, dtype) or None
+        Types that B and A were read in; None where they are no longer what a file holds.
     """
 
     name: str
     B: np.ndarray
     A: np.ndarray
     embedding: bool = False
+    stored: tuple[np.dtype, np.dtype] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,6 +49,11 @@ class LoraModule:
     def parameters(self) -> int:
         """Number of stored numbers: r (m + n)."""
         return self.B.size + self.A.size
+
+    def bytes_in(self, dtype: np.dtype) -> int:
+        """Bytes of the two factors as they were read, or in ``dtype`` where they were not."""
+        b, a = self.stored or (dtype, dtype)
+        return self.B.size * b.itemsize + self.A.size * a.itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,13 +114,15 @@ class LotrGroup:
     left, right : ndarray (m, p), (n, q)
         Shared factors U and V, as stored.
     cores : tuple of ndarray (p, q) or FactoredCore
-        One a module, as stored; scale included.
+        One a module, as stored.
     slice_ranks : tuple of int
         Rank r_k that each ΔW_k had before; no core has a higher one.
     embedding : bool
         Whether the modules are embeddings, whose weights are n × m.
     fit : FitRecord or None
         How well the group stands for what it was fitted to; None where it was trained.
+    scale : float
+        Factor of every ΔW beside U G_k Vᵀ; 1 where it is baked in.
     """
 
     name: str
@@ -122,6 +133,7 @@ class LotrGroup:
     slice_ranks: tuple[int, ...]
     embedding: bool = False
     fit: FitRecord | None = None
+    scale: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -143,7 +155,7 @@ class LotrGroup:
         cores = [c.dense() if isinstance(c, FactoredCore) else c for c in self.cores]
         return Tucker2(
             self.left.astype(np.float64),
-            np.stack([core.astype(np.float64) for core in cores]),
+            np.stack([core.astype(np.float64) * self.scale for core in cores]),
             self.right.astype(np.float64),
         )
 
@@ -165,15 +177,15 @@ def store_group(
     cores: list[Core] = []
     for core, rank in zip(tucker2.core, slice_ranks, strict=True):
         if rank * (p + q) >= p * q:
-            cores.append(core.astype(dtype))
+            cores.append(rounded(core, dtype, f"a core of group {name}"))
             continue
-        left, right = balanced_factors(core, rank)
-        cores.append(FactoredCore(left.astype(dtype), right.astype(dtype)))
+        factors = (rounded(x, dtype, f"a core of {name}") for x in balanced_factors(core, rank))
+        cores.append(FactoredCore(*factors))
     return LotrGroup(
         name=name,
         modules=modules,
-        left=tucker2.left.astype(dtype),
-        right=tucker2.right.astype(dtype),
+        left=rounded(tucker2.left, dtype, f"the left factor of group {name}"),
+        right=rounded(tucker2.right, dtype, f"the right factor of group {name}"),
         cores=tuple(cores),
         slice_ranks=slice_ranks,
         embedding=embedding,

@@ -8,8 +8,8 @@ import warnings
 import typer
 
 import lotrtensor
-from lotrtensor.cli import convert, demo, export, extract, inspect, merge, truncate, verify
-from lotrtensor.errors import LotrError
+from lotrtensor.cli import analyze, convert, demo, export, extract, inspect, merge, truncate, verify
+from lotrtensor.errors import LotrError, printable
 
 app = typer.Typer(
     name="lotr",
@@ -24,6 +24,7 @@ for command in (
     convert.convert,
     truncate.truncate,
     export.export,
+    analyze.analyze,
     verify.verify,
     extract.extract,
     merge.merge,
@@ -32,13 +33,23 @@ for command in (
     app.command()(command)
 
 
-@app.callback()
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version and stop."),
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"lotr {lotrtensor.__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False,
+        "--version",
+        help="Print the version and stop.",
+        callback=_print_version,
+        is_eager=True,
+    ),
+) -> None:
+    """Take the options that come before a command."""
 
 
 def main() -> None:
@@ -52,4 +63,4 @@ def main() -> None:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"lotr: warning: {message}", file=sys.stderr)
+    print(f"lotr: warning: {printable(message)}", file=sys.stderr)

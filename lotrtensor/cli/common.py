@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lotrtensor.convert import Progress as ProgressHook
@@ -49,11 +50,12 @@ def progress_bar() -> Iterator[ProgressHook]:
     started = time.monotonic()
 
     def hook(name: str, done: int, total: int) -> None:
-        bar.update(task, description=name, completed=done, total=total)
+        bar.update(task, description=escape(name), completed=done, total=total)
         if console.is_terminal and time.monotonic() - started > 1.0:
             bar.start()
 
     try:
         yield hook
     finally:
-        bar.stop()
+        if bar.live.is_started:  # to stop what never started prints an empty line
+            bar.stop()

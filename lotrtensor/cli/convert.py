@@ -41,6 +41,9 @@ def convert(
             help="Which modules share factors: type, shape, or PATTERNS such as 'qv=query|value'."
         ),
     ] = "type",
+    cluster: Annotated[
+        int | None, typer.Option(help="Split every group among this many pairs of factors.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Type to store: float32, float16, bfloat16, float64.")
     ] = None,
@@ -63,6 +66,7 @@ def convert(
             energy=energy,
             budget=budget,
             group_by=group_by,
+            cluster=cluster,
             dtype=dtype,
             progress=progress,
         )
@@ -75,4 +79,4 @@ def convert(
     if all(goal is None for goal in (rank, tolerance, energy, budget)):
         console.print(f"no rank given: kept to {DEFAULT_BUDGET} of the bytes")
     console.print(lotr_table(document))
-    console.print(f"{output}: {size_line(document)}")
+    console.print(f"{output}: {size_line(document)}", markup=False)

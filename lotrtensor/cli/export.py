@@ -45,5 +45,7 @@ def export(
         return
     console = output_console()
     console.print(lora_table(document))
-    console.print(f"{output}: {size_line(document)}")
-    console.print(f"relative difference to {adapter}: {error(document['relative_error'])}")
+    console.print(f"{output}: {size_line(document)}", markup=False)
+    console.print(
+        f"relative difference to {adapter}: {error(document['relative_error'])}", markup=False
+    )

@@ -72,4 +72,4 @@ def extract(
         return
     console = output_console()
     console.print(lotr_table(document))
-    console.print(f"{output}: {size_line(document)}")
+    console.print(f"{output}: {size_line(document)}", markup=False)

@@ -31,6 +31,6 @@ def inspect(
     console.print(lora_table(document) if document["type"] == "LORA" else lotr_table(document))
     console.print(f"{size_line(document)}, {document['dtype']}")
     if document["base_model"]:
-        console.print(f"base model: {document['base_model']}")
+        console.print(f"base model: {document['base_model']}", markup=False)
     if document["carried_tensors"]:
-        console.print(f"carried unchanged: {', '.join(document['carried_tensors'])}")
+        console.print(f"carried unchanged: {', '.join(document['carried_tensors'])}", markup=False)

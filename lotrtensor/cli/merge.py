@@ -29,4 +29,4 @@ def merge(
     if json:
         print_json({"changed": list(changed)})
         return
-    output_console().print(f"{output}: {len(changed)} weights changed")
+    output_console().print(f"{output}: {len(changed)} weights changed", markup=False)

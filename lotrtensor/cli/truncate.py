@@ -73,5 +73,5 @@ def truncate(
         return
     console = output_console()
     console.print(lora_table(document) if document["type"] == "LORA" else lotr_table(document))
-    console.print(f"{output}: {size_line(document)}")
+    console.print(f"{output}: {size_line(document)}", markup=False)
     console.print(f"relative error: {error(document['relative_error'])}")

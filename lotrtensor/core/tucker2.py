@@ -55,6 +55,7 @@ class Tucker2:
     right: Array
 
     def __post_init__(self) -> None:
+        namespace(self.left, self.core, self.right)
         found = tuple(tuple(x.shape) for x in (self.left, self.core, self.right))
         fits = (
             [x.ndim for x in (self.left, self.core, self.right)] == [2, 3, 2]
@@ -67,7 +68,6 @@ class Tucker2:
                 f"left, core and right have shapes {found[0]}, {found[1]} and {found[2]}; "
                 "expected (m, p), (K, p, q) and (n, q)"
             )
-        namespace(self.left, self.core, self.right)
         for x, name in ((self.left, "left"), (self.core, "core"), (self.right, "right")):
             check_real_floating(x, name)
             check_finite(as_working(x), name)

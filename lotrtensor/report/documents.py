@@ -12,6 +12,7 @@ from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.analyze import Analysis
 from lotrtensor.compare import Difference, lora_factors
 
 Document = dict[str, Any]
@@ -71,6 +72,16 @@ def difference_document(difference: Difference) -> Document:
         "relative_error": difference.relative_error,
         "max_slice_error": difference.max_slice_error,
         "modules": [row._asdict() for row in difference.modules],
+    }
+
+
+def analysis_document(analysis: Analysis) -> Document:
+    """Every representation at every size, and the recommendation."""
+    return {
+        "source_parameters": analysis.source_parameters,
+        "source_bytes": analysis.source_bytes,
+        "recommendation": analysis.recommendation,
+        "choices": [choice._asdict() for choice in analysis.choices],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from lotrtensor.report.documents import Document
@@ -38,7 +39,7 @@ def lotr_table(document: Document) -> Table:
     )
     for group in document["groups"]:
         table.add_row(
-            group["name"],
+            escape(group["name"]),
             str(len(group["modules"])),
             "{} × {}".format(*group["shape"]),
             "{}, {}".format(*group["ranks"]),
@@ -61,7 +62,7 @@ def lora_table(document: Document) -> Table:
     )
     for group in document["groups"]:
         table.add_row(
-            group["name"],
+            escape(group["name"]),
             str(len(group["modules"])),
             "{} × {}".format(*group["shape"]),
             ", ".join(map(str, group["lora_ranks"])),
@@ -81,7 +82,26 @@ def difference_table(document: Document, limit: int = 10) -> Table:
         title += f", the {limit} largest of {len(rows)} modules"
     table = _table(title, "module", "difference")
     for row in rows[:limit]:
-        table.add_row(row["name"], error(row["relative_error"]))
+        table.add_row(escape(row["name"]), error(row["relative_error"]))
+    return table
+
+
+def analysis_table(document: Document) -> Table:
+    """Errors by size, one column a representation, the smallest error of a size in bold."""
+    names = list(dict.fromkeys(choice["representation"] for choice in document["choices"]))
+    table = _table("relative error at a size", "bytes at most", *names)
+    for budget in dict.fromkeys(choice["budget"] for choice in document["choices"]):
+        errors = {
+            choice["representation"]: choice["relative_error"]
+            for choice in document["choices"]
+            if choice["budget"] == budget
+        }
+        best = min(errors.values())
+        cells = [
+            f"[bold]{value:.3f}[/]" if value == best else "–" if value is None else f"{value:.3f}"
+            for value in map(errors.get, names)
+        ]
+        table.add_row(f"{size(int(budget * document['source_bytes']))} ({budget:.0%})", *cells)
     return table
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from lotrtensor.adapters.formats.directory import expand, replace_directory
 from lotrtensor.adapters.formats.tensors import FLOATS, read_json_object
 from lotrtensor.errors import DataError, FormatError
 
@@ -72,6 +73,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     FormatError
         If there is no checkpoint, or a shard is missing, damaged or lacks a tensor.
     """
+    directory = expand(directory)
     if directory.is_file() and directory.suffix == ".safetensors":
         directory, names = directory.parent, [directory.name]
     elif (directory / INDEX_NAME).is_file():
@@ -128,7 +130,7 @@ def rewrite_checkpoint(
         If the output may not be replaced, or cannot be written; nothing has changed then.
     """
     check_checkpoint_output(output, force=force)
-    output = Path(os.path.abspath(output))  # noqa: PTH100 - Path.resolve would follow a link
+    output = Path(os.path.abspath(expand(output)))  # noqa: PTH100 - Path.resolve would follow a link
     if source.directory.resolve() == output.resolve():
         raise FormatError(f"{output} is the base checkpoint itself; choose another output")
     shards = sorted(set(source.files.values()))
@@ -142,14 +144,7 @@ def rewrite_checkpoint(
                     shutil.copy2(path, fresh / path.name)
             for shard in shards:
                 _rewrite_shard(source, shard, fresh / shard, change)
-            if output.exists():
-                output.rename(old)
-            try:
-                fresh.rename(output)
-            except OSError:
-                if old.exists():
-                    old.rename(output)
-                raise
+            replace_directory(fresh, output, old)
     except OSError as error:
         raise FormatError(f"{output} cannot be written: {error.strerror or error}") from error
 
@@ -162,6 +157,7 @@ def check_checkpoint_output(path: Path, *, force: bool) -> None:
     FormatError
         Before any work is done.
     """
+    path = expand(path)
     if not path.exists():
         return
     if not force:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -13,6 +14,20 @@ from lotrtensor.errors import FormatError
 CONFIG_NAME = "adapter_config.json"
 
 
+def expand(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` with a leading ``~`` expanded.
+
+    Raises
+    ------
+    FormatError
+        If there is no such home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FormatError(f"{path} names no home directory: {error}") from error
+
+
 def check_output(path: Path, *, force: bool) -> None:
     """Refuse an output that exists, before any work is done.
 
@@ -22,8 +37,12 @@ def check_output(path: Path, *, force: bool) -> None:
         If ``path`` exists and ``force`` is not given, or if it is no adapter directory, which
         ``force`` does not replace either.
     """
-    if not path.exists() and not path.is_symlink():
-        return
+    path = expand(path)
+    try:
+        if not path.exists() and not path.is_symlink():
+            return
+    except OSError as error:
+        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
     if not force:
         raise FormatError(f"{path} exists; choose another output or add --force to replace it")
     replaceable = (
@@ -65,18 +84,27 @@ def write_directory(path: Path, files: Mapping[str, bytes], *, force: bool = Fal
             for name, content in files.items():
                 _write_synced(fresh / name, content)
             _sync(fresh)
-            if path.exists():
-                path.rename(old)
-            try:
-                fresh.rename(path)
-            except OSError:
-                if old.exists():
-                    old.rename(path)
-                raise
-            _sync(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            replace_directory(fresh, path, old)
+            shutil.rmtree(old, ignore_errors=True)  # interrupted here, the context still clears it
     except OSError as error:
         raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def replace_directory(fresh: Path, path: Path, old: Path) -> None:
+    """Rename ``fresh`` to ``path``; what stood there goes to ``old``, and back if that fails.
+
+    A signal between the two renames must not lose both, hence every exception is caught.
+    """
+    try:
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    with contextlib.suppress(OSError):  # the new directory stands; only its durability is open
+        _sync(path.parent)
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -13,8 +13,9 @@ and ΔW of a module is scale · U G_k Vᵀ with the scale of its group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def read_lotr(directory: Path) -> LotrContent:
     Returns
     -------
     groups, config, dtype, extras
-        The fields of a `LotrAdapter`; the scale of a group folded into its cores.
+        The fields of a `LotrAdapter`.
 
     Raises
     ------
@@ -91,13 +92,9 @@ def read_lotr(directory: Path) -> LotrContent:
     if not isinstance(records, list) or not records:
         raise FormatError(f"{directory}: the config has no groups; expected a list of them")
     tensors = read_tensors(directory)
-    try:
-        groups = tuple(_read_group(record, tensors, directory) for record in records)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FormatError(
-            f"{directory}: a group of the config lacks or mistypes {error}; expected name, "
-            "modules, shape, rank, slice_ranks, scale"
-        ) from error
+    groups = tuple(
+        _read_group(_checked(record, directory), tensors, directory) for record in records
+    )
     dtype = groups[0].left.dtype
     extras = split_extras(tensors, config, directory)
     common = {key: config[key] for key in COMMON_FIELDS if key in config}
@@ -131,7 +128,7 @@ def write_lotr(directory: Path, content: LotrContent, *, force: bool = False) ->
                 "shape": list(group.shape),
                 "rank": list(group.rank),
                 "slice_ranks": list(group.slice_ranks),
-                "scale": 1.0,
+                "scale": group.scale,
                 "embedding": group.embedding,
                 "fit": asdict(group.fit) if group.fit else None,
             }
@@ -142,22 +139,95 @@ def write_lotr(directory: Path, content: LotrContent, *, force: bool = False) ->
     write_directory(directory, adapter_files(config, tensors), force=force)
 
 
+def _checked(record: Any, directory: Path) -> dict[str, Any]:
+    """Return a group of the config, every field of the type and length that the format says."""
+
+    def integers(value: Any, length: int) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) == length
+            and all(type(item) is int and item > 0 for item in value)
+        )
+
+    def refuse(field: str, expected: str) -> FormatError:
+        found = record.get(field) if isinstance(record, dict) else record
+        return FormatError(
+            f"{directory}: {field} of a group is {str(found)[:80]}; expected {expected}"
+        )
+
+    if not isinstance(record, dict):
+        raise refuse("an entry", "an object")
+    name, modules, scale = record.get("name"), record.get("modules"), record.get("scale")
+    if not isinstance(name, str) or not name:
+        raise refuse("name", "a string")
+    strings = isinstance(modules, list) and all(isinstance(module, str) for module in modules)
+    if not strings or not modules or len(set(modules)) != len(modules):
+        raise refuse("modules", "a list of different module paths")
+    for field in ("shape", "rank"):
+        if not integers(record.get(field), 2):
+            raise refuse(field, "two positive integers")
+    ranks = record.get("slice_ranks")
+    if not integers(ranks, len(modules)):
+        raise refuse("slice_ranks", f"{len(modules)} positive integers, one a module")
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) < 1e30:
+        raise refuse("scale", "a finite number")
+    fit = record.get("fit")
+    if fit is not None and not _is_fit(fit):
+        raise refuse("fit", f"null, or the numbers {', '.join(_FIT_FIELDS)}")
+    return record
+
+
+_FIT_FIELDS = tuple(field.name for field in fields(FitRecord))
+
+
+def _is_fit(fit: Any) -> bool:
+    return (
+        isinstance(fit, dict)
+        and set(fit) == set(_FIT_FIELDS)
+        and all(type(value) in (int, float) and 0 <= value < 1e30 for value in fit.values())
+    )
+
+
 def _read_group(record: dict[str, Any], tensors: Tensors, directory: Path) -> LotrGroup:
     """Take the tensors of one group out of ``tensors``; whatever is left belongs to no group."""
-    name, modules = str(record["name"]), tuple(record["modules"])
+    name, modules = record["name"], tuple(record["modules"])
     (m, n), (p, q) = record["shape"], record["rank"]
-    scale = float(record["scale"])
     left = _take(tensors, LEFT + name, (m, p), directory)
     right = _take(tensors, RIGHT + name, (n, q), directory)
-    cores = tuple(
-        _read_core(module, rank, (p, q), tensors, directory)
-        for module, rank in zip(modules, record["slice_ranks"], strict=True)
+    cores = []
+    for module, rank in zip(modules, record["slice_ranks"], strict=True):
+        core = _read_core(module, rank, (p, q), tensors, directory)
+        _check_core_rank(core, rank, module, directory)
+        cores.append(core)
+    return LotrGroup(
+        name=name,
+        modules=modules,
+        left=left,
+        right=right,
+        cores=tuple(cores),
+        slice_ranks=tuple(record["slice_ranks"]),
+        embedding=bool(record.get("embedding")),
+        fit=FitRecord(**record["fit"]) if record.get("fit") else None,
+        scale=float(record["scale"]),
     )
-    if scale != 1.0:
-        cores = tuple(_scaled(core, scale) for core in cores)
-    fit = FitRecord(**record["fit"]) if record.get("fit") else None
-    ranks = tuple(int(rank) for rank in record["slice_ranks"])
-    return LotrGroup(name, modules, left, right, cores, ranks, bool(record.get("embedding")), fit)
+
+
+def _check_core_rank(core: Core, rank: int, module: str, directory: Path) -> None:
+    """Refuse a dense core of a higher rank than the config says: an export would lose the rest."""
+    if isinstance(core, FactoredCore) or rank >= min(core.shape):
+        return
+    values = np.linalg.svd(core.astype(np.float64), compute_uv=False)
+    # Rounding of the entries to the storage type leaves this much beyond the rank.
+    noise = math.sqrt(core.size) * _ROUNDOFF[core.dtype.name] * float(values[0])
+    if float(values[rank]) > 4 * noise:
+        raise FormatError(
+            f"{directory}: slice_ranks gives {module} the rank {rank}, but its core has a higher "
+            "one; the config belongs to another adapter"
+        )
+
+
+# A float64 core may have been fitted to factors in float32.
+_ROUNDOFF = {"float64": 2.0**-22, "float32": 2.0**-22, "float16": 2.0**-11, "bfloat16": 2.0**-9}
 
 
 def _read_core(
@@ -182,13 +252,3 @@ def _take(tensors: Tensors, key: str, shape: tuple[int, int], directory: Path) -
         )
     check_floating(key, tensor, directory)
     return tensor
-
-
-def _scaled(core: Core, scale: float) -> Core:
-    if isinstance(core, FactoredCore):
-        return FactoredCore(_scaled_array(core.left, scale), core.right)
-    return _scaled_array(core, scale)
-
-
-def _scaled_array(x: np.ndarray, scale: float) -> np.ndarray:
-    return (x.astype(np.float64) * scale).astype(x.dtype)

@@ -21,6 +21,7 @@ from lotrtensor.adapters.formats.tensors import (
 )
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.rounding import rounded
 from lotrtensor.errors import FormatError, RankError, UnsupportedAdapterError
 
 PREFIX = "base_model.model."
@@ -129,11 +130,13 @@ def write_lora(
     for module in modules:
         zeros = (0, rank - module.rank if uniform else 0)
         if not uniform and module.rank != rank:
-            patterns[re.escape(module.name)] = module.rank
+            # PEFT matches a pattern to the end of a path: anchored, it means this module alone.
+            patterns["^" + re.escape(module.name)] = module.rank
         b, a = np.pad(module.B, ((0, 0), zeros)), np.pad(module.A, (zeros, (0, 0)))
         stem, tail = ("lora_embedding_", "") if module.embedding else ("lora_", ".weight")
-        tensors[f"{PREFIX}{module.name}.{stem}A{tail}"] = a.astype(dtype)
-        tensors[f"{PREFIX}{module.name}.{stem}B{tail}"] = b.astype(dtype)
+        for side, factor in (("A", a), ("B", b)):
+            key = f"{PREFIX}{module.name}.{stem}{side}{tail}"
+            tensors[key] = rounded(factor, dtype, key)
     config = {key: value for key, value in source_config.items() if key not in _OWN_FIELDS}
     config.setdefault("target_modules", sorted({m.name for m in modules}))
     config |= {
@@ -176,7 +179,7 @@ def split_extras(tensors: Tensors, config: Mapping[str, Any], directory: Path) -
     """
     for key in tensors:
         carried = (
-            _names_saved_module(key, config)
+            _names_saved_module(key, config, directory)
             or (config.get("bias", "none") != "none" and key.endswith(".bias"))
             or "trainable_tokens_delta" in key
             or re.search(
@@ -191,8 +194,12 @@ def split_extras(tensors: Tensors, config: Mapping[str, Any], directory: Path) -
     return dict(tensors)
 
 
-def _names_saved_module(key: str, config: Mapping[str, Any]) -> bool:
+def _names_saved_module(key: str, config: Mapping[str, Any], directory: Path) -> bool:
     saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise FormatError(
+            f"{directory}: modules_to_save is {saved!r}; expected a list of module names"
+        )
     return any(re.search(rf"(^|\.){re.escape(name)}\.", key) for name in saved)
 
 
@@ -204,7 +211,7 @@ def _check_plain(config: Mapping[str, Any], directory: Path) -> None:
                 "ΔW = s · B · A, has a LoTR form"
             )
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_MUTATING_INITS):
+    if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
         raise UnsupportedAdapterError(
             f"{directory} has init_lora_weights = {init!r}, which changes the base weights; save "
             "it as a plain LoRA first (PEFT: save_pretrained with "
@@ -285,20 +292,30 @@ def _read_module(
         )
     scale = _scale(name, a, config, directory)
     wide = np.result_type(*(_as_wide(f.tensor.dtype) for f in (a, b)))
+    with np.errstate(over="ignore"):
+        scaled = b.tensor.astype(wide) * wide.type(scale)
+    if not np.isfinite(scaled).all():
+        raise FormatError(
+            f"{directory}: {b.key} times its scale {scale:.3g} (lora_alpha over r) is infinite; "
+            "expected a scale of ordinary size"
+        )
     return LoraModule(
         name=name,
-        B=b.tensor.astype(wide) * wide.type(scale),
+        B=scaled,
         A=a.tensor.astype(wide),
         embedding=embedding,
+        stored=(b.tensor.dtype, a.tensor.dtype),
     )
 
 
 def _scale(name: str, a: _Factor, config: Mapping[str, Any], directory: Path) -> float:
     """Return the scale of a module by PEFT's rules, after checking its rank against the config."""
-    rank = _by_pattern(name, config.get("rank_pattern"), config.get("r", 8))
-    alpha = _by_pattern(name, config.get("alpha_pattern"), config.get("lora_alpha", 8))
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise FormatError(f"{directory}: lora_alpha of {name} is {alpha!r}; expected a number")
+    rank = _by_pattern(name, "rank_pattern", config, config.get("r", 8), directory)
+    alpha = _by_pattern(name, "alpha_pattern", config, config.get("lora_alpha", 8), directory)
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
+        raise FormatError(
+            f"{directory}: lora_alpha of {name} is {repr(alpha)[:40]}; expected a number such as 16"
+        )
     found = a.tensor.shape[0]
     if rank != found:
         raise FormatError(
@@ -308,10 +325,21 @@ def _scale(name: str, a: _Factor, config: Mapping[str, Any], directory: Path) ->
     return alpha / (math.sqrt(found) if config.get("use_rslora") else found)
 
 
-def _by_pattern(name: str, patterns: Any, default: Any) -> Any:
+def _by_pattern(
+    name: str, field: str, config: Mapping[str, Any], default: Any, directory: Path
+) -> Any:
     """Look a module up as PEFT does: the first pattern that its path ends with."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise FormatError(f"{directory}: {field} is {patterns!r}; expected patterns and numbers")
+    for pattern, value in patterns.items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise FormatError(
+                f"{directory}: {field} has {pattern!r}, which is no regular expression: {error}"
+            ) from error
+        if matches:
             return value
     return default
 

@@ -30,7 +30,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     FormatError
         If there is no such directory or file, or it holds no JSON object.
     """
-    if not directory.exists():
+    try:
+        exists = directory.exists()
+    except OSError as error:
+        raise FormatError(f"{directory} cannot be read: {error.strerror or error}") from error
+    if not exists:
         raise FormatError(f"{directory} does not exist; expected an adapter directory")
     if not directory.is_dir():
         raise FormatError(

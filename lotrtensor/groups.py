@@ -1,0 +1,108 @@
+"""Groups of updates on their way into shared factors: where they come from, how they split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lotrtensor.adapters.grouping import Slot, group_modules
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.core.cluster import cluster
+from lotrtensor.core.stacks import LowRankStack, SliceStack
+from lotrtensor.errors import RankError
+
+
+@dataclass(frozen=True, eq=False)
+class SourceGroup:
+    """Updates that are to share their factors, and what they cost where they come from.
+
+    Attributes
+    ----------
+    name : str
+        Name of the group.
+    modules : tuple of str
+        Paths of the modules, one a slice.
+    stack : SliceStack
+        Their updates.
+    slice_ranks : tuple of int or None
+        Ranks r_k of the slices; None where they are whole matrices.
+    embedding : bool
+        Whether the modules are embeddings.
+    parameters, bytes : int
+        Size of the updates as stored in the source.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    stack: SliceStack
+    slice_ranks: tuple[int, ...] | None
+    embedding: bool
+    parameters: int
+    bytes: int
+
+
+def lora_groups(adapter: LoraAdapter, group_by: str) -> list[tuple[str, list[LoraModule]]]:
+    """Return names and modules of the groups of a LoRA; see `group_modules`."""
+    modules = {module.name: module for module in adapter.modules}
+    slots = [Slot(m.name, m.shape, m.embedding) for m in adapter.modules]
+    return [
+        (name, [modules[slot.name] for slot in group])
+        for name, group in group_modules(slots, group_by).items()
+    ]
+
+
+def source_group(name: str, modules: Sequence[LoraModule], dtype: np.dtype) -> SourceGroup:
+    """Return LoRA modules as a group; ``dtype`` is the type that they are stored in."""
+    stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
+    parameters = sum(module.parameters for module in modules)
+    return SourceGroup(
+        name=name,
+        modules=tuple(module.name for module in modules),
+        stack=stack,
+        slice_ranks=stack.ranks,
+        embedding=modules[0].embedding,
+        parameters=parameters,
+        bytes=sum(module.bytes_in(dtype) for module in modules),
+    )
+
+
+def split_groups(
+    groups: Sequence[tuple[str, Sequence[LoraModule]]],
+    clusters: int,
+    rank: tuple[int, int] | None,
+) -> list[tuple[str, list[LoraModule]]]:
+    """Split the slices of every group into clusters that get factors of their own; see `cluster`.
+
+    Parameters
+    ----------
+    groups : sequence of (str, sequence of LoraModule)
+        Names and modules of the groups.
+    clusters : int
+        Clusters a group, at most one a slice.
+    rank : (int, int) or None
+        Ranks that the clusters are found at; a quarter of what the group can need if not given.
+
+    Raises
+    ------
+    RankError
+        If ``clusters`` is below 1.
+    """
+    if clusters < 1:
+        raise RankError(f"cluster is {clusters}; expected at least 1")
+    found: list[tuple[str, list[LoraModule]]] = []
+    for name, modules in groups:
+        parts = min(clusters, len(modules))
+        if parts == 1:
+            found.append((name, list(modules)))
+            continue
+        stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
+        p, q = stack.max_rank
+        wanted = rank or (max(1, p // 4), max(1, q // 4))
+        labels = cluster(stack, parts, (min(wanted[0], p), min(wanted[1], q))).labels
+        for label in range(int(labels.max()) + 1):
+            members = [m for m, own in zip(modules, labels, strict=True) if own == label]
+            found.append((f"{name}#{label + 1}", members))
+    return found

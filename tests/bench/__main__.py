@@ -1,0 +1,34 @@
+"""Print what `tests.bench` measures, as a table, or as JSON with ``--json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench import bench_core
+
+
+def main() -> None:
+    """Run every measurement."""
+    rows = bench_core.run()
+    if "--json" in sys.argv:
+        print(json.dumps(rows, indent=2))
+        return
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(_text(row.get(column)) for column in columns))
+    Console(width=140).print(table)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()
