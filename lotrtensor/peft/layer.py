@@ -13,9 +13,9 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from lotrtensor.errors import DataError
-from lotrtensor.peft.mixed import BASE, split_batch, update_rows
+from lotrtensor.peft.mixed import BASE, multiply_rows, split_batch
 from lotrtensor.torch.factors import SharedFactors
-from lotrtensor.torch.functional import add_projected, dense_update
+from lotrtensor.torch.functional import add_projected, add_rows, dense_update, project
 from lotrtensor.torch.groups import is_transposed, slot_of
 
 
@@ -203,7 +203,7 @@ class LotrLayer(BaseTunerLayer):
         if left.device != y.device:  # layers of a group may be spread over devices
             left, right = left.to(y.device), right.to(y.device)
         h = self._project(x, right, name)
-        return add_projected(y, h.reshape(-1, h.shape[-1]), left, core, self._scale(name))
+        return add_projected(y, h, left, core, self._scale(name))
 
     def _add_mixed(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Add to every row of y the update of its adapter; rows of shared factors go together."""
@@ -214,17 +214,26 @@ class LotrLayer(BaseTunerLayer):
             )
         for factors, rows, names, which in split_batch(self.lotr_shared, adapter_names):
             part = x if rows is None else x[rows]
-            cores = torch.stack([self.lotr_core[name] * self._scale(name) for name in names])
             h = self._project(part, factors.right, names[0])
-            update = update_rows(h, cores, which, factors.left)
-            y = y + update.to(y.dtype) if rows is None else y.index_add(0, rows, update.to(y.dtype))
+            # One product with all cores: scaling them one by one would cost more than the update.
+            cores = torch.stack([self.lotr_core[name] for name in names])
+            scales = [self._scale(name) for name in names]
+            if len(set(scales)) > 1:
+                cores = cores * cores.new_tensor(scales)[:, None, None]
+                scales = [1.0]
+            mixed = multiply_rows(h, cores, which)
+            wide = factors.left.T.contiguous()
+            if rows is None:
+                y = add_rows(y, mixed, wide, scales[0])
+            else:
+                y = y.index_copy(0, rows, add_rows(y[rows], mixed, wide, scales[0]))
         return y
 
     def _scale(self, name: str) -> float:
         return self.lotr_scale[name]
 
     def _project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
-        """Return x V (..., q)."""
+        """Return the rows of x V (t × q)."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -249,7 +258,7 @@ class Linear(LotrLayer, nn.Module):
         # Autocast chooses the type itself; a cast before it would only be undone.
         if x.dtype != right.dtype and not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, right.dtype)
-        return x @ right
+        return project(x, right)
 
 
 class Embedding(LotrLayer, nn.Module):
@@ -266,7 +275,7 @@ class Embedding(LotrLayer, nn.Module):
     def _project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
         base: Any = self.get_base_layer()
         return F.embedding(
-            x,
+            x.reshape(-1),
             right,
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,

@@ -58,21 +58,18 @@ def split_batch(
         )
 
 
-def update_rows(h: Tensor, cores: Tensor, index: Tensor, left: Tensor) -> Tensor:
-    """Return h_i G_iᵀ Uᵀ for every row i of a batch.
+def multiply_rows(h: Tensor, cores: Tensor, which: Tensor) -> Tensor:
+    """Return h_i G_iᵀ for every row i of a batch, as t × p with the positions of all rows.
 
     Parameters
     ----------
-    h : tensor (b, ..., q)
-        x V of every row.
+    h : tensor (t, q)
+        x V of all positions, those of row 0 first.
     cores : tensor (c, p, q)
-        Cores of the adapters, scaled.
-    index : tensor (b,)
+        Cores of the adapters.
+    which : tensor (b,)
         Adapter of each row.
-    left : tensor (m, p)
-        U.
     """
-    flat = h.reshape(h.shape[0], -1, h.shape[-1])
-    own = cores.index_select(0, index).to(h.dtype)
-    mixed = torch.bmm(flat, own.mT).reshape(*h.shape[:-1], left.shape[1])
-    return mixed @ left.T
+    own = cores.index_select(0, which).to(h.dtype)
+    mixed = torch.bmm(h.reshape(len(which), -1, h.shape[-1]), own.mT)
+    return mixed.reshape(-1, own.shape[1])

@@ -18,7 +18,6 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from lotrtensor.adapters.modules import FactoredCore
 from lotrtensor.errors import DataError, FormatError
 from lotrtensor.peft import state as keys
 from lotrtensor.peft.config import LotrConfig, write_group
@@ -171,8 +170,7 @@ class LotrModel(BaseTuner):
             factors = self._table(adapter_name).of(group.name)
             factors.left.copy_(from_numpy(found.left))
             factors.right.copy_(from_numpy(found.right))
-            for name, core in zip(found.modules, found.cores, strict=True):
-                dense = core.dense() if isinstance(core, FactoredCore) else core
+            for name, dense in zip(found.modules, found.tucker2().core, strict=True):
                 layer = self.model.get_submodule(name)
                 layer.lotr_core[adapter_name].copy_(from_numpy(dense) / group.scale)
         self._lotr_plans[adapter_name] = AdapterPlan(plan.groups)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import FactoredCore, LotrGroup
+from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 from lotrtensor.torch.apply import TABLE, factor_table, inject, lotr_layers, set_trainable
 from lotrtensor.torch.groups import GroupPlan, Rank, check_plans
@@ -153,8 +153,7 @@ def _fill(model: nn.Module, adapter: LotrAdapter) -> None:
         factors = table.of(group.name)
         factors.left.copy_(from_numpy(group.left))
         factors.right.copy_(from_numpy(group.right))
-        for name, core in zip(group.modules, group.cores, strict=True):
-            dense = core.dense() if isinstance(core, FactoredCore) else core
+        for name, dense in zip(group.modules, group.tucker2().core, strict=True):
             layer = model.get_submodule(name)
             layer.lotr_core.copy_(from_numpy(dense) / layer.scale)  # type: ignore[operator]
 
