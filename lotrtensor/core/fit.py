@@ -104,6 +104,15 @@ def tucker2(
     goal = check_goal(rank, tolerance, energy, budget, stack.max_rank)
     if method not in METHODS:
         raise DataError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    size = stack.magnitude()
+    if size and not 1e-60 < size < 1e60:
+        # Squares would leave the range of float64: fit the stack brought to size 1.
+        goals: dict[str, Any] = {"tolerance": tolerance, "energy": energy, "budget": budget}
+        options: dict[str, Any] = {"weights": weights, "method": method, "dtype": dtype}
+        passes: dict[str, Any] = {"seed": seed, "max_passes": max_passes}
+        unit_stack = stack.scaled([1.0 / size] * stack.shape[0])
+        unit = tucker2(unit_stack, rank, **goals, **options, **passes)
+        return replace(unit, tucker2=unit.tucker2 * size)
     scales = slice_weights(stack, weights)
     target = stack if scales is None else stack.scaled(list(scales))
     reduction = reduce_stack(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
-from lotrtensor.core.linalg import Array, leading_left, namespace
-from lotrtensor.core.stacks import SliceStack
+from lotrtensor.core.linalg import Array, leading_left, namespace, to_numpy
 
 
 class Hooi(NamedTuple):
     """Orthonormal U (m × p), V (n × q), and how they were reached.
 
-    ``history`` holds the squared error after each sweep, relative to Σ_k ‖ΔW_k‖², as estimated
-    from the captured energy; it never rises.
+    ``history`` holds the squared error after each sweep, relative to Σ_k ‖ΔW_k‖²; but for rounding
+    it never rises.
     """
 
     left: Array
@@ -22,15 +22,28 @@ class Hooi(NamedTuple):
     converged: bool
 
 
+class Projectable(Protocol):
+    """What HOOI asks of a stack; see `SliceStack`."""
+
+    def left_factor(self, right: Array | None = None) -> Array:
+        """See `SliceStack.left_factor`."""
+
+    def right_factor(self, left: Array | None = None) -> Array:
+        """See `SliceStack.right_factor`."""
+
+    def residual_norms2(self, left: Array, right: Array) -> Array:
+        """See `SliceStack.residual_norms2`."""
+
+
 def hooi(
-    stack: SliceStack,
+    stack: Projectable,
     right: Array,
     rank: tuple[int, int],
     *,
     norm2: float,
     squared: bool,
     rtol: float = 1e-6,
-    max_sweeps: int = 100,
+    max_sweeps: int = 500,
 ) -> Hooi:
     """Maximise the captured energy Σ_k ‖Uᵀ ΔW_k V‖² by turns over U and V.
 
@@ -61,15 +74,28 @@ def hooi(
     """
     p, q = rank
     history: list[float] = []
-    captured = 0.0
     for sweep in range(1, max_sweeps + 1):
-        left, _ = leading_left(stack.left_factor(right), p, squared=squared)
-        right, values = leading_left(stack.right_factor(left), q, squared=squared)
-        gain, captured = -captured, float(namespace(values).sum(values**2))
-        gain += captured
-        # Rounding alone moves the captured energy by this much.
-        noise = 1e-14 * norm2
-        history.append(max(norm2 - captured, 0.0) / norm2)
-        if sweep > 1 and gain <= max(rtol * (norm2 - captured), noise):
+        left, _ = leading_left(_completed(stack.left_factor, right, p), p, squared=squared)
+        right, values = leading_left(_completed(stack.right_factor, left, q), q, squared=squared)
+        if squared:
+            # Far above rounding, what is captured tells the error without another product.
+            error2 = max(norm2 - float(namespace(values).sum(values**2)), 0.0) / norm2
+        else:
+            error2 = float(to_numpy(stack.residual_norms2(left, right)).sum()) / norm2
+        history.append(error2)
+        # Below 1e-30 of the whole there is only rounding left.
+        if sweep > 1 and history[-2] - error2 <= max(rtol * error2, 1e-30):
             return Hooi(left, right, sweep, tuple(history), True)
     return Hooi(left, right, max_sweeps, tuple(history), False)
+
+
+def _completed(factor: Callable[..., Array], other: Array, rank: int) -> Array:
+    """Return the factor that ``other`` projects, with columns enough for ``rank`` directions.
+
+    Where the projected slices span fewer, any others would do as well for this half of the sweep;
+    those of the most energy in the whole stack serve the next half best.
+    """
+    projected = factor(other)
+    if projected.shape[1] >= rank:
+        return projected
+    return namespace(projected).concat([projected, 1e-7 * factor()], axis=1)

@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
-from array_api_compat import array_namespace, device, is_numpy_namespace, is_torch_namespace
+from array_api_compat import (
+    array_namespace,
+    device,
+    is_numpy_namespace,
+    is_torch_namespace,
+    to_device,
+)
 
 from lotrtensor.errors import DataError
 
@@ -77,7 +83,8 @@ def as_working(x: Array) -> Array:
     xp = namespace(x)
     if x.dtype in (xp.float32, xp.float64):
         return x
-    return xp.astype(x, xp.float32)
+    half = is_bfloat16(x) or str(x.dtype).endswith("float16")
+    return xp.astype(x, xp.float32 if half else xp.float64)
 
 
 def as_accumulator(x: Array) -> Array:
@@ -95,9 +102,16 @@ def as_accumulator(x: Array) -> Array:
 
 def to_numpy(x: Array) -> np.ndarray:
     """Return a small real array as NumPy float64."""
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
+    x = constant(x)
+    xp = namespace(x)
+    if not is_numpy_namespace(xp):
+        x = to_device(x, xp.__array_namespace_info__().default_device())
     return np.asarray(x, dtype=np.float64)
+
+
+def constant(x: Array) -> Array:
+    """Return ``x`` outside of any gradient tape: a decomposition is not differentiated."""
+    return x.detach() if hasattr(x, "detach") else x
 
 
 def common_dtype(arrays: list[Array]) -> Any:
@@ -112,8 +126,8 @@ def common_dtype(arrays: list[Array]) -> Any:
 def norm2(x: Array) -> Array:
     """Squared Frobenius norm of a matrix, summed in the widest type a block of rows at a time."""
     xp = namespace(x)
-    rows = max(1, _BLOCK // x.shape[1])
-    blocks = (as_accumulator(x[a : a + rows, :]) for a in range(0, x.shape[0], rows))
+    count, rows = x.shape[0], max(1, _BLOCK // x.shape[1])
+    blocks = (as_accumulator(x[a : min(a + rows, count), :]) for a in range(0, count, rows))
     return xp.sum(xp.stack([xp.sum(block * block) for block in blocks]))
 
 
@@ -158,6 +172,7 @@ def leading_left(x: Array, rank: int, *, squared: bool) -> tuple[Array, Array]:
     values : array (rank,)
         The singular values.
     """
+    # LAPACK's fast routes can leave completed vectors 1e-12 off orthogonal; a QR puts that right.
     xp = namespace(x)
     a, c = x.shape
     if not squared:
@@ -165,7 +180,7 @@ def leading_left(x: Array, rank: int, *, squared: bool) -> tuple[Array, Array]:
             padding = xp.zeros((a, rank - c), dtype=x.dtype, device=device(x))
             x = xp.concat([x, padding], axis=1)
         vectors, values, _ = xp.linalg.svd(x, full_matrices=False)
-        return vectors[:, :rank], values[:rank]
+        return orthonormal_basis(vectors[:, :rank]), values[:rank]
     gram = x @ x.T
     if is_numpy_namespace(xp):
         energies, vectors = scipy.linalg.eigh(
@@ -175,4 +190,4 @@ def leading_left(x: Array, rank: int, *, squared: bool) -> tuple[Array, Array]:
         energies, vectors = xp.linalg.eigh(gram)
         energies, vectors = energies[a - rank :], vectors[:, a - rank :]
     energies = xp.where(energies > 0, energies, xp.zeros_like(energies))
-    return xp.flip(vectors, axis=1), xp.flip(xp.sqrt(energies), axis=0)
+    return orthonormal_basis(xp.flip(vectors, axis=1)), xp.flip(xp.sqrt(energies), axis=0)

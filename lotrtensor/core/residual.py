@@ -32,11 +32,13 @@ def error_norms2(stack: SliceStack, tucker2: Tucker2) -> Array:
             f"the stack is (K, m, n) = {stack.shape}, the decomposition {tucker2.shape}"
         )
     xp = namespace(tucker2.left)
-    left, left_triangle = xp.linalg.qr(as_working(tucker2.left))
-    right, right_triangle = xp.linalg.qr(as_working(tucker2.right))
+    # Triangles in the widest type, so that factors stored in float32 get no error beside their own.
+    left, left_triangle = xp.linalg.qr(as_accumulator(tucker2.left))
+    right, right_triangle = xp.linalg.qr(as_accumulator(tucker2.right))
     written = as_accumulator(left_triangle) @ as_accumulator(as_working(tucker2.core))
     written = written @ as_accumulator(right_triangle).T
-    core, residuals = stack.project(left, right)
+    working = stack.empty().dtype
+    core, residuals = stack.project(xp.astype(left, working), xp.astype(right, working))
     inside = as_accumulator(core) - written
     return residuals + xp.sum(inside * inside, axis=(1, 2))
 

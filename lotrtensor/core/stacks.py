@@ -19,6 +19,7 @@ from lotrtensor.core.linalg import (
     check_finite,
     check_real_floating,
     common_dtype,
+    constant,
     namespace,
     norm2,
     orthonormal_basis,
@@ -78,6 +79,9 @@ class SliceStack(Protocol):
 
     def project(self, left: Array, right: Array) -> tuple[Array, Array]:
         """`core` and `residual_norms2` in one pass over the slices."""
+
+    def magnitude(self) -> float:
+        """Order of the largest entries, where it is known without a pass; else 1."""
 
     def norms2(self) -> Array:
         """Squared Frobenius norms ‖ΔW_k‖², one a slice (K)."""
@@ -241,6 +245,11 @@ class LowRankStack:
         left, right = self.factors(k)
         return left @ right
 
+    def magnitude(self) -> float:
+        """Largest entry of B times largest entry of A."""
+        largest = [self.xp.max(self.xp.abs(x)) for x in (self._left, self._right)]
+        return float(largest[0]) * float(largest[1])
+
     def take(self, indices: Sequence[int]) -> LowRankStack:
         """Return the stack of the slices at ``indices``, in that order."""
         pairs = [self.factors(k) for k in indices]
@@ -287,11 +296,11 @@ def _narrow(x: Array) -> Array:
 def _listed(factors: Sequence[Array] | Array, name: str) -> list[Array]:
     """The factors one by one: of a sequence, or of an array (K, ., .)."""
     if isinstance(factors, Sequence):
-        return list(factors)
+        return [constant(x) for x in factors]
     if getattr(factors, "ndim", 0) != 3:
         shape = tuple(getattr(factors, "shape", ()))
         raise ShapeError(f"{name} has shape {shape}; expected (K, ., .) or a sequence of matrices")
-    return [factors[k, :, :] for k in range(factors.shape[0])]
+    return [constant(factors)[k, :, :] for k in range(factors.shape[0])]
 
 
 def _check_factors(lefts: list[Array], rights: list[Array]) -> None:
