@@ -18,7 +18,7 @@ from train_demo_adapter import THREADS, evaluate, load_base, load_examples, load
 
 from lotrtensor import LoraAdapter, LotrAdapter, RankError, compare, convert, load, truncate
 
-SHARES = (50, 25, 12, 6, 3)
+SHARES = (50, 25, 12, 6)
 
 
 def main() -> None:

