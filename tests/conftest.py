@@ -99,3 +99,24 @@ _LIBRARIES = {
 def xp(request: pytest.FixtureRequest) -> Library:
     """Every array library that is installed; read-only NumPy catches a kernel that mutates."""
     return _LIBRARIES[request.param]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let JAX join one case of every test that is about libraries or about kinds of stacks.
+
+    It compiles each operation for each shape, seconds a fit; all cases would take half an hour.
+    """
+    seen: set[object] = set()
+    kept, dropped = [], []
+    for item in items:
+        function = getattr(item, "function", None)
+        on_jax = getattr(getattr(item, "callspec", None), "params", {}).get("xp") == "jax"
+        named = any(word in item.name.split("[")[0] for word in ("library", "every_kind"))
+        if on_jax and (not named or function in seen):
+            dropped.append(item)
+            continue
+        if on_jax:
+            seen.add(function)
+        kept.append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
