@@ -27,7 +27,7 @@ demo: $(DEMO)/installed ## Install the base package into .venv and convert the b
 
 test: lint ## Run every check: the linters, then all tests and doctests
 	$(call stage,pytest)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2
 
 lint: $(TEST)/installed ## Check style, types and the direction of imports
 	$(call stage,ruff check)
@@ -50,6 +50,8 @@ clean: ## Remove both environments, caches and build products
 # Tests load nothing from a model hub, and measure the same device everywhere.
 test bench: export HF_HUB_OFFLINE := 1
 test bench: export JAX_PLATFORMS := cpu
+# Two processes with a thread each: threads of both would wait for one another.
+test: export OMP_NUM_THREADS := 1
 
 define create-venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

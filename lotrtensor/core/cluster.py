@@ -12,7 +12,7 @@ from lotrtensor.core.goals import Rank, check_rank
 from lotrtensor.core.linalg import as_working, orthonormal_basis, to_numpy
 from lotrtensor.core.problem import Tucker2Fit
 from lotrtensor.core.stacks import LowRankStack
-from lotrtensor.errors import RankError
+from lotrtensor.errors import DataError, RankError
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +79,8 @@ def cluster(
     RankError
         If ``clusters`` is not between 1 and K, or the rank is out of range.
     """
+    if not isinstance(stack, LowRankStack):
+        raise DataError(f"the stack is a {type(stack).__name__}; clusters need a LowRankStack")
     slices = stack.shape[0]
     if not 1 <= clusters <= slices:
         raise RankError(f"clusters is {clusters}; expected between 1 and the {slices} slices")

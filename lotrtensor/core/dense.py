@@ -207,6 +207,14 @@ class DenseStack(LazyStack):
             check_finite(as_working(slices[k, :, :]), f"slice {k}")
         self._slices = slices
 
+    def scaled(self, weights: Sequence[float]) -> DenseStack:
+        """Return the stack of w_k ΔW_k, in memory like this one."""
+        xp = namespace(self._slices)
+        slices = (self.slice(k) * float(w) for k, w in enumerate(weights))
+        made = DenseStack(xp.stack(list(slices)))
+        made.dtype = self.dtype
+        return made
+
     def magnitude(self) -> float:
         """Largest entry."""
         xp = namespace(self._slices)

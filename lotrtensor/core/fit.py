@@ -13,7 +13,7 @@ from lotrtensor.core.goals import Goal, Rank, check_goal
 from lotrtensor.core.linalg import to_numpy
 from lotrtensor.core.problem import Problem, Tucker2Fit
 from lotrtensor.core.ranks import best_within, pair_at
-from lotrtensor.core.reduction import METHODS, Method, reduce_stack
+from lotrtensor.core.reduction import Method, reduce_stack
 from lotrtensor.core.stacks import SliceStack
 from lotrtensor.errors import DataError, LotrWarning
 
@@ -102,8 +102,8 @@ def tucker2(
     ((8, 8), True)
     """
     goal = check_goal(rank, tolerance, energy, budget, stack.max_rank)
-    if method not in METHODS:
-        raise DataError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    if max_passes is not None and not (isinstance(max_passes, int) and max_passes >= 1):
+        raise DataError(f"max_passes is {max_passes!r}; expected an integer of at least 1")
     size = stack.magnitude()
     if size and not 1e-60 < size < 1e60:
         # Squares would leave the range of float64: fit the stack brought to size 1.
@@ -163,7 +163,10 @@ def slice_weights(stack: SliceStack, weights: Weights | None) -> np.ndarray | No
             raise DataError(f"weights is {weights!r}; expected numbers or 'equal'")
         norms = np.sqrt(to_numpy(stack.norms2()))
         return 1.0 / np.where(norms > 0, norms, 1.0)
-    scales = np.asarray(weights, dtype=np.float64)
+    try:
+        scales = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"weights are {weights!r}; expected {slices} numbers or 'equal'") from error
     if scales.shape != (slices,) or not (np.isfinite(scales).all() and (scales > 0).all()):
         raise DataError(f"weights are {weights!r}; expected {slices} positive finite numbers")
     return scales

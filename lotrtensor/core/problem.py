@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from array_api_compat import device
 
 from lotrtensor.core.hosvd import hosvd
 from lotrtensor.core.linalg import as_accumulator, namespace, to_numpy
@@ -171,7 +172,10 @@ class Problem:
         left, right, core = self.reduction.left, self.reduction.right, small.core
         if self.scales is not None:
             core = (
-                core * namespace(core).asarray(1.0 / self.scales, dtype=core.dtype)[:, None, None]
+                core
+                * namespace(core).asarray(1.0 / self.scales, dtype=core.dtype, device=device(core))[
+                    :, None, None
+                ]
             )
         return Tucker2(
             small.left if left is None else as_accumulator(left) @ small.left,

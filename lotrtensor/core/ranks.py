@@ -41,6 +41,8 @@ def tucker2_parameters(
     """
     slices, m, n = shape
     dense = np.multiply(p, q)
+    if slice_ranks is not None and len(slice_ranks) != slices:
+        raise RankError(f"found {len(slice_ranks)} slice_ranks; expected {slices}, one a slice")
     if slice_ranks is None:
         cores = slices * dense
     else:

@@ -12,6 +12,7 @@ from lotrtensor.core.dense import DenseStack, LazyStack
 from lotrtensor.core.iteration import block_iteration
 from lotrtensor.core.linalg import Array, to_numpy
 from lotrtensor.core.stacks import LowRankStack, SliceStack
+from lotrtensor.errors import DataError
 
 Method = Literal["auto", "exact", "matrix-free", "hosvd", "st-hosvd"]
 METHODS = ("auto", "exact", "matrix-free", "hosvd", "st-hosvd")
@@ -88,6 +89,8 @@ def reduce_stack(
     never. Matrix-free, the block is the rank wanted and `OVERSAMPLE` more; where no rank is given
     it doubles until the error outside is below half of ``tolerance``.
     """
+    if method not in METHODS:
+        raise DataError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
     if method == "auto":
         affordable = not is_lazy(stack) and exact_flops(stack) <= EXACT_FLOPS
         method = "exact" if affordable else "matrix-free"
@@ -95,10 +98,10 @@ def reduce_stack(
         left, small, right = stack.reduce()
         return Reduction("exact", left, small, right, to_numpy(small.norms2()))
     if rank is not None:
-        return _matrix_free(stack, rank, seed, max_passes)
+        return _matrix_free(stack, rank, seed, max_passes, exact_loss=False)
     width = 32
     while True:
-        found = _matrix_free(stack, (width, width), seed, max_passes)
+        found = _matrix_free(stack, (width, width), seed, max_passes, exact_loss=True)
         inside = found.lost2 <= (tolerance / 2) ** 2 * found.norm2
         if inside or width >= max(stack.max_rank):
             return found
@@ -106,7 +109,12 @@ def reduce_stack(
 
 
 def _matrix_free(
-    stack: SliceStack, rank: tuple[int, int], seed: int, max_passes: int | None
+    stack: SliceStack,
+    rank: tuple[int, int],
+    seed: int,
+    max_passes: int | None,
+    *,
+    exact_loss: bool,
 ) -> Reduction:
     b, c = (
         min(r + max(OVERSAMPLE, r // 4), most) for r, most in zip(rank, stack.max_rank, strict=True)
@@ -115,7 +123,7 @@ def _matrix_free(
     passes = max_passes or (LAZY_PASSES if lazy else FACTOR_PASSES)
     rtol = LAZY_RTOL if lazy else FACTOR_RTOL
     found = block_iteration(stack, (b, c), rtol=rtol, max_passes=passes, seed=seed)
-    if lazy:
+    if lazy and not exact_loss:
         # Another pass would give it to full precision; what is returned is measured anyway.
         lost2 = max(found.norm2 - found.captured[-1], 0.0)
     else:

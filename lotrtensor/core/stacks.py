@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 from array_api_compat import device
@@ -135,8 +136,8 @@ class LowRankStack:
         working = xp.result_type(*lefts, *rights)
         lefts, rights = [[xp.astype(x, working, copy=False) for x in xs] for xs in (lefts, rights)]
         self.ranks = tuple(int(x.shape[1]) for x in lefts)
-        starts = [sum(self.ranks[:k]) for k in range(len(self.ranks))]
-        self._spans = [slice(a, a + r) for a, r in zip(starts, self.ranks, strict=True)]
+        ends = list(accumulate(self.ranks))
+        self._spans = [slice(b - r, b) for b, r in zip(ends, self.ranks, strict=True)]
         self._left = self.xp.concat(lefts, axis=1)
         self._right = self.xp.concat(rights, axis=0)
 
@@ -253,13 +254,19 @@ class LowRankStack:
     def take(self, indices: Sequence[int]) -> LowRankStack:
         """Return the stack of the slices at ``indices``, in that order."""
         pairs = [self.factors(k) for k in indices]
-        return LowRankStack([b for b, _ in pairs], [a for _, a in pairs])
+        return self._kept([b for b, _ in pairs], [a for _, a in pairs])
 
     def scaled(self, weights: Sequence[float]) -> LowRankStack:
         """Return the stack of (w_k B_k) A_k."""
         pairs = [self.factors(k) for k in range(self.shape[0])]
         scaled = [b * float(w) for (b, _), w in zip(pairs, weights, strict=True)]
-        return LowRankStack(scaled, [a for _, a in pairs])
+        return self._kept(scaled, [a for _, a in pairs])
+
+    def _kept(self, lefts: list[Array], rights: list[Array]) -> LowRankStack:
+        """A stack of other factors whose decompositions come back in the type of this one."""
+        made = LowRankStack(lefts, rights)
+        made.dtype = self.dtype
+        return made
 
     def __add__(self, other: LowRankStack) -> LowRankStack:
         """Slice-wise sum, kept as factors of rank r_k + r'_k."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from array_api_compat import device
 
 from lotrtensor.core.balanced import balanced_factors
 from lotrtensor.core.linalg import Array, as_accumulator, namespace, to_numpy
@@ -136,8 +137,9 @@ def truncate_slices(svds: Sequence[SliceSvd], ranks: Sequence[int]) -> LowRankSt
     for svd, rank in zip(svds, ranks, strict=True):
         xp = namespace(svd.left)
         b, a = balanced_factors(svd.small, rank)
-        lefts.append(svd.left @ xp.asarray(b, dtype=svd.left.dtype))
-        rights.append(xp.asarray(a, dtype=svd.right.dtype) @ svd.right.T)
+        place = {"dtype": svd.left.dtype, "device": device(svd.left)}
+        lefts.append(svd.left @ xp.asarray(b, **place))
+        rights.append(xp.asarray(a, **place) @ svd.right.T)
     return LowRankStack(lefts, rights)
 
 

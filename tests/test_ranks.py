@@ -1,0 +1,466 @@
+"""From a tolerance, an energy or a budget to ranks: never exceeded, and nothing wasted."""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lotrtensor import LazyStack, RankError, tucker2
+from lotrtensor.core.hosvd import hosvd
+from lotrtensor.core.ranks import (
+    Frontier,
+    allocate_budget,
+    allocate_tolerance,
+    best_within,
+    cheapest_within,
+    frontier,
+    pair_at,
+    truncation_errors2,
+    tucker2_parameters,
+)
+from tests import oracles
+from tests.strategies import EVERYWHERE, NONZERO, STACKS, factors, fits, make, noisy, seeds
+
+everywhere = pytest.mark.parametrize(("xp", "kind"), EVERYWHERE, indirect=["xp"])
+unconverged = pytest.mark.filterwarnings("ignore::lotrtensor.errors.LotrWarning")
+tolerances = st.sampled_from([0.5, 0.3, 0.1, 0.03, 1e-3, 1e-6])
+
+CASE = noisy(1, 12, 10, 4, (3, 4), 0.05)
+
+
+def random_curve(rng, points=6):
+    """A frontier of any shape: rising parameters, falling errors, not convex."""
+    parameters = np.cumsum(rng.integers(1, 9, points))
+    error2 = np.sort(rng.random(points))[::-1].copy()
+    if rng.random() < 0.5:
+        error2[-1] = 0.0
+    ranks = np.stack([np.arange(1, points + 1)] * 2, axis=1)
+    return Frontier(ranks, parameters, error2, float(error2[0] * (1 + rng.random())))
+
+
+def total(curves, chosen, field):
+    """Σ over the groups of a field at the chosen points."""
+    return sum(getattr(c, field)[i] for c, i in zip(curves, chosen, strict=True))
+
+
+def everything(curves):
+    """Every choice of one point a curve."""
+    return itertools.product(*(range(len(c.parameters)) for c in curves))
+
+
+def on_hull(curve):
+    """Indices of the points that no chord between two others is below."""
+    x, y = curve.parameters.astype(float), curve.error2
+    return [
+        i
+        for i in range(len(x))
+        if not any(
+            y[a] + (y[b] - y[a]) * (x[i] - x[a]) / (x[b] - x[a]) <= y[i]
+            for a in range(i)
+            for b in range(i + 1, len(x))
+        )
+    ]
+
+
+# ---------------------------------------------------------------- tolerance and energy
+
+
+@given(case=fits(), tolerance=tolerances)
+@unconverged
+def test_a_tolerance_is_never_exceeded(case, tolerance):
+    """Held against the dense reconstruction; the bound stays below."""
+    case, _ = case
+    for stack in (case.stack(), STACKS["dense"](case, np.array)):
+        fit = tucker2(stack, tolerance=tolerance)
+        truth = oracles.relative_error(case.dense(), fit.tucker2.to_dense())
+        assert truth <= tolerance * (1 + 1e-9)
+        assert fit.relative_error <= tolerance
+        assert fit.lower_bound <= fit.relative_error
+
+
+@given(case=factors(NONZERO), tolerance=st.sampled_from([0.5, 0.1, 0.01, 1e-4]))
+@unconverged
+def test_a_tolerance_is_never_exceeded_in_single_precision(case, tolerance):
+    """Of what is returned: float32 factors, measured in float64."""
+    stack = STACKS["low-rank"](case, np.float32)
+    exact = np.stack(
+        [
+            b.astype(np.float32).astype(float) @ a.astype(np.float32).astype(float)
+            for b, a in zip(case.B, case.A, strict=True)
+        ]
+    )
+    fit = tucker2(stack, tolerance=tolerance)
+    found = oracles.reconstruct(
+        *(x.astype(np.float64) for x in (fit.tucker2.left, fit.tucker2.core, fit.tucker2.right))
+    )
+    assert fit.tucker2.core.dtype == np.float32
+    assert oracles.relative_error(exact, found) <= tolerance * (1 + 1e-5)
+    assert fit.relative_error <= tolerance
+
+
+@everywhere
+@pytest.mark.parametrize("goal", [{"tolerance": 0.08}, {"energy": 0.97}, {"budget": 170}])
+@unconverged
+def test_goals_hold_for_every_kind_of_stack(xp, kind, goal):
+    """The error of the dense reconstruction, in every library; type and library are kept."""
+    stack = STACKS[kind](CASE, lambda x: xp.array(x, "float32"))
+    fit = tucker2(stack, **goal)
+    truth = oracles.relative_error(CASE.dense(), xp.numpy(fit.tucker2.to_dense()))
+    if "budget" in goal:
+        assert fit.tucker2.parameters <= goal["budget"]
+    else:
+        assert truth <= goal.get("tolerance", np.sqrt(1 - goal.get("energy", 0))) * (1 + 1e-5)
+    assert fit.relative_error == pytest.approx(truth, rel=1e-3)
+    for x in (fit.tucker2.left, fit.tucker2.core, fit.tucker2.right):
+        assert xp.owns(x)
+        assert x.dtype == xp.dtype("float32")
+
+
+@given(case=factors(NONZERO), energy=st.sampled_from([0.5, 0.9, 0.99, 0.9999]))
+def test_an_energy_is_kept(case, energy):
+    """1 − error² is at least the energy asked for, the cores hold it."""
+    fit = tucker2(case.stack(), energy=energy)
+    norm2 = float(np.sum(case.dense() ** 2))
+    lost2 = float(np.sum((case.dense() - fit.tucker2.to_dense()) ** 2))
+    assert 1 - lost2 / norm2 >= energy - 1e-12
+    assert float(np.sum(fit.tucker2.core**2)) >= (energy - 1e-12) * norm2
+
+
+@given(case=factors(NONZERO), tolerance=tolerances)
+def test_no_cheaper_truncation_of_the_hosvd_would_do(case, tolerance):
+    """The parameters are at most those of the cheapest pair whose dense HOSVD holds."""
+    fit = tucker2(case.stack(), tolerance=tolerance)
+    slices, m, n = case.shape
+    cheapest = min(
+        m * p + n * q + slices * p * q
+        for p in range(1, case.max_rank[0] + 1)
+        for q in range(1, case.max_rank[1] + 1)
+        if oracles.hosvd_error(case.dense(), (p, q)) <= tolerance * (1 - 1e-9)
+        or (p, q) == case.max_rank
+    )
+    assert fit.tucker2.parameters <= cheapest
+
+
+def test_ranks_shrink_where_refinement_makes_room():
+    """HOOI holds a tolerance that the HOSVD of the same ranks misses."""
+    shrunk = 0
+    for seed in range(12):
+        case = make("generic", seed, 10, 9, [3, 3, 3, 3])
+        for rank in ((3, 3), (5, 4)):
+            refined = tucker2(case.stack(), rank)
+            plain = tucker2(case.stack(), rank, method="hosvd")
+            if plain.relative_error < refined.relative_error * 1.001:
+                continue
+            between = (plain.relative_error + refined.relative_error) / 2
+            fit = tucker2(case.stack(), tolerance=between)
+            alone = tucker2(case.stack(), tolerance=between, method="hosvd")
+            assert fit.relative_error <= between
+            assert fit.tucker2.parameters <= alone.tucker2.parameters
+            shrunk += fit.tucker2.parameters < alone.tucker2.parameters
+    assert shrunk >= 3
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_tolerance_that_full_ranks_meet_is_met(dtype, seed):
+    """Rounding to a half-precision type takes its share, and ranks make room for it."""
+    case = make("repeated", seed, 60, 60, [60])
+    tail = {np.float16: 0.0005, ml_dtypes.bfloat16: 0.004}[dtype]
+    sizes = np.concatenate([np.ones(20), np.full(40, tail)])
+    stack = type(case)((case.B[0] * sizes,), case.A).stack()
+    tolerance = 1.15 * tucker2(stack, 60, dtype=dtype).relative_error
+    assert tucker2(stack, 58, dtype=dtype).relative_error < tolerance
+    assert tucker2(stack, tolerance=tolerance, dtype=dtype).relative_error <= tolerance
+
+
+def test_a_tolerance_below_the_rounding_of_the_type_is_refused():
+    """The type is named, and what to do."""
+    with pytest.raises(RankError, match="bfloat16.*wider dtype or a larger tolerance"):
+        tucker2(CASE.stack(), tolerance=1e-5, dtype=ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-5])
+@pytest.mark.parametrize("seed", range(5))
+@unconverged
+def test_small_tolerances_of_lazy_single_precision(tolerance, seed):
+    """What is left out is a difference of energies there, and yet it holds."""
+    case = noisy(seed, 14, 12, 4, (3, 3), 1e-7)
+    tensor = case.dense().astype(np.float32)
+    stack = LazyStack(lambda k: tensor[k], tensor.shape, like=tensor)
+    fit = tucker2(stack, tolerance=tolerance)
+    assert fit.relative_error <= tolerance
+    assert fit.tucker2.rank == (3, 3)
+
+
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-9, 1e-11])
+@unconverged
+def test_small_tolerances_of_lazy_double_precision(tolerance):
+    """The same, four hundred million times smaller."""
+    tensor = noisy(0, 14, 12, 4, (3, 3), 1e-13).dense()
+    stack = LazyStack(lambda k: tensor[k], tensor.shape, like=tensor)
+    fit = tucker2(stack, tolerance=tolerance)
+    assert fit.relative_error <= tolerance
+    assert fit.tucker2.rank == (3, 3)
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "dense"])
+def test_small_tolerances_of_exact_stacks(kind):
+    """1e-12 is held where the noise is 1e-13, at the planted ranks."""
+    case = noisy(0, 14, 12, 4, (3, 3), 1e-14)
+    fit = tucker2(STACKS[kind](case, np.array), tolerance=1e-12)
+    assert fit.tucker2.rank == (3, 3)
+    assert 1e-16 < fit.relative_error < 1e-12
+
+
+def test_a_stack_of_zeros_needs_next_to_nothing():
+    """Any tolerance, energy or budget: ranks (1, 1) and no error."""
+    stack = make("all_zero", 0, 6, 5, [2, 2]).stack()
+    for goal in ({"tolerance": 0.1}, {"energy": 0.9}, {"budget": 100}):
+        fit = tucker2(stack, **goal)
+        assert fit.tucker2.rank == (1, 1)
+        assert fit.relative_error == 0.0
+
+
+# ---------------------------------------------------------------- budget
+
+
+@given(case=fits(), share=st.floats(0, 1))
+@unconverged
+def test_a_budget_is_never_exceeded(case, share):
+    """Between the smallest and the largest decomposition, and beyond."""
+    case, _ = case
+    slices, m, n = case.shape
+    p, q = case.max_rank
+    smallest, largest = m + n + slices, m * p + n * q + slices * p * q
+    budget = round(smallest + share * (largest + 5 - smallest))
+    for stack in (case.stack(), STACKS["dense"](case, np.array)):
+        fit = tucker2(stack, budget=budget)
+        found = fit.tucker2
+        assert found.parameters == found.left.size + found.core.size + found.right.size <= budget
+
+
+@given(case=factors(), below=st.integers(1, 5))
+def test_a_budget_below_the_smallest_names_the_smallest(case, below):
+    """m + n + K numbers: ranks (1, 1)."""
+    slices, m, n = case.shape
+    smallest = m + n + slices
+    for fit in (
+        lambda budget: tucker2(case.stack(), budget=budget),
+        lambda budget: tucker2(case.stack(), 1).tucker2.truncate(budget=budget),
+    ):
+        with pytest.raises(RankError, match=rf"\b{smallest}\b"):
+            fit(smallest - below)
+        fit(smallest)
+
+
+@given(case=factors(NONZERO))
+def test_a_budget_buys_the_best_truncation(case):
+    """No pair within it has a smaller HOSVD error, by brute force on the dense slices."""
+    slices, m, n = case.shape
+    fit = tucker2(case.stack(), budget=2 * (m + n) + 4 * slices, method="hosvd")
+    best = min(
+        oracles.hosvd_error(case.dense(), (p, q))
+        for p in range(1, case.max_rank[0] + 1)
+        for q in range(1, case.max_rank[1] + 1)
+        if m * p + n * q + slices * p * q <= 2 * (m + n) + 4 * slices
+    )
+    assert fit.relative_error <= best * (1 + 1e-6) + 1e-9
+
+
+@pytest.mark.parametrize("kind", ["generic", "decaying", "planted", "uneven"])
+@pytest.mark.parametrize("method", ["exact", "hosvd"])
+def test_more_budget_is_never_more_error(kind, method):
+    """Over every budget from the smallest to the largest."""
+    stack = make(kind, 3, 6, 7, [2, 2, 1]).stack()
+    p, q = stack.max_rank
+    errors = [
+        tucker2(stack, budget=budget, method=method).relative_error
+        for budget in range(6 * p + 7 * q + 3 * p * q, 15, -1)
+    ]
+    assert errors[0] < 1e-12
+    assert np.all(np.diff(errors) >= -1e-6)
+
+
+# ---------------------------------------------------------------- one pass for every rank
+
+
+@given(shape=st.tuples(*[st.integers(1, 6)] * 3), seed=seeds)
+def test_truncation_errors_are_the_naive_ones(shape, seed):
+    """Σ_k of the entries outside the corner, for every pair, without cancellation."""
+    rng = np.random.default_rng(seed)
+    core = rng.standard_normal(shape) * 10.0 ** rng.uniform(-12, 0, shape[1:])
+    found = truncation_errors2(core)
+    assert found.shape == shape[1:]
+    for p in range(1, shape[1] + 1):
+        for q in range(1, shape[2] + 1):
+            outside = core.copy()
+            outside[:, :p, :q] = 0
+            assert found[p - 1, q - 1] == pytest.approx(np.sum(outside**2), rel=1e-12, abs=0)
+    assert found[-1, -1] == 0
+
+
+@given(case=factors(), compact=st.booleans())
+def test_the_frontier_is_complete_and_nothing_on_it_is_beaten(case, compact):
+    """Against all pairs, by the dense HOSVD's own definition of the error."""
+    stack = case.stack()
+    full = hosvd(stack)
+    ranks = case.ranks if compact else None
+    found = frontier(stack, full, case.shape, slice_ranks=ranks)
+    slices, m, n = case.shape
+    pairs = {}
+    for p in range(1, case.max_rank[0] + 1):
+        for q in range(1, case.max_rank[1] + 1):
+            cores = sum(min(p * q, r * (p + q)) for r in case.ranks) if compact else slices * p * q
+            projected = oracles.projected(case.dense(), full.left[:, :p], full.right[:, :q])
+            pairs[p, q] = m * p + n * q + cores, float(np.sum((case.dense() - projected) ** 2))
+    scale = 1e-12 * float(np.sum(case.dense() ** 2))
+    assert np.all(np.diff(found.parameters) > 0)
+    assert np.all(np.diff(found.error2) < 0)
+    assert found.norm2 == pytest.approx(float(np.sum(case.dense() ** 2)), rel=1e-12)
+    for i in range(len(found.parameters)):
+        parameters, error2 = pairs[pair_at(found, i)]
+        assert found.parameters[i] == parameters
+        assert found.error2[i] == pytest.approx(error2, rel=1e-6, abs=scale)
+    for parameters, error2 in pairs.values():
+        below = found.error2[found.parameters <= parameters]
+        assert below.size
+        assert below[-1] <= error2 + scale
+
+
+@given(sizes=st.tuples(*[st.integers(1, 9)] * 5))
+def test_parameters_count_the_arrays(sizes):
+    """m p + n q + K p q; with slice ranks, what a core costs as a product where that is less."""
+    slices, m, n, p, q = sizes
+    assert tucker2_parameters((slices, m, n), p, q) == m * p + n * q + slices * p * q
+    ranks = [1 + k % 3 for k in range(slices)]
+    expected = m * p + n * q + sum(min(p * q, r * (p + q)) for r in ranks)
+    assert tucker2_parameters((slices, m, n), p, q, ranks) == expected
+
+
+@given(seed=seeds)
+def test_lookups_on_a_curve(seed):
+    """The cheapest point within a tolerance, the best within a budget, by scanning."""
+    rng = np.random.default_rng(seed)
+    curve = random_curve(rng)
+    tolerance = float(np.sqrt(rng.random()))
+    within = [i for i, e in enumerate(curve.error2) if e <= tolerance**2 * curve.norm2]
+    if within:
+        assert cheapest_within(curve, tolerance) == within[0]
+    else:
+        with pytest.raises(RankError, match="smallest error in reach"):
+            cheapest_within(curve, tolerance)
+    budget = int(rng.integers(0, curve.parameters[-1] + 3))
+    fitting = [i for i, s in enumerate(curve.parameters) if s <= budget]
+    if fitting:
+        assert best_within(curve, budget) == fitting[-1]
+    else:
+        with pytest.raises(RankError, match=rf"needs {curve.parameters[0]}$"):
+            best_within(curve, budget)
+
+
+# ---------------------------------------------------------------- several groups
+
+
+@given(seed=seeds, groups=st.integers(1, 3))
+def test_allocated_budgets_are_optimal_at_hull_points(seed, groups):
+    """And nowhere exceeded, nowhere beaten by leaving something over that a step would fit."""
+    rng = np.random.default_rng(seed)
+    curves = [random_curve(rng) for _ in range(groups)]
+    smallest = total(curves, [0] * groups, "parameters")
+    largest = total(curves, [-1] * groups, "parameters")
+    choices = list(everything(curves))
+    hulls = [on_hull(c) for c in curves]
+    # The walk over the hulls, by its definition: the steepest of the next steps.
+    at, breakpoints = [0] * groups, [smallest]
+    while True:
+        steps = []
+        for g, (curve, hull) in enumerate(zip(curves, hulls, strict=True)):
+            if at[g] + 1 < len(hull):
+                a, b = hull[at[g]], hull[at[g] + 1]
+                gain = curve.error2[a] - curve.error2[b]
+                steps.append((gain / (curve.parameters[b] - curve.parameters[a]), g))
+        if not steps:
+            break
+        at[max(steps)[1]] += 1
+        breakpoints.append(
+            total(curves, [h[i] for h, i in zip(hulls, at, strict=True)], "parameters")
+        )
+    for budget in range(int(smallest), int(largest) + 2):
+        chosen = allocate_budget(curves, budget)
+        spent, error2 = total(curves, chosen, "parameters"), total(curves, chosen, "error2")
+        assert spent <= budget
+        best = min(
+            total(curves, c, "error2") for c in choices if total(curves, c, "parameters") <= budget
+        )
+        assert error2 >= best - 1e-12
+        if budget in breakpoints:
+            assert error2 == pytest.approx(best, rel=1e-9, abs=1e-12)
+        for group, curve in enumerate(curves):
+            rest = budget - spent + curve.parameters[chosen[group]]
+            assert best_within(curve, int(rest)) == chosen[group]
+
+
+@given(seed=seeds, groups=st.integers(1, 3))
+def test_an_allocated_tolerance_is_met(seed, groups):
+    """With no point that could be taken back, and at most one step dearer than the best."""
+    rng = np.random.default_rng(seed)
+    curves = [random_curve(rng) for _ in range(groups)]
+    norm2 = sum(c.norm2 for c in curves)
+    reachable = total(curves, [-1] * groups, "error2") / norm2
+    for tolerance in np.sqrt(np.linspace(reachable + 1e-9, 0.999, 7)):
+        chosen = allocate_tolerance(curves, float(tolerance))
+        target = tolerance**2 * norm2
+        assert total(curves, chosen, "error2") <= target * (1 + 1e-12)
+        best = min(
+            total(curves, c, "parameters")
+            for c in everything(curves)
+            if total(curves, c, "error2") <= target
+        )
+        spent = total(curves, chosen, "parameters")
+        steps = [max(np.diff([c.parameters[i] for i in on_hull(c)]), default=0) for c in curves]
+        assert best <= spent <= best + max(steps)
+        for group, curve in enumerate(curves):
+            slack = target - total(curves, chosen, "error2")
+            cheaper = [
+                i
+                for i in range(chosen[group])
+                if curve.error2[i] <= curve.error2[chosen[group]] + slack
+            ]
+            assert not cheaper
+
+
+def test_allocation_of_one_group_is_a_lookup():
+    """Nothing to share: the best point of the curve."""
+    curve = random_curve(np.random.default_rng(0), 9)
+    for budget in range(int(curve.parameters[0]), int(curve.parameters[-1]) + 1):
+        assert allocate_budget([curve], budget) == [best_within(curve, budget)]
+
+
+@given(seed=seeds)
+def test_allocations_out_of_reach_are_refused(seed):
+    """The smallest budget of all groups together is named, the smallest error too."""
+    rng = np.random.default_rng(seed)
+    curves = [random_curve(rng) for _ in range(3)]
+    smallest = int(total(curves, [0] * 3, "parameters"))
+    with pytest.raises(RankError, match=rf"3 groups needs {smallest}$"):
+        allocate_budget(curves, smallest - 1)
+    assert allocate_budget(curves, smallest) == [0, 0, 0]
+    reached = total(curves, [-1] * 3, "error2") / sum(c.norm2 for c in curves)
+    if reached > 1e-3:
+        with pytest.raises(RankError, match="smallest error in reach"):
+            allocate_tolerance(curves, 0.9 * np.sqrt(reached))
+
+
+def test_more_to_share_is_never_more_error():
+    """Over every budget, of groups with curves of many shapes."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        curves = [random_curve(rng) for _ in range(3)]
+        sizes = range(
+            int(total(curves, [0] * 3, "parameters")), int(total(curves, [-1] * 3, "parameters"))
+        )
+        errors = [total(curves, allocate_budget(curves, size), "error2") for size in sizes]
+        assert np.all(np.diff(errors) <= 1e-12), seed

@@ -1,0 +1,757 @@
+"""Rounding a Tucker-2, truncating a LoRA: the best of their ranks, within what was asked for."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lotrtensor import LotrError, LowRankStack, RankError, Tucker2, convert, load, truncate, tucker2
+from lotrtensor.core.truncate import (
+    ranks_for_budget,
+    ranks_for_tolerance,
+    slice_svds,
+    truncate_slices,
+    truncation_error,
+    uniform_ranks,
+)
+from tests import oracles
+from tests.adapters_fixtures import (
+    DTYPES,
+    Peft,
+    assert_refused,
+    assert_same_modules,
+    bert_pairs,
+    dense_lora,
+    dense_lotr,
+    distance,
+    document,
+    lotr,
+    quiet,
+    read_arrays,
+    read_config,
+    write_lora,
+)
+from tests.strategies import NONZERO, UNTIED, factors, fits, make, noisy, orthogonal, seeds
+
+
+def random_tucker2(seed, slices=3, m=8, n=7, p=4, q=3):
+    """A decomposition whose factors are not orthonormal."""
+    rng = np.random.default_rng(seed)
+    return Tucker2(
+        rng.standard_normal((m, p)),
+        rng.standard_normal((slices, p, q)),
+        rng.standard_normal((n, q)),
+    )
+
+
+tucker2s = st.builds(
+    random_tucker2,
+    seeds,
+    slices=st.integers(1, 4),
+    m=st.integers(1, 8),
+    n=st.integers(1, 8),
+    p=st.integers(1, 4),
+    q=st.integers(1, 4),
+)
+
+
+def dense_distance(a, b):
+    """‖a − b‖ / ‖a‖ of two decompositions, from their dense slices."""
+    return oracles.relative_error(np.asarray(a.to_dense()), np.asarray(b.to_dense()))
+
+
+def kept_rank(found):
+    """The ranks that rounding can keep: no more than the sides and than the cores can hold."""
+    (slices, m, n), (p, q) = found.shape, found.rank
+    p, q = min(m, p), min(n, q)
+    return min(p, slices * q), min(q, slices * p)
+
+
+# ---------------------------------------------------------------- rounding a Tucker-2
+
+
+@given(found=tucker2s, refine=st.booleans())
+def test_rounding_at_its_own_rank_changes_nothing(found, refine):
+    """The same slices, with orthonormal factors; twice is as good as once."""
+    rank = kept_rank(found)
+    once = found.truncate(rank, refine=refine)
+    twice = once.truncate(rank, refine=refine)
+    assert dense_distance(found, once) < 1e-13
+    assert dense_distance(once, twice) < 1e-13
+    for basis in (once.left, once.right):
+        assert np.max(np.abs(basis.T @ basis - np.eye(basis.shape[1]))) < 1e-13
+
+
+@given(found=tucker2s)
+def test_the_rank_asked_for_is_the_rank_that_comes(found):
+    """Or a refusal, where the cores cannot hold that many directions."""
+    try:
+        rounded = found.truncate(found.rank)
+    except RankError:
+        assert found.rank != kept_rank(found)
+        return
+    assert rounded.rank == found.rank
+
+
+@given(found=tucker2s, share=st.floats(0, 1))
+def test_rounding_is_idempotent_at_any_rank(found, share):
+    """What has the ranks already is its own best approximation."""
+    p, q = kept_rank(found)
+    rank = max(1, round(share * p)), max(1, round(share * q))
+    once = found.truncate(rank)
+    assert once.rank == rank
+    assert dense_distance(once, once.truncate(rank)) < 1e-12
+
+
+@given(found=tucker2s, share=st.floats(0, 1))
+def test_rounding_is_within_its_theory(found, share):
+    """Plain: √2 of the bound. Refined: no worse than plain, no better than the bound."""
+    p, q = kept_rank(found)
+    rank = max(1, round(share * p)), max(1, round(share * q))
+    dense = found.to_dense()
+    bound = oracles.lower_bound(dense, rank)
+    plain = dense_distance(found, found.truncate(rank, refine=False))
+    refined = dense_distance(found, found.truncate(rank))
+    assert plain == pytest.approx(oracles.hosvd_error(dense, rank), rel=1e-5, abs=1e-12)
+    assert bound - 1e-12 <= refined <= plain * (1 + 1e-6) + 1e-12
+    assert plain <= np.sqrt(2) * bound + 1e-12
+
+
+@given(a=tucker2s, seed=seeds)
+def test_the_rounded_sum_is_the_sum(a, seed):
+    """(a + b).truncate() at the sum's own ranks, and back: (a + b − b) is a."""
+    slices, m, n = a.shape
+    b = random_tucker2(seed, slices, m, n, 2, 3)
+    dense = a.to_dense() + b.to_dense()
+    scale = np.linalg.norm(a.to_dense()) + np.linalg.norm(b.to_dense())
+    total = a + b
+    assert total.rank == (a.rank[0] + 2, a.rank[1] + 3)
+    assert np.linalg.norm(total.to_dense() - dense) <= 1e-13 * scale
+    rounded = total.truncate(kept_rank(total))
+    assert np.linalg.norm(rounded.to_dense() - dense) <= 1e-12 * scale
+    recovered = (total - b).truncate(kept_rank(a))
+    assert np.linalg.norm(recovered.to_dense() - a.to_dense()) <= 1e-11 * scale
+
+
+def test_a_sum_in_a_common_subspace_rounds_back_to_it():
+    """Ranks of 2 p that hold p directions: a tolerance finds them."""
+    a = random_tucker2(0)
+    b = Tucker2(a.left @ np.diag([1, 2, 3, 4.0]), np.flip(a.core, 0), -a.right)
+    found = (a + b).truncate(tolerance=1e-10)
+    assert found.rank == (4, 3)
+    assert found.to_dense() == pytest.approx(a.to_dense() + b.to_dense(), abs=1e-10)
+
+
+@given(a=tucker2s, b_seed=seeds, alpha=st.floats(-3, 3), beta=st.floats(-3, 3))
+def test_arithmetic_is_linear(a, b_seed, alpha, beta):
+    """α a + β b − a, slice by slice."""
+    slices, m, n = a.shape
+    b = random_tucker2(b_seed, slices, m, n)
+    found = (alpha * a + b * beta - a).to_dense()
+    expected = (alpha - 1) * a.to_dense() + beta * b.to_dense()
+    scale = 1 + np.linalg.norm(a.to_dense()) + np.linalg.norm(b.to_dense())
+    assert np.max(np.abs(found - expected)) <= 1e-13 * 10 * scale
+
+
+@given(case=fits(UNTIED))
+def test_errors_obey_the_triangle_inequality(case):
+    """Fit, then round: the error is at most the sum of both, at least their difference."""
+    case, (p, q) = case
+    fit = tucker2(case.stack(), (p, q))
+    norm = np.linalg.norm(case.dense())
+    rounded = fit.tucker2.truncate((max(1, p // 2), max(1, q // 2)))
+    first = fit.relative_error * norm
+    second = np.linalg.norm(fit.tucker2.to_dense() - rounded.to_dense())
+    both = np.linalg.norm(case.dense() - rounded.to_dense())
+    assert abs(first - second) - 1e-9 * norm <= both <= first + second + 1e-9 * norm
+    # The residual of the fit is orthogonal to its subspaces, where the rounding stays.
+    assert both**2 == pytest.approx(first**2 + second**2, abs=1e-9 * norm**2)
+
+
+@given(found=tucker2s, seed=seeds)
+def test_order_of_slices(found, seed):
+    """Slices in another order round to the same slices in that order."""
+    order = np.random.default_rng(seed).permutation(found.shape[0])
+    p, q = kept_rank(found)
+    rank = (p + 1) // 2, (q + 1) // 2
+    one = found.truncate(rank, refine=False)
+    other = Tucker2(found.left, found.core[order], found.right).truncate(rank, refine=False)
+    error = dense_distance(found, one)
+    permuted = Tucker2(found.left, found.core[order], found.right)
+    assert dense_distance(permuted, other) == pytest.approx(error, rel=1e-9, abs=1e-13)
+
+
+@given(found=tucker2s, seed=seeds)
+def test_gauge(found, seed):
+    """(U S, S⁻¹ G T, V T⁻ᵀ) is the same decomposition and rounds alike."""
+    rng = np.random.default_rng(seed)
+    (p, q), rank = found.rank, kept_rank(found)
+    s = orthogonal(rng, p) * 10.0 ** rng.uniform(-2, 2, p)
+    t = orthogonal(rng, q) * 10.0 ** rng.uniform(-2, 2, q)
+    other = Tucker2(
+        found.left @ s,
+        np.linalg.inv(s) @ found.core @ t,
+        found.right @ np.linalg.inv(t).T,
+    )
+    smaller = max(1, rank[0] - 1), max(1, rank[1] - 1)
+    one, two = (dense_distance(x, x.truncate(smaller, refine=False)) for x in (found, other))
+    assert two == pytest.approx(one, rel=1e-6, abs=1e-9)
+
+
+@given(found=tucker2s, tolerance=st.sampled_from([0.5, 0.1, 1e-3, 1e-8]))
+def test_rounding_within_a_tolerance(found, tolerance):
+    """Never exceeded; energies and budgets neither."""
+    dense = found.to_dense()
+    within = found.truncate(tolerance=tolerance)
+    assert oracles.relative_error(dense, within.to_dense()) <= tolerance * (1 + 1e-9)
+    kept = found.truncate(energy=1 - tolerance)
+    assert oracles.relative_error(dense, kept.to_dense()) ** 2 <= tolerance * (1 + 1e-9)
+    slices, m, n = found.shape
+    budget = 2 * (m + n) + 4 * slices
+    assert found.truncate(budget=budget).parameters <= budget
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("seed", range(6))
+def test_rounding_within_a_tolerance_in_the_type_that_comes_back(dtype, seed):
+    """The error of what is returned, storage type included, or a refusal."""
+    tolerance = {"float32": 3e-6, "float16": 5e-3, "bfloat16": 3e-2}[dtype]
+    case = noisy(seed, 20, 18, 4, (3, 3), 0.5 * tolerance)
+    found = tucker2(case.stack(), (12, 12)).tucker2.astype(DTYPES[dtype])
+    dense = found.astype(np.float64).to_dense()
+    errors = []
+    for share in (1.0, 0.7, 0.5, 0.4):
+        try:
+            rounded = found.truncate(tolerance=share * tolerance)
+        except RankError:
+            continue
+        assert rounded.core.dtype == DTYPES[dtype]
+        error = oracles.relative_error(dense, rounded.astype(np.float64).to_dense())
+        errors.append(error / (share * tolerance))
+    assert errors
+    assert max(errors) <= 1
+
+
+def test_rounding_in_any_library(xp):
+    """Factors of that library and type, by any goal."""
+    case = noisy(2, 9, 8, 3, (3, 3), 0.05)
+    for dtype, eps in (("float64", 1e-9), ("float32", 1e-3)):
+        found = tucker2(xp.stack(case, dtype), (5, 5)).tucker2
+        dense = xp.numpy(found.to_dense())
+        for goal in ({"rank": (3, 2)}, {"tolerance": 0.1}, {"energy": 0.9}, {"budget": 60}):
+            rounded = found.truncate(**goal)
+            for x in (rounded.left, rounded.core, rounded.right):
+                assert xp.owns(x)
+                assert x.dtype == xp.dtype(dtype)
+        error = oracles.relative_error(dense, xp.numpy(found.truncate((3, 2)).to_dense()))
+        expected = tucker2(case.stack(), (5, 5)).tucker2
+        expected = dense_distance(expected, expected.truncate((3, 2)))
+        assert error == pytest.approx(expected, rel=eps)
+        total = (found + found * 2.0 - found).truncate(found.rank)
+        assert oracles.relative_error(2 * dense, xp.numpy(total.to_dense())) < 1e-5
+        assert total.core.dtype == xp.dtype(dtype)
+
+
+def test_rounding_on_a_second_device():
+    """Rounded there, and nowhere else."""
+    strict = pytest.importorskip("array_api_strict")
+    device = strict.Device("device1")
+    found = random_tucker2(0)
+    found = Tucker2(
+        *(strict.asarray(x, device=device) for x in (found.left, found.core, found.right))
+    )
+    for goal in ({"rank": 2}, {"tolerance": 0.5}, {"budget": 60}):
+        rounded = (found + found * 0.5).truncate(**goal)
+        assert [x.device for x in (rounded.left, rounded.core, rounded.right)] == [device] * 3
+
+
+def test_a_tucker2_of_zeros_is_rounded():
+    """To ranks (1, 1), and stays zero."""
+    found = Tucker2(np.ones((4, 2)), np.zeros((3, 2, 2)), np.ones((5, 2)))
+    for goal in ({"rank": 1}, {"tolerance": 0.1}, {"budget": 100}):
+        assert not found.truncate(**goal).to_dense().any()
+
+
+def test_rounding_keeps_directions_of_1e_10():
+    """A planted σ of 1e-10 beside 1 survives at its rank and is dropped as such below."""
+    rng = np.random.default_rng(0)
+    u, v = orthogonal(rng, 9, 3), orthogonal(rng, 8, 3)
+    found = Tucker2(u * [1, 1, 1e-10], np.stack([np.eye(3)] * 2), v)
+    kept, dropped = (found.truncate(rank) for rank in (3, 2))
+    residual = u.T @ (found.to_dense() - kept.to_dense()) @ v
+    assert np.max(np.abs(residual[:, 2, 2])) < 1e-15
+    assert dense_distance(found, dropped) == pytest.approx(1e-10 / np.sqrt(2), rel=1e-3)
+
+
+def test_sums_of_unlike_shapes_are_refused():
+    """K, m or n: both are named."""
+    with pytest.raises(LotrError, match=r"\(3, 8, 7\).*\(4, 8, 7\)"):
+        random_tucker2(0) + random_tucker2(0, slices=4)
+
+
+# ---------------------------------------------------------------- truncating thin factors
+
+
+@given(case=factors(), rank=st.integers(1, 4))
+def test_slices_are_the_best_of_their_rank(case, rank):
+    """Eckart and Young: the error of every slice is the tail of its dense singular values."""
+    svds = slice_svds(case.stack())
+    ranks = uniform_ranks([svd.values for svd in svds], rank)
+    found = truncate_slices(svds, ranks)
+    for k, dense in enumerate(case.dense()):
+        values = np.linalg.svd(dense, compute_uv=False)
+        scale = 1e-14 * max(1.0, values[0])
+        b, a = found.factors(k)
+        assert b.shape[1] == a.shape[0] == ranks[k] <= min(rank, *dense.shape, case.ranks[k])
+        assert svds[k].values[: len(values)] == pytest.approx(
+            values[: len(svds[k].values)], rel=1e-10, abs=scale
+        )
+        tail = np.linalg.norm(values[ranks[k] :])
+        assert np.linalg.norm(dense - b @ a) == pytest.approx(tail, rel=1e-9, abs=20 * scale)
+        # Balanced: neither factor takes the size of the other.
+        assert np.linalg.norm(b) == pytest.approx(np.linalg.norm(a), rel=1e-9, abs=scale)
+
+
+@given(case=factors(NONZERO), rank=st.integers(1, 3))
+def test_the_error_told_is_the_dense_one(case, rank):
+    """√(Σ tails² / Σ norms²)."""
+    svds = slice_svds(case.stack())
+    spectra = [svd.values for svd in svds]
+    ranks = uniform_ranks(spectra, rank)
+    found = truncate_slices(svds, ranks).to_dense()
+    expected = oracles.relative_error(case.dense(), found)
+    assert truncation_error(spectra, ranks) == pytest.approx(expected, rel=1e-8, abs=1e-13)
+
+
+def test_a_slice_keeps_a_value_of_1e_10():
+    """QR and a small SVD: no Gram matrix loses it, in any gauge."""
+    rng = np.random.default_rng(0)
+    u, v = orthogonal(rng, 9, 2), orthogonal(rng, 7, 2)
+    for split in (0.0, 0.5, 1.0):
+        sizes = np.array([1.0, 1e-10])
+        stack = LowRankStack([u * sizes**split], [(v * sizes ** (1 - split)).T])
+        assert slice_svds(stack)[0].values == pytest.approx([1.0, 1e-10], rel=1e-5)
+
+
+def test_slices_in_any_library(xp):
+    """Factors of that library, in its widest type."""
+    case = make("generic", 3, 6, 5, [2, 3])
+    svds = slice_svds(xp.stack(case, "float32"))
+    found = truncate_slices(svds, [1, 2])
+    assert found.ranks == (1, 2)
+    for k, dense in enumerate(case.dense()):
+        b, a = found.factors(k)
+        assert xp.owns(b)
+        assert xp.owns(a)
+        tail = np.linalg.norm(np.linalg.svd(dense, compute_uv=False)[k + 1 :])
+        error = np.linalg.norm(dense - xp.numpy(b) @ xp.numpy(a))
+        assert error == pytest.approx(tail, rel=1e-4)
+
+
+def test_slices_on_a_second_device():
+    """What comes back is where the slices are."""
+    strict = pytest.importorskip("array_api_strict")
+    device = strict.Device("device1")
+    case = make("generic", 3, 6, 5, [2, 3])
+    stack = LowRankStack(
+        [strict.asarray(b, device=device) for b in case.B],
+        [strict.asarray(a, device=device) for a in case.A],
+    )
+    b, a = truncate_slices(slice_svds(stack), [1, 2]).factors(1)
+    assert [b.device, a.device] == [device] * 2
+
+
+def spectra_of(rng, slices):
+    """Falling singular values, some zero, and costs of a term."""
+    spectra = [np.sort(rng.random(rng.integers(1, 5)))[::-1].copy() for _ in range(slices)]
+    if rng.random() < 0.3:
+        spectra[0][-1] = 0.0
+    return spectra, [int(c) for c in rng.integers(3, 9, slices)]
+
+
+def every_rank(spectra, costs):
+    """Every choice of ranks with its cost and its squared error."""
+    for ranks in itertools.product(*(range(1, len(v) + 1) for v in spectra)):
+        cost = sum(c * r for c, r in zip(costs, ranks, strict=True))
+        yield (
+            ranks,
+            cost,
+            sum(float(np.sum(v[r:] ** 2)) for v, r in zip(spectra, ranks, strict=True)),
+        )
+
+
+@given(seed=seeds, slices=st.integers(1, 4), alike=st.booleans())
+def test_ranks_for_a_budget_are_optimal(seed, slices, alike):
+    """Among all choices where costs are equal; else wherever whole steps use the budget up."""
+    rng = np.random.default_rng(seed)
+    spectra, costs = spectra_of(rng, slices)
+    if alike:
+        costs = [5] * slices
+    choices = list(every_rank(spectra, costs))
+    terms = sorted(
+        (-(x**2) / c, k, i)
+        for k, (v, c) in enumerate(zip(spectra, costs, strict=True))
+        for i, x in enumerate(v[1:])
+    )
+    breakpoints = set(itertools.accumulate([sum(costs)] + [costs[k] for _, k, _ in terms]))
+    for budget in range(sum(costs), sum(c * 5 for c in costs)):
+        ranks = ranks_for_budget(spectra, costs, budget)
+        spent = sum(c * r for c, r in zip(costs, ranks, strict=True))
+        lost2 = sum(float(np.sum(v[r:] ** 2)) for v, r in zip(spectra, ranks, strict=True))
+        best = min(error2 for _, cost, error2 in choices if cost <= budget)
+        assert min(ranks) >= 1
+        assert spent <= budget
+        assert lost2 >= best - 1e-14
+        if alike or budget in breakpoints:
+            assert lost2 == pytest.approx(best, abs=1e-12)
+        for v, c, r in zip(spectra, costs, ranks, strict=True):
+            assert r == len(v) or c > budget - spent
+
+
+@given(seed=seeds, slices=st.integers(1, 4), alike=st.booleans())
+def test_ranks_for_a_tolerance_are_few(seed, slices, alike):
+    """The error holds; no term can be given back, and none is wasted where costs are equal."""
+    rng = np.random.default_rng(seed)
+    spectra, costs = spectra_of(rng, slices)
+    if alike:
+        costs = [5] * slices
+    total2 = sum(float(np.sum(v**2)) for v in spectra)
+    for tolerance in (0.01, 0.1, 0.3, 0.5, 0.9):
+        ranks = ranks_for_tolerance(spectra, costs, tolerance)
+        assert truncation_error(spectra, ranks) <= tolerance
+        spent = sum(c * r for c, r in zip(costs, ranks, strict=True))
+        best = min(
+            cost
+            for _, cost, error2 in every_rank(spectra, costs)
+            if error2 <= tolerance**2 * total2
+        )
+        if alike:
+            assert spent == best
+        else:
+            # The last step may overshoot, and no more than that.
+            assert best <= spent < best + max(costs)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0, -1.0, np.nan])
+def test_tolerances_out_of_range(tolerance):
+    """Refused by name."""
+    with pytest.raises(RankError, match="tolerance is"):
+        ranks_for_tolerance([np.ones(2)], [3], tolerance)
+
+
+def test_a_budget_below_rank_one_names_what_it_needs():
+    """Every slice keeps rank 1, as a LoRA file must."""
+    with pytest.raises(RankError, match=r"2 slices needs 11$"):
+        ranks_for_budget([np.ones(2), np.ones(3)], [5, 6], 10)
+    with pytest.raises(RankError, match="rank is 0"):
+        uniform_ranks([np.ones(2)], 0)
+
+
+# ---------------------------------------------------------------- adapters and their files
+
+
+def stored_bytes(path):
+    """Bytes of the tensors that a directory holds."""
+    return sum(x.nbytes for x in read_arrays(path).values())
+
+
+def source_deltas(path, dtype):
+    """ΔW of every module as the source stores it: alpha = 2 r, so the scale is 2."""
+    assert {x.dtype for x in read_arrays(path).values()} == {DTYPES[dtype]}
+    return dense_lora(path, 2.0)
+
+
+def written_deltas(path):
+    """ΔW of every module of a LoRA with rank and alpha patterns: the scale is one."""
+    config = read_config(path)
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert config["r"] == config["lora_alpha"]
+    assert not config["use_rslora"]
+    return dense_lora(path, 1.0)
+
+
+def decaying_pairs(layers=4, seed=0, size=1.0):
+    """Factors of rank 6 with falling singular values, of unlike norms and shapes."""
+    rng, pairs = np.random.default_rng(seed), {}
+    for name, (b, a) in bert_pairs(layers, r=6, seed=seed).items():
+        u, _, vt = np.linalg.svd(b.astype(float) @ a, full_matrices=False)
+        values = size * rng.uniform(0.2, 2) * rng.uniform(0.3, 0.8) ** np.arange(6)
+        pairs[name] = ((u[:, :6] * values).astype(np.float32), vt[:6].astype(np.float32))
+    return pairs
+
+
+ALL_DTYPES = list(DTYPES)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("goal", [0.3, 0.1, 0.05])
+@pytest.mark.parametrize("command", ["truncate", "convert"])
+def test_the_written_file_is_within_the_tolerance(tmp_path, dtype, goal, command):
+    """Measured on the two files, storage type included."""
+    source = write_lora(tmp_path / "source", decaying_pairs(), dtype=dtype)
+    found = lotr(command, source, "-o", tmp_path / "out", "--tolerance", goal)
+    assert found.code == 0, found.err
+    read = written_deltas if command == "truncate" else dense_lotr
+    error = distance(read(tmp_path / "out"), source_deltas(source, dtype))
+    assert error <= goal
+    assert error > goal / 3
+    assert stored_bytes(tmp_path / "out") < stored_bytes(source)
+    assert {x.dtype for x in read_arrays(tmp_path / "out").values()} == {DTYPES[dtype]}
+
+
+@pytest.mark.parametrize("sizes", [(1e-3, 1.0), (1e-4, 1e-4), (1e-5, 1e-5)], ids=str)
+@pytest.mark.parametrize("command", ["truncate", "convert"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_small_updates_are_within_the_tolerance(tmp_path, sizes, command, dtype):
+    """Where float16 has few digits left, ranks make room, or the command refuses."""
+    source = write_lora(tmp_path / "source", decaying_pairs(), dtype=dtype)
+    arrays = read_arrays(source)
+    rng = np.random.default_rng(0)
+    for key, x in arrays.items():
+        size, decay = (sizes[0], 0.6 ** np.arange(6)) if "lora_B" in key else (sizes[1], 1.0)
+        arrays[key] = (size * rng.standard_normal(x.shape) * decay).astype(x.dtype)
+    safetensors.numpy.save_file(arrays, source / "adapter_model.safetensors")
+    for goal in (0.003, 0.01, 0.1):
+        out = tmp_path / f"out {goal}"
+        found = lotr(command, source, "-o", out, "--tolerance", goal)
+        if found.code:
+            assert_refused(found, "tolerance")
+            continue
+        read = written_deltas if command == "truncate" else dense_lotr
+        assert distance(read(out), source_deltas(source, dtype)) <= goal
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("energy", [0.8, 0.99])
+@pytest.mark.parametrize("command", ["truncate", "convert"])
+def test_the_written_file_keeps_the_energy(tmp_path, dtype, energy, command):
+    """1 − error² is at least what was asked for."""
+    source = write_lora(tmp_path / "source", decaying_pairs(), dtype=dtype)
+    found = lotr(command, source, "-o", tmp_path / "out", "--energy", energy)
+    assert found.code == 0, found.err
+    read = written_deltas if command == "truncate" else dense_lotr
+    assert 1 - distance(read(tmp_path / "out"), source_deltas(source, dtype)) ** 2 >= energy
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("command", ["truncate", "convert"])
+@pytest.mark.parametrize(
+    "budget", ["25%", "40%", "99%", "2KB", "2KiB", "5000", "5000B", "900p", "400p"]
+)
+def test_the_written_tensors_are_within_the_budget(tmp_path, dtype, command, budget):
+    """Bytes of the tensors in the file; or a refusal that names the smallest number."""
+    source = write_lora(tmp_path / "source", decaying_pairs(3), dtype=dtype)
+    itemsize, whole = DTYPES[dtype].itemsize, stored_bytes(source)
+    limit = {"2KB": 2000, "2KiB": 2048, "5000": 5000, "5000B": 5000}.get(budget)
+    if budget.endswith("%"):
+        limit = float(budget[:-1]) / 100 * whole
+    elif budget.endswith("p"):
+        limit = float(budget[:-1]) * itemsize
+    found = lotr(command, source, "-o", tmp_path / "out", "--budget", budget)
+    if found.code:
+        # Rank 1 everywhere: Σ (m + n) for a LoRA, m + n + K a group for a LoTR.
+        smallest = 3 * 22 + 3 * 22 + 3 * 30 if command == "truncate" else 22 + 22 + 30 + 9
+        assert_refused(found, "budget", smallest)
+        assert limit < smallest * itemsize
+        assert not (tmp_path / "out").exists()
+        return
+    assert stored_bytes(tmp_path / "out") <= limit
+    read = written_deltas if command == "truncate" else dense_lotr
+    assert distance(read(tmp_path / "out"), source_deltas(source, dtype)) < 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("command", ["truncate", "convert"])
+def test_more_budget_is_never_more_error(tmp_path, dtype, command):
+    """Over many budgets, measured on the adapters."""
+    source = load(write_lora(tmp_path / "source", decaying_pairs(3), dtype=dtype))
+    whole = {m.name: m.B.astype(float) @ m.A.astype(float) for m in source.modules}
+    errors = []
+    for percent in range(18, 100, 6):
+        if command == "truncate":
+            found = truncate(source, budget=f"{percent}%")
+        else:
+            found = convert(source, budget=f"{percent}%").to_lora()
+        deltas = {m.name: m.B.astype(float) @ m.A.astype(float) for m in found.modules}
+        errors.append(distance(deltas, whole))
+    rounding = {"float32": 1e-6, "bfloat16": 1e-2}[dtype] if command == "convert" else 1e-9
+    assert np.all(np.diff(errors) <= rounding), errors
+
+
+def test_truncation_by_rank_is_the_dense_truncation(tmp_path):
+    """Module by module: the leading singular values of ΔW and nothing else."""
+    source = write_lora(tmp_path / "source", decaying_pairs())
+    for rank in (1, 3, 6):
+        out = tmp_path / f"rank {rank}"
+        assert lotr("truncate", source, "-o", out, "--rank", rank).code == 0
+        found = written_deltas(out)
+        for name, delta in source_deltas(source, "float32").items():
+            u, values, vt = np.linalg.svd(delta)
+            best = u[:, :rank] * values[:rank] @ vt[:rank]
+            assert np.linalg.norm(found[name] - best) <= 1e-6 * np.linalg.norm(delta), name
+        assert stored_bytes(out) == stored_bytes(source) * rank // 6
+
+
+@pytest.mark.parametrize("goal", [("--budget", "50%"), ("--tolerance", "0.2")])
+def test_ranks_differ_and_the_allocation_is_optimal(tmp_path, goal):
+    """No ranks of at most that size have a smaller error: all slices of two kinds cost 22."""
+    pairs = {k: v for k, v in decaying_pairs(3).items() if "intermediate" not in k}
+    source = write_lora(tmp_path / "source", pairs)
+    assert lotr("truncate", source, "-o", tmp_path / "out", *goal).code == 0
+    ranks = {k: x.shape[0] for k, x in read_arrays(tmp_path / "out").items() if "lora_A" in k}
+    assert len(set(ranks.values())) > 1
+    deltas = source_deltas(source, "float32")
+    values = np.sort(
+        np.concatenate([np.linalg.svd(d, compute_uv=False)[1:] for d in deltas.values()])
+    )
+    kept = sum(ranks.values()) - len(ranks)
+    best = np.linalg.norm(values[: len(values) - kept])
+    error = distance(written_deltas(tmp_path / "out"), deltas)
+    norm = np.sqrt(sum(np.linalg.norm(d) ** 2 for d in deltas.values()))
+    assert error == pytest.approx(best / norm, rel=1e-5)
+    if goal[0] == "--tolerance":
+        assert np.linalg.norm(values[: len(values) - kept + 1]) / norm > 0.2
+
+
+def test_the_document_tells_what_was_written(tmp_path):
+    """JSON: the error against the source, sizes before and after."""
+    source = write_lora(tmp_path / "source", decaying_pairs(), dtype="bfloat16")
+    told = document("truncate", source, "-o", tmp_path / "out", "--budget", "30%")
+    truth = distance(written_deltas(tmp_path / "out"), source_deltas(source, "bfloat16"))
+    assert told["relative_error"] == pytest.approx(truth, rel=1e-4)
+    assert told["bytes"] == stored_bytes(tmp_path / "out") == 2 * told["parameters"]
+    assert told["source_bytes"] == stored_bytes(source)
+
+
+def test_uniform_ranks_are_padded_on_request(tmp_path):
+    """One rank for all, the same ΔW; no patterns."""
+    source = write_lora(tmp_path / "source", decaying_pairs())
+    for name, more in (("own", []), ("uniform", ["--uniform"])):
+        assert lotr("truncate", source, "-o", tmp_path / name, "--tolerance", 0.2, *more).code == 0
+    config = read_config(tmp_path / "uniform")
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert len({x.shape[0] for k, x in read_arrays(tmp_path / "uniform").items() if "A" in k}) == 1
+    assert distance(written_deltas(tmp_path / "uniform"), written_deltas(tmp_path / "own")) == 0
+    assert read_config(tmp_path / "own")["rank_pattern"]
+
+
+def test_a_lotr_stays_a_lotr(tmp_path):
+    """The same groups at lower ranks, within a tolerance against the LoTR."""
+    source = write_lora(tmp_path / "source", decaying_pairs())
+    assert lotr("convert", source, "-o", tmp_path / "lotr", "--rank", 8).code == 0
+    before = dense_lotr(tmp_path / "lotr")
+    for goal in (["--rank", 2], ["--tolerance", 0.2], ["--budget", "40%"], ["--energy", 0.9]):
+        out = tmp_path / goal[0]
+        found = lotr("truncate", tmp_path / "lotr", "-o", out, *goal)
+        assert found.code == 0, found.err
+        groups = read_config(out)["groups"]
+        assert [g["name"] for g in groups] == [
+            g["name"] for g in read_config(tmp_path / "lotr")["groups"]
+        ]
+        assert stored_bytes(out) < stored_bytes(tmp_path / "lotr")
+        error = distance(dense_lotr(out), before)
+        if goal[0] == "--tolerance":
+            assert error <= 0.2
+        if goal[0] == "--energy":
+            assert 1 - error**2 >= 0.9
+    assert stored_bytes(tmp_path / "--budget") <= 0.4 * stored_bytes(tmp_path / "lotr")
+
+
+def test_a_lotr_at_its_own_rank_is_itself(tmp_path):
+    """Idempotent on files too."""
+    write_lora(tmp_path / "lora", decaying_pairs())
+    for command, of, out in (("convert", "lora", "a"), ("truncate", "a", "b")):
+        assert lotr(command, tmp_path / of, "-o", tmp_path / out, "--rank", 5).code == 0
+    assert distance(dense_lotr(tmp_path / "b"), dense_lotr(tmp_path / "a")) < 1e-6
+
+
+@pytest.mark.parametrize("command", ["truncate", "convert"])
+@pytest.mark.parametrize(
+    "goal", [("--tolerance", 0.1), ("--energy", 0.9), ("--budget", "50%"), ("--rank", 1)]
+)
+def test_an_adapter_of_zeros(tmp_path, command, goal):
+    """A fresh LoRA, B = 0, meets any goal."""
+    pairs = {k: (0 * b, a) for k, (b, a) in bert_pairs(2).items()}
+    source = write_lora(tmp_path / "source", pairs)
+    found = lotr(command, source, "-o", tmp_path / "out", *goal)
+    assert found.code == 0, found.err
+    assert not any(x.any() for x in dense_lora_or_lotr(tmp_path / "out").values())
+
+
+def dense_lora_or_lotr(path):
+    """ΔW of a directory of either form."""
+    return dense_lotr(path) if read_config(path)["peft_type"] == "LOTR" else written_deltas(path)
+
+
+def test_one_group_of_zeros_beside_others(tmp_path):
+    """Gets the smallest ranks and disturbs nothing."""
+    pairs = {k: (0 * b if "query" in k else b, a) for k, (b, a) in decaying_pairs().items()}
+    source = write_lora(tmp_path / "source", pairs)
+    for goal in (("--tolerance", 0.1), ("--budget", "50%")):
+        out = tmp_path / goal[0]
+        found = lotr("convert", source, "-o", out, *goal)
+        assert found.code == 0, found.err
+        deltas = dense_lotr(out)
+        assert all(not x.any() for name, x in deltas.items() if "query" in name)
+        if goal[0] == "--tolerance":
+            assert distance(deltas, source_deltas(source, "float32")) <= 0.1
+
+
+@pytest.mark.parametrize("command", ["truncate", "convert"])
+@pytest.mark.parametrize(
+    ("goal", "named"),
+    [
+        (["--tolerance", "0"], "tolerance"),
+        (["--tolerance", "1.5"], "tolerance"),
+        (["--energy", "1"], "energy"),
+        (["--energy", "90"], "energy"),
+        (["--budget", "10p"], "budget"),
+        (["--budget", "abc"], "budget"),
+        (["--rank", "0"], "rank"),
+        (["--rank", "2", "--budget", "50%"], "rank and budget"),
+        (["--tolerance", "1e-9"], "tolerance"),
+    ],
+)
+def test_goals_that_cannot_be_met(tmp_path, command, goal, named):
+    """One sentence, exit code 1, nothing written."""
+    source = write_lora(tmp_path / "source", dtype="bfloat16")
+    assert_refused(lotr(command, source, "-o", tmp_path / "out", *goal), named)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_truncation_needs_a_goal(tmp_path):
+    """Unlike convert, which has a default and says so."""
+    source = write_lora(tmp_path / "source", decaying_pairs())
+    assert_refused(lotr("truncate", source, "-o", tmp_path / "out"), "nothing given")
+    found = lotr("convert", source, "-o", tmp_path / "out")
+    assert found.code == 0
+    assert "25%" in found.out + found.err
+    assert stored_bytes(tmp_path / "out") <= 0.25 * stored_bytes(source)
+    told = json.loads(lotr("convert", source, "-o", tmp_path / "two", "--json").out)
+    assert told["bytes"] <= 0.25 * told["source_bytes"]
+
+
+@quiet
+@pytest.mark.parametrize("goal", [{"budget": "40%"}, {"tolerance": 0.3}, {"rank": 2}])
+def test_peft_loads_ranks_of_every_size(tmp_path, goal):
+    """rank_pattern and alpha_pattern as PEFT reads them: the same ΔW, module by module."""
+    peft = Peft()
+    adapted = peft.adapt(
+        peft.bert(3), tmp_path / "source", target_modules=["query", "value", "dense"], r=4
+    )
+    truth = peft.deltas(adapted)
+    ((name, value),) = goal.items()
+    out = tmp_path / "out"
+    assert lotr("truncate", tmp_path / "source", "-o", out, f"--{name}", value).code == 0
+    found = peft.deltas(peft.load(peft.bert(3), out))
+    expected = written_deltas(out)
+    assert_same_modules(found, expected)
+    assert found.keys() == truth.keys()
+    if name != "rank":
+        assert len({x.shape[0] for k, x in read_arrays(out).items() if "lora_A" in k}) > 1
+    if name == "tolerance":
+        assert distance(found, truth) <= 0.3
