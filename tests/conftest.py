@@ -133,7 +133,7 @@ OPEN = frozenset(
         "test_within_one_percent_of_exact",
     }
 )
-"""Tests of what the library does not do yet, each some of its cases: expected to fail until then."""
+"""Tests of what the library does not do yet, some cases of each: expected to fail until then."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Stacks of every kind: one protocol, one answer. Whole slices: what is read, when and how often."""
+"""Stacks of every kind: one protocol, one answer. What is read of whole slices, and how often."""
 
 import gc
 import time

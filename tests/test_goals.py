@@ -75,7 +75,7 @@ def test_one_goal_at_a_time(one, other):
 
 def test_no_goal_is_refused():
     """What could be given is listed."""
-    for ask in (lambda: tucker2(CASE.stack()), lambda: tucker2(CASE.stack(), 2).tucker2.truncate()):
+    for ask in (lambda: tucker2(CASE.stack()), tucker2(CASE.stack(), 2).tucker2.truncate):
         with pytest.raises(RankError, match="rank, tolerance, energy, budget"):
             ask()
 

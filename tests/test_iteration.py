@@ -208,11 +208,11 @@ def test_the_same_seed_gives_the_same_bits(xp):
 def test_global_random_state_is_left_alone():
     """Nothing is drawn from NumPy's global generator, and it is not seeded."""
     stack = make("generic", 0, 12, 12, [4, 4]).stack()
-    np.random.seed(3)  # noqa: NPY002
-    expected = np.random.rand()  # noqa: NPY002
-    np.random.seed(3)  # noqa: NPY002
+    np.random.seed(3)
+    expected = np.random.rand()
+    np.random.seed(3)
     tucker2(stack, 2, method="matrix-free", seed=1)
-    assert np.random.rand() == expected  # noqa: NPY002
+    assert np.random.rand() == expected
 
 
 # ---------------------------------------------------------------- the iteration itself

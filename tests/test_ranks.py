@@ -178,7 +178,7 @@ def test_a_tolerance_that_full_ranks_meet_is_met(dtype, seed):
 
 def test_a_tolerance_below_the_rounding_of_the_type_is_refused():
     """The type is named, and what to do."""
-    with pytest.raises(RankError, match="bfloat16.*wider dtype or a larger tolerance"):
+    with pytest.raises(RankError, match=r"bfloat16.*wider dtype or a larger tolerance"):
         tucker2(CASE.stack(), tolerance=1e-5, dtype=ml_dtypes.bfloat16)
 
 
