@@ -69,13 +69,13 @@ def _refine(
     norm2: float,
     squared: bool,
 ) -> Hooi:
-    """HOOI from V and from U, the better of the two: so that transposition changes nothing.
+    """HOOI from V; where a sweep is cheap, to the end, and from U as well.
 
-    Where a sweep is cheap it runs on until nothing moves.
+    The better of the two starts is taken, so that transposition changes nothing.
     """
-    options: dict[str, Any] = {"norm2": norm2, "squared": squared}
-    if max(small.shape[1:]) <= CHEAP:
-        options["rtol"] = 1e-9
+    if max(small.shape[1:]) > CHEAP:
+        return hooi(small, right, rank, norm2=norm2, squared=squared)
+    options: dict[str, Any] = {"norm2": norm2, "squared": squared, "rtol": 1e-9}
     from_right = hooi(small, right, rank, **options)
     turned = hooi(_Transposed(small), left, (rank[1], rank[0]), **options)
     if turned.history[-1] < from_right.history[-1]:
@@ -84,7 +84,7 @@ def _refine(
 
 
 CHEAP = 128
-"""Largest side of a small problem whose sweeps cost so little that HOOI runs to the end."""
+"""Largest side of a small problem whose sweeps cost little: HOOI runs twice, to the end."""
 
 
 class _Transposed:
