@@ -48,8 +48,8 @@ def check_goal(
     name, value = given[0], options[given[0]]
     if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
         raise RankError(f"{name} is {value!r}; expected a number")
-    if budget is not None and not budget >= 1:
-        raise RankError(f"budget is {budget}; expected at least one parameter")
+    if math.isnan(value):
+        raise RankError(f"{name} is not a number")
     for name, value in (("tolerance", tolerance), ("energy", energy)):
         if value is not None and not 0.0 < value < 1.0:
             raise RankError(f"{name} is {value}; expected a number between 0 and 1")
