@@ -54,6 +54,11 @@ def from_tensorly(tensor: Any) -> Tucker2:
             "(K, p, q) and three factors, or two for the modes 1 and 2"
         )
     if len(factors) == 3:
-        xp = array_namespace(core, *factors)
-        core = xp.tensordot(factors.pop(0), core, axes=1)
+        xp, first = array_namespace(core, *factors), factors.pop(0)
+        if first.ndim != 2 or first.shape[1] != core.shape[0]:
+            raise ShapeError(
+                f"the first factor is {tuple(first.shape)} and the core {tuple(core.shape)}; "
+                "expected (K, a) and (a, p, q)"
+            )
+        core = xp.tensordot(first, core, axes=1)
     return Tucker2(factors[0], core, factors[1])
