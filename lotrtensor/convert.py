@@ -17,7 +17,7 @@ from lotrtensor.adapters.modules import FitRecord, LotrGroup, store_group
 from lotrtensor.core.goals import Goal, Rank, check_goal
 from lotrtensor.core.problem import Problem
 from lotrtensor.core.ranks import Frontier, allocate_budget, allocate_tolerance, pair_at
-from lotrtensor.core.reduction import is_lazy, reduce_stack
+from lotrtensor.core.reduction import reduce_stack
 from lotrtensor.core.residual import relative_errors
 from lotrtensor.errors import LotrWarning, RankError, UnsupportedAdapterError
 from lotrtensor.groups import SourceGroup, lora_groups, source_group, split_groups
@@ -200,7 +200,7 @@ class _Job:
 def _start(source: SourceGroup, goal: Goal) -> _Job:
     """Reduce a group to its small problem, as wide as the goal can need."""
     stack, rank = source.stack, goal.rank
-    if rank is None and goal.budget is not None and is_lazy(stack):
+    if rank is None and goal.budget is not None and stack.lazy:
         rank = (WIDEST, WIDEST)
     if rank is not None:
         p, q = stack.max_rank

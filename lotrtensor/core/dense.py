@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from array_api_compat import size
+from array_api_compat import is_array_api_obj, size
 
 from lotrtensor.core.linalg import (
     Array,
@@ -18,8 +19,8 @@ from lotrtensor.core.linalg import (
     namespace,
     norm2,
 )
-from lotrtensor.core.stacks import SliceStack, Sweep
-from lotrtensor.errors import ShapeError
+from lotrtensor.core.stacks import SliceStack, Sweep, check_one_shape
+from lotrtensor.errors import DataError, ShapeError
 
 
 class LazyStack:
@@ -45,7 +46,8 @@ class LazyStack:
 
     Notes
     -----
-    Every method below is one pass over the slices.
+    Every method below is one pass over the slices, but for the norms, which the first pass of any
+    other one takes on its way.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class LazyStack:
         check_real_floating(sample, "like")
         self._read = read
         self._empty = as_working(sample[:0])
+        self._norms2: dict[int, Array] = {}
         self.dtype: Any = sample.dtype
+        self.lazy = True
 
     @property
     def max_rank(self) -> tuple[int, int]:
@@ -75,21 +79,41 @@ class LazyStack:
         return self._empty
 
     def slice(self, k: int) -> Array:
-        """Read slice ``k`` (m × n), in float32 at the least."""
+        """Read slice ``k`` (m × n), in the working type of ``like``."""
         found = self._read(k)
+        if not is_array_api_obj(found) or namespace(found) is not namespace(self._empty):
+            raise DataError(
+                f"slice {k} is a {type(found).__module__}.{type(found).__name__}; expected an "
+                f"array like ``like``, a {type(self._empty).__module__} one"
+            )
         if tuple(found.shape) != self.shape[1:]:
             raise ShapeError(
                 f"slice {k} is {tuple(found.shape)}; expected (m, n) = {self.shape[1:]}"
             )
         check_real_floating(found, f"slice {k}")
-        found = as_working(found)
-        check_finite(found, f"slice {k}")
+        found = namespace(found).astype(found, self._empty.dtype, copy=False)
+        if k not in self._norms2:
+            # The first reading takes the norm, which tells at once whether all entries are finite.
+            self._norms2[k] = norm2(found)
+            if not math.isfinite(self._norms2[k]):
+                check_finite(found, f"slice {k}")
         return found
 
     def scaled(self, weights: Sequence[float]) -> LazyStack:
-        """Return the stack of w_k ΔW_k, still read on demand."""
+        """Return the stack of w_k ΔW_k, formed slice by slice."""
         weights = [float(w) for w in weights]
-        return LazyStack(lambda k: self.slice(k) * weights[k], self.shape, like=self._empty)
+        return self._formed(lambda k: self.slice(k) * weights[k])
+
+    def _formed(self, read: Callable[[int], Array], *others: SliceStack) -> LazyStack:
+        """A stack formed from this one and others when it is read; lazy if one of them is."""
+        empties = [self._empty, *(other.empty() for other in others)]
+        xp = namespace(*empties)
+        working = xp.result_type(*(x.dtype for x in empties))
+        made = LazyStack(read, self.shape, like=xp.astype(self._empty, working))
+        made.lazy = self.lazy or any(other.lazy for other in others)
+        if not others:
+            made.dtype = self.dtype
+        return made
 
     def reduce(self) -> tuple[None, DenseStack, None]:
         """Return the slices in float64; the problem is as small as it gets."""
@@ -97,28 +121,33 @@ class LazyStack:
 
     def sweep(self, left: Array, right: Array) -> Sweep:
         """The products of one pass: about 4 K m n b flops."""
-        xp = namespace(left, right)
-        sum_left, sum_right = xp.zeros_like(left), xp.zeros_like(right)
-        cores, norms2 = [], []
-        for k in range(self.shape[0]):
+
+        def products(k: int) -> tuple[Array, Array, Array]:
             found = self.slice(k)
             image = found @ right
             core = left.T @ image
-            sum_left = sum_left + image @ core.T
-            sum_right = sum_right + (found.T @ left) @ core
+            return image @ core.T, (found.T @ left) @ core, core
+
+        xp = namespace(left, right)
+        sum_left, sum_right = xp.zeros_like(left), xp.zeros_like(right)
+        cores = []
+        for k in range(self.shape[0]):
+            # A function of its own lets the slice go before the next one is read.
+            step_left, step_right, core = products(k)
+            sum_left, sum_right = sum_left + step_left, sum_right + step_right
             cores.append(core)
-            norms2.append(norm2(found))
-        return Sweep(sum_left, sum_right, xp.stack(cores), xp.stack(norms2))
+        return Sweep(sum_left, sum_right, xp.stack(cores), self.norms2())
 
     def project(self, left: Array, right: Array) -> tuple[Array, Array]:
         """`core` and `residual_norms2` in one pass."""
-        xp = namespace(left, right)
-        cores, residuals = [], []
-        for k in range(self.shape[0]):
+
+        def products(k: int) -> tuple[Array, Array]:
             found = self.slice(k)
             core = left.T @ (found @ right)
-            cores.append(core)
-            residuals.append(norm2(found - (left @ core) @ right.T))
+            return core, norm2(found - (left @ core) @ right.T)
+
+        xp = namespace(left, right)
+        cores, residuals = zip(*map(products, range(self.shape[0])), strict=True)
         return xp.stack(cores), xp.stack(residuals)
 
     def magnitude(self) -> float:
@@ -126,9 +155,12 @@ class LazyStack:
         return 1.0
 
     def norms2(self) -> Array:
-        """Squared Frobenius norms ‖ΔW_k‖², one a slice (K)."""
-        xp = namespace(self._empty)
-        return xp.stack([norm2(self.slice(k)) for k in range(self.shape[0])])
+        """Squared Frobenius norms ‖ΔW_k‖², one a slice (K); a pass where a slice is yet unread."""
+        slices = range(self.shape[0])
+        for k in slices:
+            if k not in self._norms2:
+                self.slice(k)
+        return namespace(self._empty).stack([self._norms2[k] for k in slices])
 
     def left_factor(self, right: Array | None = None) -> Array:
         """Return [ΔW_1 V … ΔW_K V] (m × Kq); V is the identity if not given."""
@@ -157,19 +189,14 @@ class LazyStack:
 
     def __add__(self, other: SliceStack) -> LazyStack:
         """Slice-wise sum, formed slice by slice."""
-        if self.shape != other.shape:
-            raise ShapeError(
-                f"stacks of shapes (K, m, n) = {self.shape} and {other.shape} have no sum"
-            )
-        return LazyStack(lambda k: self.slice(k) + other.slice(k), self.shape, like=self._empty)
+        check_one_shape(self, other)
+        return self._formed(lambda k: self.slice(k) + other.slice(k), other)
+
+    __radd__ = __add__
 
     def __sub__(self, other: SliceStack) -> LazyStack:
         """Slice-wise difference, formed slice by slice."""
-        if self.shape != other.shape:
-            raise ShapeError(
-                f"stacks of shapes (K, m, n) = {self.shape} and {other.shape} have no difference"
-            )
-        return LazyStack(lambda k: self.slice(k) - other.slice(k), self.shape, like=self._empty)
+        return self + other * -1.0
 
     def __mul__(self, factor: float) -> LazyStack:
         """Every slice times a number."""
@@ -203,23 +230,11 @@ class DenseStack(LazyStack):
             )
         check_real_floating(slices, "slices")
         super().__init__(lambda k: slices[k, :, :], tuple(slices.shape), like=slices[0, 0, :])
-        for k in range(self.shape[0]):
-            check_finite(as_working(slices[k, :, :]), f"slice {k}")
+        self.lazy = False
         self._slices = slices
-
-    def scaled(self, weights: Sequence[float]) -> DenseStack:
-        """Return the stack of w_k ΔW_k, in memory like this one."""
-        xp = namespace(self._slices)
-        slices = (self.slice(k) * float(w) for k, w in enumerate(weights))
-        made = DenseStack(xp.stack(list(slices)))
-        made.dtype = self.dtype
-        return made
+        self.norms2()  # which refuses what is not finite
 
     def magnitude(self) -> float:
         """Largest entry."""
         xp = namespace(self._slices)
         return float(xp.max(xp.abs(as_working(self._slices))))
-
-    def slice(self, k: int) -> Array:
-        """Return slice ``k`` (m × n), in float32 at the least."""
-        return as_working(self._slices[k, :, :])

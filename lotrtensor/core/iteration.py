@@ -15,8 +15,8 @@ class Iteration(NamedTuple):
     """Orthonormal blocks and the small problem between them.
 
     ``left`` (m × b), ``right`` (n × c) and ``core`` UᵀΔW_k V (K × b × c, float64 where the library
-    has it); ``norms2`` are ‖ΔW_k‖² (K), ``captured`` the energy ‖core‖² of every pass over the
-    slices, and ``converged`` whether it had stalled.
+    has it); ``norms2`` are ‖ΔW_k‖² (K), ``captured`` the energy that the wanted ranks hold of the
+    core after every pass over the slices, and ``converged`` whether it had stalled.
     """
 
     left: Array
@@ -31,10 +31,16 @@ class Iteration(NamedTuple):
         """Σ_k ‖ΔW_k‖²."""
         return float(self.norms2.sum())
 
+    @property
+    def core_norm2(self) -> float:
+        """Energy ‖core‖² of the whole blocks."""
+        return float(namespace(self.core).sum(self.core * self.core))
+
 
 def block_iteration(
     stack: SliceStack,
     width: tuple[int, int],
+    rank: tuple[int, int] | None = None,
     *,
     rtol: float = 1e-4,
     max_passes: int = 30,
@@ -55,8 +61,12 @@ def block_iteration(
         Any stack; only `SliceStack.sweep` is asked for.
     width : (int, int)
         Block widths (b, c): the ranks wanted and some more, which speeds convergence.
+    rank : (int, int), optional
+        Ranks (p, q) whose energy decides when to stop; the whole blocks' if not given. The columns
+        beyond them may still turn in the noise.
     rtol : float
-        Stop when a pass lowers the squared error by less than this share of it.
+        Stop when what the next passes can lower the squared error by is less than this share of
+        it, extrapolated from the last two gains.
     max_passes : int
         Stop here in any case.
     seed : int
@@ -76,21 +86,41 @@ def block_iteration(
         left, right = orthonormal_basis(left), orthonormal_basis(right)
         sweep = stack.sweep(left, right)
         core = as_accumulator(sweep.core)
-        captured.append(float(namespace(core).sum(core * core)))
+        captured.append(_leading_energy(core, rank or width))
         norms2 = to_numpy(sweep.norms2)
-        stalled = len(captured) > 2 and _stalled(captured, float(norms2.sum()), rtol)
+        floor = float(namespace(left).finfo(left.dtype).eps) * float(norms2.sum())
+        stalled = _stalled(captured, float(norms2.sum()), rtol, floor)
         if stalled or len(captured) == max_passes:
             return Iteration(left, right, core, norms2, tuple(captured), stalled)
         left, right = sweep.left, sweep.right
 
 
-def _stalled(captured: list[float], norm2: float, rtol: float) -> bool:
-    # A float32 core does not show gains below 1e-7 of the whole; float64 has converged by then.
-    return captured[-1] - captured[-2] <= max(rtol * (norm2 - captured[-1]), 1e-7 * norm2)
+def _leading_energy(core: Array, rank: tuple[int, int]) -> float:
+    """Energy that ranks (p, q) hold of the core: left eigenvectors first, then right ones."""
+    xp, (_, b, c), (p, q) = namespace(core), core.shape, rank
+    if p < b:
+        gram = xp.sum(core @ xp.matrix_transpose(core), axis=0)
+        core = xp.linalg.eigh(gram)[1][:, b - p :].T @ core
+    if q < c:
+        gram = xp.sum(xp.matrix_transpose(core) @ core, axis=0)
+        return float(xp.sum(xp.linalg.eigvalsh(gram)[c - q :]))
+    return float(xp.sum(core * core))
+
+
+def _stalled(captured: list[float], norm2: float, rtol: float, floor: float) -> bool:
+    """Whether further passes promise less than ``rtol`` of the error, or than rounding shows."""
+    if len(captured) < 3:  # a random start says nothing, and one gain no rate
+        return False
+    before, gain = np.diff(captured[-3:]).tolist()
+    rate = min(max(gain / before, 0.5), 0.99) if before > 0 else 0.5
+    left = max(norm2 - captured[-1], 0.0)
+    # The larger of two: on a flat spectrum gains go up and down.
+    return bool(gain <= floor or max(before, gain) * rate / (1 - rate) <= rtol * left)
 
 
 def _random_block(stack: SliceStack, rng: np.random.Generator, rows: int, columns: int) -> Array:
     like = stack.empty()
     xp = namespace(like)
-    block = rng.standard_normal((rows, columns))
+    drawn = np.float64 if like.dtype == xp.float64 else np.float32
+    block = rng.standard_normal((rows, columns), dtype=drawn)
     return xp.asarray(block, dtype=like.dtype, device=device(like))

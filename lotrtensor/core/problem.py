@@ -17,7 +17,7 @@ from lotrtensor.core.reduction import Reduction
 from lotrtensor.core.residual import error_norms2, relate_errors
 from lotrtensor.core.solve import Solution, solve
 from lotrtensor.core.stacks import SliceStack
-from lotrtensor.core.tucker2 import Tucker2
+from lotrtensor.core.tucker2 import ROOM, Tucker2
 from lotrtensor.errors import RankError
 
 
@@ -96,7 +96,8 @@ class Problem:
     def lower_bound(self, rank: tuple[int, int]) -> float:
         """Relative (weighted) error that no decomposition of ``rank`` goes below."""
         norm2 = self.reduction.norm2
-        return math.sqrt(float(self.full.lower_bound2(rank)) / norm2) if norm2 else 0.0
+        lost2 = max(float(self.full.lower_bound2(rank)), self.reduction.discarded2)
+        return math.sqrt(lost2 / norm2) if norm2 else 0.0
 
     def solve(self, rank: tuple[int, int]) -> Solution:
         """Decompose the small problem at ``rank``."""
@@ -159,7 +160,7 @@ class Problem:
             else:
                 low = middle
         # Rounding adds to the error that was solved for: a few pairs up make room for it.
-        for index in range(high, min(high + 8, len(curve.parameters))):
+        for index in range(high, min(high + ROOM, len(curve.parameters))):
             fit = self.finish(best if index == high else self.solve(pair_at(curve, index)))
             if fit.weighted_error <= tolerance:
                 return fit

@@ -8,8 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from lotrtensor.core.dense import DenseStack, LazyStack
-from lotrtensor.core.iteration import block_iteration
+from lotrtensor.core.dense import DenseStack
+from lotrtensor.core.discarded import discarded_energy
+from lotrtensor.core.iteration import Iteration, block_iteration
 from lotrtensor.core.linalg import Array, to_numpy
 from lotrtensor.core.stacks import LowRankStack, SliceStack
 from lotrtensor.errors import DataError
@@ -29,7 +30,7 @@ FACTOR_PASSES = 30
 FACTOR_RTOL = 1e-4
 """Share of the squared error that a pass over thin factors must gain for another to follow."""
 
-LAZY_RTOL = 1e-2
+LAZY_RTOL = 3e-3
 """The same where a pass costs the reading of all slices."""
 
 LAZY_PASSES = 5
@@ -41,7 +42,9 @@ class Reduction:
     """ΔW_k ≈ Q · small_k · Pᵀ with orthonormal Q and P, None standing for the identity.
 
     ``norms2`` are ‖ΔW_k‖² (K) and ``lost2`` is the squared norm outside, 0 for the exact method.
-    ``passes``, ``history`` (relative errors) and ``converged`` tell of the iteration.
+    ``discarded2`` is a lower bound of what any decomposition of the rank asked for loses, where it
+    is known beyond what the small problem tells. ``passes``, ``history`` (relative errors) and
+    ``converged`` tell of the iteration.
     """
 
     method: str
@@ -50,6 +53,7 @@ class Reduction:
     right: Array | None
     norms2: np.ndarray
     lost2: float = 0.0
+    discarded2: float = 0.0
     passes: int = 0
     history: tuple[float, ...] = ()
     converged: bool = True
@@ -92,42 +96,35 @@ def reduce_stack(
     if method not in METHODS:
         raise DataError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
     if method == "auto":
-        affordable = not is_lazy(stack) and exact_flops(stack) <= EXACT_FLOPS
+        affordable = not stack.lazy and exact_flops(stack) <= EXACT_FLOPS
         method = "exact" if affordable else "matrix-free"
     if method != "matrix-free":
         left, small, right = stack.reduce()
         return Reduction("exact", left, small, right, to_numpy(small.norms2()))
-    if rank is not None:
-        return _matrix_free(stack, rank, seed, max_passes, exact_loss=False)
-    width = 32
+    max_passes = max_passes or (LAZY_PASSES if stack.lazy else FACTOR_PASSES)
+    rtol = LAZY_RTOL if stack.lazy else FACTOR_RTOL
+    width = rank or (32, 32)
     while True:
-        found = _matrix_free(stack, (width, width), seed, max_passes, exact_loss=True)
-        inside = found.lost2 <= (tolerance / 2) ** 2 * found.norm2
-        if inside or width >= max(stack.max_rank):
-            return found
-        width *= 2
-
-
-def _matrix_free(
-    stack: SliceStack,
-    rank: tuple[int, int],
-    seed: int,
-    max_passes: int | None,
-    *,
-    exact_loss: bool,
-) -> Reduction:
-    b, c = (
-        min(r + max(OVERSAMPLE, r // 4), most) for r, most in zip(rank, stack.max_rank, strict=True)
-    )
-    lazy = is_lazy(stack)
-    passes = max_passes or (LAZY_PASSES if lazy else FACTOR_PASSES)
-    rtol = LAZY_RTOL if lazy else FACTOR_RTOL
-    found = block_iteration(stack, (b, c), rtol=rtol, max_passes=passes, seed=seed)
-    if lazy and not exact_loss:
-        # Another pass would give it to full precision; what is returned is measured anyway.
-        lost2 = max(found.norm2 - found.captured[-1], 0.0)
-    else:
+        found = block_iteration(
+            stack, _block(stack, width), rank, rtol=rtol, max_passes=max_passes, seed=seed
+        )
+        if rank is not None:
+            # Differences will do where the error is not used: what is returned is measured.
+            lost2 = max(found.norm2 - found.core_norm2, 0.0)
+            return _reduction(found, lost2, discarded_energy(stack, rank))
         lost2 = float(to_numpy(stack.residual_norms2(found.left, found.right)).sum())
+        if lost2 <= (tolerance / 2) ** 2 * found.norm2 or width[0] >= max(stack.max_rank):
+            return _reduction(found, lost2, 0.0)
+        width = (2 * width[0], 2 * width[1])
+
+
+def _block(stack: SliceStack, rank: tuple[int, int]) -> tuple[int, int]:
+    """Width of the blocks for ``rank``: some more columns, which speeds convergence."""
+    (p, q), most = rank, stack.max_rank
+    return min(p + max(OVERSAMPLE, p // 4), most[0]), min(q + max(OVERSAMPLE, q // 4), most[1])
+
+
+def _reduction(found: Iteration, lost2: float, discarded2: float) -> Reduction:
     return Reduction(
         method="matrix-free",
         left=found.left,
@@ -135,15 +132,11 @@ def _matrix_free(
         right=found.right,
         norms2=found.norms2,
         lost2=lost2,
+        discarded2=discarded2,
         passes=len(found.captured),
         history=tuple(_relative(found.norm2 - c, found.norm2) for c in found.captured),
         converged=found.converged,
     )
-
-
-def is_lazy(stack: SliceStack) -> bool:
-    """Whether every pass over the slices costs their reading."""
-    return isinstance(stack, LazyStack) and not isinstance(stack, DenseStack)
 
 
 def _relative(part2: float, whole2: float) -> float:

@@ -21,10 +21,10 @@ from lotrtensor.core.linalg import (
     check_real_floating,
     common_dtype,
     constant,
+    gram_root,
     namespace,
     norm2,
     orthonormal_basis,
-    triangular_factor,
 )
 from lotrtensor.errors import ShapeError
 
@@ -60,6 +60,10 @@ class SliceStack(Protocol):
     def dtype(self) -> Any:
         """Type that a decomposition of the stack comes back in."""
 
+    @property
+    def lazy(self) -> bool:
+        """Whether every pass over the slices costs their reading."""
+
     def empty(self) -> Array:
         """An array of no entries: library, device and working type of the products."""
 
@@ -68,6 +72,15 @@ class SliceStack(Protocol):
 
     def scaled(self, weights: Sequence[float]) -> SliceStack:
         """Return the stack of w_k ΔW_k."""
+
+    def __add__(self, other: SliceStack) -> SliceStack:
+        """Slice-wise sum."""
+
+    def __sub__(self, other: SliceStack) -> SliceStack:
+        """Slice-wise difference."""
+
+    def __mul__(self, factor: float) -> SliceStack:
+        """Every slice times a number."""
 
     def reduce(self) -> tuple[Array | None, SliceStack, Array | None]:
         """Return Q, a small stack in float64, and P with ΔW_k = Q · small_k · Pᵀ, exactly.
@@ -127,6 +140,8 @@ class LowRankStack:
     that a product with all of them is one matrix product.
     """
 
+    lazy = False
+
     def __init__(self, B: Sequence[Array] | Array, A: Sequence[Array] | Array) -> None:
         lefts, rights = _listed(B, "B"), _listed(A, "A")
         _check_factors(lefts, rights)
@@ -162,19 +177,27 @@ class LowRankStack:
 
     @cached_property
     def _norms2(self) -> Array:
-        blocks = (b @ triangular_factor(a.T).T for b, a in map(self.factors, range(self.shape[0])))
-        return self.xp.stack([norm2(block) for block in blocks])
+        blocks = zip(self._spans, self._roots, strict=True)
+        return self.xp.stack([norm2(self._left[:, span] @ root.T) for span, root in blocks])
+
+    @cached_property
+    def _roots(self) -> list[Array]:
+        """R_k (r_k × r_k) with R_kᵀR_k = A_k A_kᵀ: ‖X A_k‖ = ‖X R_kᵀ‖ for any X."""
+        return [gram_root(self._right[span, :].T) for span in self._spans]
 
     def left_factor(self, right: Array | None = None) -> Array:
         """Return F (m × c) with F Fᵀ = Σ_k ΔW_k V Vᵀ ΔW_kᵀ; V is the identity if not given.
 
-        The block of slice k is B_k T_kᵀ with T_k from the QR of (A_k V)ᵀ, or B_k (A_k V) where
-        that is narrower.
+        The block of slice k is B_k R_kᵀ with R_kᵀR_k = A_k V (A_k V)ᵀ, or B_k (A_k V) where that is
+        narrower.
         """
-        projected = self._right if right is None else self._right @ right
-        return self.xp.concat(
-            [self._left[:, span] @ _narrow(projected[span, :]) for span in self._spans], axis=1
-        )
+        if right is None:
+            roots = [root.T for root in self._roots]
+        else:
+            projected = self._right @ right
+            roots = [_narrow(projected[span, :]) for span in self._spans]
+        blocks = zip(self._spans, roots, strict=True)
+        return self.xp.concat([self._left[:, span] @ root for span, root in blocks], axis=1)
 
     def right_factor(self, left: Array | None = None) -> Array:
         """Return F (n × c) with F Fᵀ = Σ_k ΔW_kᵀ U Uᵀ ΔW_k; U is the identity if not given."""
@@ -198,9 +221,9 @@ class LowRankStack:
         outside = self._left - left @ inside
         outside_right = self._right - (self._right @ right) @ right.T
         residuals = []
-        for span in self._spans:
-            lost_left = outside[:, span] @ triangular_factor(self._right[span, :].T).T
-            lost_right = inside[:, span] @ triangular_factor(outside_right[span, :].T).T
+        for span, root in zip(self._spans, self._roots, strict=True):
+            lost_left = outside[:, span] @ root.T
+            lost_right = inside[:, span] @ gram_root(outside_right[span, :].T).T
             residuals.append(norm2(lost_left) + norm2(lost_right))
         return self.xp.stack(residuals)
 
@@ -268,12 +291,11 @@ class LowRankStack:
         made.dtype = self.dtype
         return made
 
-    def __add__(self, other: LowRankStack) -> LowRankStack:
-        """Slice-wise sum, kept as factors of rank r_k + r'_k."""
-        if self.shape != other.shape:
-            raise ShapeError(
-                f"stacks of shapes (K, m, n) = {self.shape} and {other.shape} have no sum"
-            )
+    def __add__(self, other: SliceStack) -> Any:
+        """Slice-wise sum; with another of thin factors, kept as factors of rank r_k + r'_k."""
+        if not isinstance(other, LowRankStack):
+            return NotImplemented
+        check_one_shape(self, other)
         pairs = [(self.factors(k), other.factors(k)) for k in range(self.shape[0])]
         return LowRankStack(
             [self.xp.concat([b, b2], axis=1) for (b, _), (b2, _) in pairs],
@@ -286,8 +308,8 @@ class LowRankStack:
 
     __rmul__ = __mul__
 
-    def __sub__(self, other: LowRankStack) -> LowRankStack:
-        """Slice-wise difference, kept as factors of rank r_k + r'_k."""
+    def __sub__(self, other: SliceStack) -> Any:
+        """Slice-wise difference, kept like a sum."""
         return self + other * -1.0
 
     def to_dense(self) -> Array:
@@ -295,9 +317,21 @@ class LowRankStack:
         return self.xp.stack([self.slice(k) for k in range(self.shape[0])])
 
 
+def check_one_shape(a: SliceStack, b: SliceStack) -> None:
+    """Refuse to add stacks of unlike shapes.
+
+    Raises
+    ------
+    ShapeError
+        If K, m or n differ.
+    """
+    if a.shape != b.shape:
+        raise ShapeError(f"stacks of shapes (K, m, n) = {a.shape} and {b.shape} have no sum")
+
+
 def _narrow(x: Array) -> Array:
     """Return Y (r × c) with Y Yᵀ = x xᵀ and c the smaller of the sides of ``x`` (r × b)."""
-    return x if x.shape[1] <= x.shape[0] else triangular_factor(x.T).T
+    return x if x.shape[1] <= x.shape[0] else gram_root(x.T).T
 
 
 def _listed(factors: Sequence[Array] | Array, name: str) -> list[Array]:

@@ -21,7 +21,7 @@ from lotrtensor.core.linalg import (
 from lotrtensor.core.ranks import best_within, cheapest_within, frontier, pair_at
 from lotrtensor.core.solve import solve
 from lotrtensor.core.stacks import LowRankStack
-from lotrtensor.errors import ShapeError
+from lotrtensor.errors import RankError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +160,8 @@ class Tucker2:
         Parameters
         ----------
         rank, tolerance, energy, budget
-            How far; exactly one of them, as for `tucker2`. Tolerance and energy hold for the
-            HOSVD, so that ranks are found without a fit for each.
+            How far; exactly one of them, as for `tucker2`. Tolerance and energy hold for what is
+            returned, its type included; the ranks are those at which the HOSVD meets them.
         refine : bool
             Refine the truncated HOSVD by HOOI.
 
@@ -173,26 +173,41 @@ class Tucker2:
         Raises
         ------
         RankError
-            If the goal is out of range or not exactly one is given.
+            If the goal is out of range or not exactly one is given, or rounding to the dtype alone
+            exceeds the tolerance.
         """
         whole = self.orthogonalised()
         small = DenseStack(whole.core)
         full = hosvd(small)
         goal = check_goal(rank, tolerance, energy, budget, whole.rank)
-        if goal.rank is None:
-            curve = frontier(small, full, self.shape)
-            index = (
-                best_within(curve, goal.budget)
-                if goal.budget is not None
-                else cheapest_within(curve, goal.tolerance or 0.0)
-            )
-            pair = pair_at(curve, index)
-        else:
-            pair = goal.rank
         norm2 = float(self.xp.sum(small.norms2()))
-        found = solve(small, full, pair, norm2=norm2, method="hooi" if refine else "hosvd")
-        rounded = Tucker2(whole.left @ found.left, found.core, whole.right @ found.right)
-        return rounded.astype(self.core.dtype)
+
+        def at(pair: tuple[int, int]) -> Tucker2:
+            found = solve(small, full, pair, norm2=norm2, method="hooi" if refine else "hosvd")
+            rounded = Tucker2(whole.left @ found.left, found.core, whole.right @ found.right)
+            return rounded.astype(self.core.dtype)
+
+        if goal.rank is not None:
+            return at(goal.rank)
+        curve = frontier(small, full, self.shape)
+        if goal.budget is not None:
+            return at(pair_at(curve, best_within(curve, goal.budget)))
+        limit = goal.tolerance or 0.0
+        first = cheapest_within(curve, limit)
+        # Rounding adds to the error that the curve tells: a few pairs up make room for it.
+        for index in range(first, min(first + ROOM, len(curve.parameters))):
+            found = at(pair_at(curve, index))
+            if (whole - found.accumulated()).norm2() <= limit**2 * norm2:
+                return found
+        raise RankError(
+            f"tolerance is {limit}; rounding to {self.core.dtype} exceeds it: choose a wider dtype "
+            "or a larger tolerance"
+        )
+
+    def norm2(self) -> float:
+        """Squared norm Σ_k ‖U G_k Vᵀ‖²."""
+        core = self.orthogonalised().core
+        return float(self.xp.sum(core * core))
 
     def to_low_rank(self) -> LowRankStack:
         """The slices as factors U and G_k Vᵀ, so that they compare with any other stack."""
@@ -207,3 +222,7 @@ class Tucker2:
     def accumulated(self) -> Tucker2:
         """The same decomposition in the widest type of its library."""
         return Tucker2(*(as_accumulator(x) for x in (self.left, self.core, self.right)))
+
+
+ROOM = 8
+"""Steps up a curve that are tried for the rounding to a storage type."""
