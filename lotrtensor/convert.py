@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,10 +16,17 @@ from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import FitRecord, LotrGroup, store_group
 from lotrtensor.core.goals import Goal, Rank, check_goal
 from lotrtensor.core.problem import Problem
-from lotrtensor.core.ranks import Frontier, allocate_budget, allocate_tolerance, pair_at
+from lotrtensor.core.ranks import (
+    Frontier,
+    allocate_budget,
+    allocate_tolerance,
+    pair_at,
+    settle,
+)
 from lotrtensor.core.reduction import reduce_stack
 from lotrtensor.core.residual import relative_errors
-from lotrtensor.errors import LotrWarning, RankError, UnsupportedAdapterError
+from lotrtensor.core.solve import Solution
+from lotrtensor.errors import LotrWarning, UnsupportedAdapterError
 from lotrtensor.groups import SourceGroup, lora_groups, source_group, split_groups
 from lotrtensor.sizes import budget_parameters, check_dtype
 
@@ -160,15 +167,22 @@ class _Job:
     source: SourceGroup
     problem: Problem
     curve: Frontier
+    solutions: dict[tuple[int, int], Solution] = field(default_factory=dict)
+
+    def solve(self, pair: tuple[int, int]) -> Solution:
+        """Decompose at ``pair``, once."""
+        if pair not in self.solutions:
+            self.solutions[pair] = self.problem.solve(pair)
+        return self.solutions[pair]
 
     def error2(self, pair: tuple[int, int]) -> float:
         """Squared error at ``pair``, refined."""
-        return self.problem.error2(self.problem.solve(pair))
+        return self.problem.error2(self.solve(pair))
 
     def store(self, pair: tuple[int, int], dtype: np.dtype) -> LotrGroup:
         """Decompose at ``pair``, round to ``dtype``, and measure what is stored."""
         source = self.source
-        fit = self.problem.finish(self.problem.solve(pair))
+        fit = self.problem.finish(self.solve(pair))
         if not fit.converged:
             warnings.warn(
                 f"the fit of {source.name} did not converge; its error is exact for the factors "
@@ -213,21 +227,19 @@ def _start(source: SourceGroup, goal: Goal) -> _Job:
 def _within(jobs: list[_Job], tolerance: float, dtype: np.dtype) -> tuple[LotrGroup, ...]:
     """Groups of few parameters whose error as stored is at most ``tolerance`` over all of them."""
     norm2 = sum(job.problem.reduction.norm2 for job in jobs)
-    limit2 = tolerance**2 * norm2
-    target2 = limit2
-    while target2 > 0:
-        pairs = _share_out(jobs, math.sqrt(target2 / norm2)) if norm2 else [(1, 1)] * len(jobs)
+    reachable2 = sum(float(job.curve.error2[-1]) for job in jobs)
+    full = [pair_at(job.curve, -1) for job in jobs]
+
+    def attempt(target2: float) -> tuple[tuple[LotrGroup, ...], float, float, bool]:
+        pairs = full
+        if target2 > reachable2:
+            pairs = _share_out(jobs, math.sqrt(target2 / norm2))
         groups = tuple(job.store(pair, dtype) for job, pair in zip(jobs, pairs, strict=True))
-        lost2 = sum((g.fit.relative_error * g.fit.norm) ** 2 for g in groups if g.fit)
-        if lost2 <= limit2:
-            return groups
-        # Rounding to the storage type took more than was left for it: leave it that much, and some.
         fitted2 = sum(job.error2(pair) for job, pair in zip(jobs, pairs, strict=True))
-        target2 = min(limit2 - 1.1 * (lost2 - fitted2), 0.99 * target2)
-    raise RankError(
-        f"tolerance is {tolerance}; rounding to {dtype.name} alone exceeds it: choose a wider "
-        "dtype or a larger tolerance"
-    )
+        stored2 = sum((g.fit.relative_error * g.fit.norm) ** 2 for g in groups if g.fit)
+        return groups, fitted2, stored2, pairs == full
+
+    return settle(tolerance, norm2, dtype.name, attempt)
 
 
 def _share_out(jobs: list[_Job], tolerance: float) -> list[tuple[int, int]]:

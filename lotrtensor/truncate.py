@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from lotrtensor.adapters.formats.tensors import BFLOAT16
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
@@ -14,16 +15,9 @@ from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.convert import Progress, fit_groups
 from lotrtensor.core.goals import check_goal
 from lotrtensor.core.stacks import LowRankStack
-from lotrtensor.core.truncate import (
-    SliceSvd,
-    ranks_for_budget,
-    ranks_for_tolerance,
-    slice_svds,
-    truncate_slices,
-    uniform_ranks,
-)
-from lotrtensor.errors import RankError
+from lotrtensor.core.truncate import slice_svds
 from lotrtensor.groups import source_group
+from lotrtensor.low_rank import Allocation, Update, lower_ranks
 from lotrtensor.sizes import budget_parameters
 
 
@@ -34,6 +28,7 @@ def truncate(
     tolerance: float | None = None,
     energy: float | None = None,
     budget: int | str | None = None,
+    allocation: Allocation = "optimal",
     progress: Progress | None = None,
 ) -> Adapter:
     """Lower the ranks of an adapter: a LoRA stays a LoRA, a LoTR a LoTR.
@@ -50,6 +45,9 @@ def truncate(
         Share of Σ ‖ΔW_k‖², in (0, 1), to keep.
     budget : int or str, optional
         Bytes, a share of the adapter's own bytes, or parameters; see `budget_parameters`.
+    allocation : str
+        How a LoRA's ranks follow from a tolerance, energy or budget: ``"optimal"``, the best ranks
+        of all modules, or ``"uniform"``, one rank for all.
     progress : callable, optional
         Told of every group of a LoTR before it is decomposed.
 
@@ -57,8 +55,8 @@ def truncate(
     -------
     LoraAdapter or LotrAdapter
         A LoRA whose modules have the leading singular values of their ΔW, exactly the best of
-        their ranks; with a tolerance, energy or budget the ranks differ, by energy per parameter
-        over all modules. A LoTR with the same groups.
+        their ranks; with a tolerance, energy or budget the ranks differ, and no others of that
+        size have a smaller error. A LoTR with the same groups.
 
     Raises
     ------
@@ -71,11 +69,15 @@ def truncate(
     never built (Eckart and Young, Psychometrika 1 (1936)).
     """
     if isinstance(adapter, LoraAdapter):
-        return _truncate_lora(adapter, rank, tolerance, energy, budget)
+        return _truncate_lora(adapter, rank, tolerance, energy, budget, allocation)
     source = {module.name: module for module in adapter.to_lora().modules}
     groups = fit_groups(
         [
-            source_group(group.name, [source[name] for name in group.modules], adapter.dtype)
+            replace(
+                source_group(group.name, [source[name] for name in group.modules], adapter.dtype),
+                parameters=group.parameters,
+                bytes=group.parameters * adapter.dtype.itemsize,
+            )
             for group in adapter.groups
         ],
         rank=rank,
@@ -94,51 +96,39 @@ def _truncate_lora(
     tolerance: float | None,
     energy: float | None,
     budget: int | str | None,
+    allocation: Allocation,
 ) -> LoraAdapter:
     parameters = None
     if budget is not None:
         parameters = budget_parameters(budget, adapter.dtype.itemsize, adapter.bytes)
     most = max(module.rank for module in adapter.modules)
     goal = check_goal(rank, tolerance, energy, parameters, (most, most))
-    svds = [svd for module in adapter.modules for svd in slice_svds(_stack(module))]
-    spectra = [svd.values for svd in svds]
-    costs = [sum(module.shape) for module in adapter.modules]
-    if goal.rank is not None:
-        ranks = uniform_ranks(spectra, goal.rank[0])
-    elif goal.budget is not None:
-        ranks = ranks_for_budget(spectra, costs, goal.budget)
-    else:
-        return _within(adapter, svds, costs, goal.tolerance or 0.0)
-    return _at_ranks(adapter, svds, ranks)
+    modules = lower_ranks(_updates(adapter), goal, adapter.dtype, allocation)
+    return replace(adapter, modules=modules)
 
 
-def _within(
-    adapter: LoraAdapter, svds: list[SliceSvd], costs: list[int], tolerance: float
-) -> LoraAdapter:
-    """The LoRA of few parameters whose error as stored is at most ``tolerance``."""
-    # Each of two factors is rounded by at most half a unit in the last place.
-    rounding = 2.0 * _EPSILON[adapter.dtype.itemsize if adapter.dtype != BFLOAT16 else 0]
-    if tolerance <= rounding:
-        raise RankError(
-            f"tolerance is {tolerance}; rounding to {adapter.dtype.name} may exceed it: choose "
-            f"more than {rounding:.2g}"
-        )
-    target = float(np.sqrt(tolerance**2 - rounding**2))
-    spectra = [svd.values for svd in svds]
-    return _at_ranks(adapter, svds, ranks_for_tolerance(spectra, costs, target))
+def _updates(adapter: LoraAdapter) -> list[Update]:
+    """The singular value decomposition of every module, those of one shape together."""
+    shapes: dict[tuple[int, int], list[LoraModule]] = {}
+    for module in adapter.modules:
+        shapes.setdefault(module.shape, []).append(module)
+    svds = {
+        module.name: svd
+        for same in shapes.values()
+        for module, svd in zip(same, slice_svds(_stack(same)), strict=True)
+    }
+    return [
+        Update(m.name, m.embedding, svds[m.name], partial(_distance2, m), whole=m)
+        for m in adapter.modules
+    ]
 
 
-_EPSILON = {0: 2.0**-9, 2: 2.0**-11, 4: 2.0**-24, 8: 2.0**-53}
-"""Unit roundoff by itemsize; 0 stands for bfloat16, which has float16's size."""
+def _distance2(module: LoraModule, b: np.ndarray, a: np.ndarray) -> float:
+    """‖ΔW − B A‖² from thin factors, in float64."""
+    pairs = ((module.B, module.A), (b, a))
+    first, second = (LowRankStack([x.astype(float)], [y.astype(float)]) for x, y in pairs)
+    return float((first - second).norms2()[0])
 
 
-def _at_ranks(adapter: LoraAdapter, svds: list[SliceSvd], ranks: list[int]) -> LoraAdapter:
-    modules = []
-    for module, svd, rank in zip(adapter.modules, svds, ranks, strict=True):
-        b, a = truncate_slices([svd], [rank]).factors(0)
-        modules.append(replace(module, B=b, A=a, stored=None))
-    return replace(adapter, modules=tuple(modules))
-
-
-def _stack(module: LoraModule) -> LowRankStack:
-    return LowRankStack([module.B], [module.A])
+def _stack(modules: Sequence[LoraModule]) -> LowRankStack:
+    return LowRankStack([module.B for module in modules], [module.A for module in modules])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -34,6 +34,10 @@ def truncate(
     tolerance: Tolerance = None,
     energy: Energy = None,
     budget: Budget = None,
+    allocation: Annotated[
+        Literal["optimal", "uniform"],
+        typer.Option(help="A LoRA's ranks: the best of every module, or one for all."),
+    ] = "optimal",
     uniform: Annotated[
         bool,
         typer.Option(
@@ -56,6 +60,7 @@ def truncate(
             tolerance=tolerance,
             energy=energy,
             budget=budget,
+            allocation=allocation,
             progress=progress,
         )
     if isinstance(found, LoraAdapter):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from lotrtensor.core.allocation import cheapest_loss
 from lotrtensor.core.hosvd import Hosvd
 from lotrtensor.core.linalg import Array, as_accumulator, namespace, to_numpy
 from lotrtensor.core.stacks import SliceStack
 from lotrtensor.errors import RankError
+
+Fit = TypeVar("Fit")
 
 
 class Frontier(NamedTuple):
@@ -145,20 +146,10 @@ def best_within(curve: Frontier, budget: int) -> int:
     return int(np.searchsorted(curve.parameters, budget, side="right")) - 1
 
 
-class _Step(NamedTuple):
-    """A move of one group to a later point of its curve, by falling gain per parameter."""
-
-    slope: float
-    group: int
-    point: int
-
-
 def allocate_budget(curves: Sequence[Frontier], budget: int) -> list[int]:
     """Indices into the curves with the smallest total squared error for ``budget`` parameters.
 
-    Every group starts at its smallest pair and walks down the lower convex hull of its curve; the
-    steepest step over all groups goes first, which is optimal at every hull point (Everett,
-    Operations Research 11 (1963)). What is left over goes to the steps that still fit.
+    More budget is never more error; see `cheapest_loss`.
 
     Raises
     ------
@@ -171,108 +162,69 @@ def allocate_budget(curves: Sequence[Frontier], budget: int) -> list[int]:
             f"budget is {budget} parameters; the smallest decomposition of all "
             f"{len(curves)} groups needs {smallest}"
         )
-    chosen = [0] * len(curves)
-    left = budget - smallest
-    for step in _hull_steps(curves):
-        cost = _cost(curves, chosen, step)
-        if cost > left:
-            break
-        chosen[step.group], left = step.point, left - cost
-    return _spend(curves, chosen, left)
+    prices = [curve.parameters.astype(np.float64) for curve in curves]
+    return cheapest_loss(prices, [curve.error2 for curve in curves], budget)
 
 
 def allocate_tolerance(curves: Sequence[Frontier], tolerance: float) -> list[int]:
     """Indices into the curves with the fewest parameters for one relative error over all groups.
 
-    The same walk as `allocate_budget`, until Σ error² ≤ tolerance² Σ norm²; then every group is
-    taken back as far as that still holds.
+    Σ error² ≤ tolerance² Σ norm²; see `cheapest_loss`, with squared errors for prices.
 
     Raises
     ------
     RankError
         If even full ranks have a larger error.
     """
-    target = tolerance**2 * sum(curve.norm2 for curve in curves)
-    chosen = [0] * len(curves)
-    total = sum(float(curve.error2[0]) for curve in curves)
-    steps = _hull_steps(curves)
-    while total > target:
-        if not steps:
-            reached = float(np.sqrt(total / sum(curve.norm2 for curve in curves)))
+    norm2 = sum(curve.norm2 for curve in curves)
+    smallest = sum(float(curve.error2[-1]) for curve in curves)
+    if smallest > tolerance**2 * norm2:
+        reached = float(np.sqrt(smallest / norm2))
+        raise RankError(f"tolerance is {tolerance}; the smallest error in reach is {reached:.3g}")
+    errors2 = [curve.error2[::-1] for curve in curves]
+    parameters = [curve.parameters[::-1].astype(np.float64) for curve in curves]
+    chosen = cheapest_loss(errors2, parameters, tolerance**2 * norm2)
+    return [len(curve.error2) - 1 - i for curve, i in zip(curves, chosen, strict=True)]
+
+
+def settle(
+    tolerance: float,
+    norm2: float,
+    dtype: Any,
+    attempt: Callable[[float], tuple[Fit, float, float, bool]],
+) -> Fit:
+    """Return the first fit whose relative error as stored is at most ``tolerance``.
+
+    What is stored is rounded, which takes its share of the error; ranks have to make room for it.
+
+    Parameters
+    ----------
+    tolerance : float
+        Relative error that is not exceeded.
+    norm2 : float
+        Squared norm that it refers to.
+    dtype : dtype
+        Type of what is stored, for the message.
+    attempt : callable
+        ``attempt(target2)`` fits within the squared error ``target2``, at full ranks where that is
+        out of reach, and returns the fit, its squared error before and after rounding, and
+        whether its ranks are full.
+
+    Raises
+    ------
+    RankError
+        If even full ranks exceed the tolerance once they are stored.
+    """
+    limit2 = target2 = tolerance**2 * norm2
+    while True:
+        fit, fitted2, stored2, full = attempt(target2)
+        if stored2 <= limit2:
+            return fit
+        if full:
             raise RankError(
-                f"tolerance is {tolerance}; the smallest error in reach is {reached:.3g}"
+                f"tolerance is {tolerance}; the smallest error in reach is "
+                f"{float(np.sqrt(stored2 / norm2)):.3g} as stored in {dtype}: choose a wider dtype "
+                "or a larger tolerance"
             )
-        step = steps.pop(0)
-        chosen[step.group] = step.point
-        total = sum(float(c.error2[i]) for c, i in zip(curves, chosen, strict=True))
-    return _take_back(curves, chosen, target - total)
-
-
-def _hull_steps(curves: Sequence[Frontier]) -> list[_Step]:
-    """All steps along the lower convex hulls, steepest first and each group's in order."""
-    queues = []
-    for group, curve in enumerate(curves):
-        hull = _lower_hull(curve)
-        queues.append(
-            [
-                _Step(
-                    float(curve.error2[b] - curve.error2[a])
-                    / float(curve.parameters[b] - curve.parameters[a]),
-                    group,
-                    b,
-                )
-                for a, b in itertools.pairwise(hull)
-            ]
-        )
-    return list(heapq.merge(*queues))
-
-
-def _lower_hull(curve: Frontier) -> list[int]:
-    """Indices of the lower convex hull of (parameters, error2), by rising parameters."""
-    hull: list[int] = []
-    x, y = curve.parameters.astype(float), curve.error2
-    for i in range(len(x)):
-        while len(hull) > 1:
-            a, b = hull[-2:]
-            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
-                break
-            hull.pop()
-        hull.append(i)
-    return hull
-
-
-def _cost(curves: Sequence[Frontier], chosen: list[int], step: _Step) -> int:
-    parameters = curves[step.group].parameters
-    return int(parameters[step.point] - parameters[chosen[step.group]])
-
-
-def _spend(curves: Sequence[Frontier], chosen: list[int], left: int) -> list[int]:
-    """Spend what the hull walk left over, on the largest gain that fits, until none does."""
-    while True:
-        best = (0.0, 0, 0)
-        for group, (curve, at) in enumerate(zip(curves, chosen, strict=True)):
-            index = int(np.searchsorted(curve.parameters, curve.parameters[at] + left, "right")) - 1
-            gain = float(curve.error2[at] - curve.error2[index])
-            if gain > best[0]:
-                best = (gain, group, index)
-        if best[0] == 0.0:
-            return chosen
-        _, group, index = best
-        left -= int(curves[group].parameters[index] - curves[group].parameters[chosen[group]])
-        chosen[group] = index
-
-
-def _take_back(curves: Sequence[Frontier], chosen: list[int], slack: float) -> list[int]:
-    """Give back the parameters that the tolerance does not need, largest saving first."""
-    while True:
-        best = (0, 0, 0)
-        for group, (curve, at) in enumerate(zip(curves, chosen, strict=True)):
-            within = np.nonzero(curve.error2 <= curve.error2[at] + slack)[0]
-            saving = int(curve.parameters[at] - curve.parameters[within[0]])
-            if saving > best[0]:
-                best = (saving, group, int(within[0]))
-        if best[0] == 0:
-            return chosen
-        _, group, index = best
-        slack -= float(curves[group].error2[index] - curves[group].error2[chosen[group]])
-        chosen[group] = index
+        # Rounding costs about as much again next time; where it does not, go on down all the same.
+        target2 = max(0.0, min(limit2 - (stored2 - fitted2), 0.8 * fitted2))

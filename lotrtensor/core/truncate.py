@@ -9,40 +9,46 @@ from typing import NamedTuple
 import numpy as np
 from array_api_compat import device
 
-from lotrtensor.core.balanced import balanced_factors
+from lotrtensor.core.allocation import cheapest_loss
 from lotrtensor.core.linalg import Array, as_accumulator, namespace, to_numpy
 from lotrtensor.core.stacks import LowRankStack
 from lotrtensor.errors import RankError
 
 
 class SliceSvd(NamedTuple):
-    """ΔW_k = Q · small · Pᵀ with orthonormal Q (m × a) and P (n × b), small a × b.
+    """ΔW_k = left · diag(values) · rightᵀ: the thin singular value decomposition of one slice.
 
-    ``small`` is a NumPy matrix of sides min(m, r_k) and min(n, r_k); ``values`` are its singular
-    values, those of ΔW_k.
+    ``left`` (m × c) and ``right`` (n × c) have orthonormal columns; ``values`` (c) fall and are
+    NumPy's. c is the smallest of m, n and r_k.
     """
 
     left: Array
-    small: np.ndarray
-    right: Array
     values: np.ndarray
+    right: Array
 
 
 def slice_svds(stack: LowRankStack) -> list[SliceSvd]:
-    """Reduce every slice to its r_k × r_k problem: QRs of B_k and A_kᵀ, never the product.
+    """Return the SVD of every slice: QRs of B_k and A_kᵀ, then of an r_k × r_k matrix.
 
-    Cost Σ_k 4 (m + n) r_k² flops.
+    The product is never built: with B = Q T and Aᵀ = P S, ΔW = Q (T Sᵀ) Pᵀ. Slices of one rank go
+    through each step together. Cost Σ_k 6 (m + n) r_k² flops.
     """
-    found = []
-    for k in range(stack.shape[0]):
-        b, a = stack.factors(k)
-        xp = namespace(b)
-        left, left_triangle = xp.linalg.qr(as_accumulator(b))
-        right, right_triangle = xp.linalg.qr(as_accumulator(a.T))
-        small = to_numpy(left_triangle @ right_triangle.T)
-        values = np.linalg.svd(small, compute_uv=False)
-        found.append(SliceSvd(left, small, right, values))
-    return found
+    found: dict[int, SliceSvd] = {}
+    for rank in sorted(set(stack.ranks)):
+        members = [k for k, r in enumerate(stack.ranks) if r == rank]
+        xp = namespace(stack.empty())
+        lefts = xp.stack([as_accumulator(stack.factors(k)[0]) for k in members])
+        rights = xp.stack([as_accumulator(stack.factors(k)[1].T) for k in members])
+        left, left_triangle = xp.linalg.qr(lefts)
+        right, right_triangle = xp.linalg.qr(rights)
+        small = to_numpy(left_triangle @ xp.matrix_transpose(right_triangle))
+        turn_left, values, turn_right = np.linalg.svd(small, full_matrices=False)
+        place = {"dtype": left.dtype, "device": device(left)}
+        left = left @ xp.asarray(turn_left, **place)
+        right = right @ xp.asarray(np.swapaxes(turn_right, 1, 2), **place)
+        for i, k in enumerate(members):
+            found[k] = SliceSvd(left[i, :, :], values[i], right[i, :, :])
+    return [found[k] for k in range(stack.shape[0])]
 
 
 def uniform_ranks(spectra: Sequence[np.ndarray], rank: int) -> list[int]:
@@ -58,7 +64,9 @@ def uniform_ranks(spectra: Sequence[np.ndarray], rank: int) -> list[int]:
     return [min(rank, len(values)) for values in spectra]
 
 
-def ranks_for_budget(spectra: Sequence[np.ndarray], costs: Sequence[int], budget: int) -> list[int]:
+def ranks_for_budget(
+    spectra: Sequence[np.ndarray], costs: Sequence[int], budget: int, *, uniform: bool = False
+) -> list[int]:
     """Ranks of the smallest total squared error for ``budget`` parameters.
 
     Parameters
@@ -69,6 +77,8 @@ def ranks_for_budget(spectra: Sequence[np.ndarray], costs: Sequence[int], budget
         Parameters of a rank-1 term of the slice: m + n.
     budget : int
         Parameters at most. Every slice keeps rank 1 at the least, which a LoRA file needs.
+    uniform : bool
+        One rank for all slices, or a slice's own where that is lower.
 
     Raises
     ------
@@ -77,33 +87,32 @@ def ranks_for_budget(spectra: Sequence[np.ndarray], costs: Sequence[int], budget
 
     Notes
     -----
-    Terms are taken by falling energy per parameter σ² / (m + n), optimal where costs are equal
-    and at every breakpoint otherwise; the last terms fill what is left.
+    Terms that cost the same are taken by falling σ², so that only the number of terms of each cost
+    is open: a knapsack of as many groups as there are shapes, solved by `cheapest_loss`.
     """
     smallest = sum(costs)
     if budget < smallest:
         raise RankError(
             f"budget is {budget} parameters; rank 1 for all {len(costs)} slices needs {smallest}"
         )
-    ranks, left = [1] * len(costs), budget - smallest
-    closed: set[int] = set()
-    for k, _ in rank_one_terms(spectra, costs):
-        # A slice whose next term did not fit gets no later one: they come in order.
-        if k in closed:
-            continue
-        if costs[k] > left:
-            closed.add(k)
-            continue
-        ranks[k], left = ranks[k] + 1, left - costs[k]
-    return ranks
+    if uniform:
+        return next(ranks for ranks in _uniform(spectra) if _size(ranks, costs) <= budget)
+    terms = _terms_by_cost(spectra, costs)
+    prices = [cost * np.arange(len(own) + 1.0) for cost, own in terms.items()]
+    losses = [_left_out(own) for own in terms.values()]
+    return _taken(terms, cheapest_loss(prices, losses, budget - smallest), len(costs))
 
 
 def ranks_for_tolerance(
-    spectra: Sequence[np.ndarray], costs: Sequence[int], tolerance: float
+    spectra: Sequence[np.ndarray],
+    costs: Sequence[int],
+    tolerance: float,
+    *,
+    uniform: bool = False,
 ) -> list[int]:
-    """Ranks of few parameters whose total relative error is at most ``tolerance``.
+    """Ranks of the fewest parameters whose total relative error is at most ``tolerance``.
 
-    Terms are taken by falling energy per parameter until the energy left is within it.
+    The mirror of `ranks_for_budget`.
 
     Raises
     ------
@@ -112,16 +121,16 @@ def ranks_for_tolerance(
     """
     if not 0.0 < tolerance < 1.0:
         raise RankError(f"tolerance is {tolerance}; expected a number between 0 and 1")
-    terms = rank_one_terms(spectra, costs)
-    energies = np.array([energy for _, energy in terms])
-    # Energy still left out after i terms: a sum of what is lost, so that nothing cancels.
-    lost2 = np.concatenate([np.cumsum(energies[::-1])[::-1], [0.0]])
-    total2 = sum(float(np.sum(values**2)) for values in spectra)
-    taken = int(np.argmax(lost2 <= tolerance**2 * total2))
-    ranks = [1] * len(costs)
-    for k, _ in terms[:taken]:
-        ranks[k] += 1
-    return ranks
+    if uniform:
+        within = (r for r in _uniform(spectra) if truncation_error(spectra, r) <= tolerance)
+        return list(within)[-1]
+    target = tolerance**2 * sum(float(np.sum(values**2)) for values in spectra)
+    terms = _terms_by_cost(spectra, costs)
+    prices = [_left_out(own)[::-1] for own in terms.values()]
+    losses = [cost * np.arange(len(own), -1.0, -1.0) for cost, own in terms.items()]
+    dropped = cheapest_loss(prices, losses, target)
+    taken = [len(own) - i for own, i in zip(terms.values(), dropped, strict=True)]
+    return _taken(terms, taken, len(costs))
 
 
 def truncation_error(spectra: Sequence[np.ndarray], ranks: Sequence[int]) -> float:
@@ -132,14 +141,18 @@ def truncation_error(spectra: Sequence[np.ndarray], ranks: Sequence[int]) -> flo
 
 
 def truncate_slices(svds: Sequence[SliceSvd], ranks: Sequence[int]) -> LowRankStack:
-    """Return the best stack whose slices have the given ranks, balanced factors, in float64."""
+    """Return the best stack whose slices have the given ranks (Eckart–Young), in the widest type.
+
+    The singular values are shared evenly, B = U √Σ and A = √Σ Vᵀ, so that neither factor uses up
+    the range or the digits of a half-precision type.
+    """
     lefts, rights = [], []
     for svd, rank in zip(svds, ranks, strict=True):
         xp = namespace(svd.left)
-        b, a = balanced_factors(svd.small, rank)
         place = {"dtype": svd.left.dtype, "device": device(svd.left)}
-        lefts.append(svd.left @ xp.asarray(b, **place))
-        rights.append(xp.asarray(a, **place) @ svd.right.T)
+        root = xp.asarray(np.sqrt(svd.values[:rank]), **place)
+        lefts.append(svd.left[:, :rank] * root)
+        rights.append((svd.right[:, :rank] * root).T)
     return LowRankStack(lefts, rights)
 
 
@@ -151,3 +164,43 @@ def rank_one_terms(spectra: Sequence[np.ndarray], costs: Sequence[int]) -> list[
         for i, value in enumerate(values[1:])
     ]
     return [(k, energy) for _, k, _, energy in sorted(terms)]
+
+
+def _uniform(spectra: Sequence[np.ndarray]) -> list[list[int]]:
+    """Ranks for every one rank of all slices, from the highest down."""
+    most = max(len(values) for values in spectra)
+    return [uniform_ranks(spectra, rank) for rank in range(most, 0, -1)]
+
+
+def _size(ranks: Sequence[int], costs: Sequence[int]) -> int:
+    return sum(cost * rank for cost, rank in zip(costs, ranks, strict=True))
+
+
+def _terms_by_cost(
+    spectra: Sequence[np.ndarray], costs: Sequence[int]
+) -> dict[int, list[tuple[int, float]]]:
+    """The terms beyond the first of every slice that hold energy, by cost, the largest first."""
+    terms: dict[int, list[tuple[int, float]]] = {cost: [] for cost in costs}
+    for k, energy in rank_one_terms(spectra, [1] * len(costs)):
+        if energy > 0.0:
+            terms[costs[k]].append((k, energy))
+    return terms
+
+
+def _left_out(terms: Sequence[tuple[int, float]]) -> np.ndarray:
+    """Energy left out after each number of terms: a sum of what is lost, so that nothing cancels.
+
+    It falls with every term, for none is below the mean of those after it.
+    """
+    lost2: np.ndarray = np.cumsum([0.0, *(energy for _, energy in reversed(terms))])[::-1]
+    return lost2
+
+
+def _taken(
+    terms: dict[int, list[tuple[int, float]]], counts: Sequence[int], slices: int
+) -> list[int]:
+    ranks = [1] * slices
+    for own, count in zip(terms.values(), counts, strict=True):
+        for k, _ in own[:count]:
+            ranks[k] += 1
+    return ranks

@@ -1,0 +1,152 @@
+"""One limit shared by several groups: the multiple-choice knapsack, solved to the end."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+STATES = 2**12
+"""Partial choices kept at most; where there are more, those nearest to the relaxed optimum."""
+
+
+class _Partial(NamedTuple):
+    """Choices for the groups so far that no other one beats in both price and loss.
+
+    ``excess`` is what a choice loses against the relaxed optimum; ``parent`` and ``point`` lead
+    back to the choices they continue.
+    """
+
+    price: np.ndarray
+    loss: np.ndarray
+    excess: np.ndarray
+    parent: np.ndarray
+    point: np.ndarray
+
+
+def cheapest_loss(
+    prices: Sequence[np.ndarray], losses: Sequence[np.ndarray], limit: float
+) -> list[int]:
+    """One point of every group: the smallest total loss whose total price is at most ``limit``.
+
+    Parameters
+    ----------
+    prices, losses : sequence of ndarray
+        Price (rising) and loss (falling) of every point of a group.
+    limit : float
+        Price at most, no less than that of all first points together.
+
+    Returns
+    -------
+    list of int
+        Index of the chosen point of every group; of choices that lose the same, the cheapest.
+
+    Notes
+    -----
+    A walk down the lower convex hulls, steepest step first, is optimal at each of its points
+    (Everett, Operations Research 11 (1963)); where it stops, its slope λ and what fits after it
+    bound the optimum from below and from above. A point whose loss + λ · price exceeds its
+    group's least by more than the gap between the two is in no optimal choice. What is left is
+    merged group by group, without the partial choices that are beaten by another (Kellerer,
+    Pferschy, Pisinger, "Knapsack Problems" (2004), chapter 11). The result is optimal, and so
+    never loses more where the limit is higher, unless more than `STATES` partial choices are left;
+    then it is no worse than the walk, whose gap is at most the gain of one step.
+    """
+    chosen, slope = _walk(prices, losses, limit)
+    if slope == 0.0:
+        return chosen
+    relaxed = [y + slope * x for x, y in zip(prices, losses, strict=True)]
+    excesses = [r - r.min() for r in relaxed]
+    found_loss = sum(float(y[i]) for y, i in zip(losses, chosen, strict=True))
+    gap = found_loss + slope * limit - sum(float(r.min()) for r in relaxed)
+    gap += 1e-12 * (found_loss + slope * limit)  # so that rounding discards nothing
+    kept = [np.nonzero(e <= gap)[0] for e in excesses]
+    order = sorted(range(len(kept)), key=lambda g: len(kept[g]))
+    # What the groups that are still to come cost at the least.
+    least = np.cumsum([float(prices[g][kept[g]].min()) for g in order][::-1])[::-1]
+    least = np.append(least[1:], 0.0)
+    zero = np.zeros(1)
+    stages = [_Partial(zero, zero, zero, np.zeros(1, int), np.zeros(1, int))]
+    for g, rest in zip(order, least, strict=True):
+        points = _Partial(
+            prices[g][kept[g]], losses[g][kept[g]], excesses[g][kept[g]], kept[g], kept[g]
+        )
+        stages.append(_merged(stages[-1], points, gap, limit - rest))
+    last = stages[-1]
+    # By rising price and falling loss: the last one that fits is the best.
+    if not last.price.size or last.loss[-1] >= found_loss:
+        return chosen
+    state = last.price.size - 1
+    for g, stage in zip(order[::-1], stages[:0:-1], strict=True):
+        chosen[g], state = int(stage.point[state]), int(stage.parent[state])
+    return chosen
+
+
+def _merged(partial: _Partial, points: _Partial, gap: float, limit: float) -> _Partial:
+    """Continue every partial choice by every point, as far as it can still be the best."""
+    parents, picks = [], []
+    for i, (price, excess) in enumerate(zip(points.price, points.excess, strict=True)):
+        fits = (partial.excess + excess <= gap) & (partial.price + price <= limit)
+        parents.append(np.nonzero(fits)[0])
+        picks.append(np.full(parents[-1].size, i))
+    parent, pick = np.concatenate(parents), np.concatenate(picks)
+    price = partial.price[parent] + points.price[pick]
+    loss = partial.loss[parent] + points.loss[pick]
+    excess = partial.excess[parent] + points.excess[pick]
+    order = np.lexsort((loss, price))
+    best = np.minimum.accumulate(loss[order])
+    keep = order[np.concatenate([np.ones(min(1, best.size), bool), best[1:] < best[:-1]])]
+    if keep.size > STATES:
+        nearest = np.sort(np.argpartition(excess[keep], STATES)[:STATES])
+        keep = keep[nearest]
+    return _Partial(price[keep], loss[keep], excess[keep], parent[keep], points.point[pick[keep]])
+
+
+def _walk(
+    prices: Sequence[np.ndarray], losses: Sequence[np.ndarray], limit: float
+) -> tuple[list[int], float]:
+    """The walk down the hulls, what then still fits, and the slope where the walk stopped.
+
+    The slope is 0 where the walk came to the end of every hull.
+    """
+    steps = []
+    for g, (x, y) in enumerate(zip(prices, losses, strict=True)):
+        for a, b in itertools.pairwise(lower_hull(x, y)):
+            steps.append((float((y[a] - y[b]) / (x[b] - x[a])), g, b))
+    # The steps of one hull get ever flatter, so that their order is kept; where two are equally
+    # steep, the stable sort keeps it.
+    steps.sort(key=lambda step: -step[0])
+    chosen, left = [0] * len(prices), limit - sum(float(x[0]) for x in prices)
+    slope = 0.0
+    for steepness, g, point in steps:
+        price = float(prices[g][point] - prices[g][chosen[g]])
+        if price > left:
+            slope = steepness
+            break
+        chosen[g], left = point, left - price
+    while slope:
+        best = (0.0, 0, 0)
+        for g, (x, y) in enumerate(zip(prices, losses, strict=True)):
+            point = int(np.searchsorted(x, x[chosen[g]] + left, "right")) - 1
+            best = max(best, (float(y[chosen[g]] - y[point]), g, point))
+        gain, g, point = best
+        if gain <= 0.0:
+            break
+        left -= float(prices[g][point] - prices[g][chosen[g]])
+        chosen[g] = point
+    return chosen, slope
+
+
+def lower_hull(x: np.ndarray, y: np.ndarray) -> list[int]:
+    """Indices of the lower convex hull of the points (x, y), by rising ``x`` and falling ``y``."""
+    hull: list[int] = []
+    for i in range(len(x)):
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
