@@ -34,7 +34,8 @@ from lotrtensor.errors import (
     ShapeError,
     UnsupportedAdapterError,
 )
-from lotrtensor.extract import extract, merge
+from lotrtensor.extract import extract, extraction_error
+from lotrtensor.merge import merge
 from lotrtensor.truncate import truncate
 
 __version__ = version("lotrtensor")
@@ -65,6 +66,7 @@ __all__ = [
     "convert",
     "cosine_similarity",
     "extract",
+    "extraction_error",
     "inner",
     "load",
     "merge",

@@ -1,4 +1,4 @@
-"""extract: the difference of two checkpoints becomes an adapter; merge: an adapter's goes back."""
+"""extract: the difference of two checkpoints becomes an adapter."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from lotrtensor.adapters.formats.checkpoint import (
-    Checkpoint,
-    open_checkpoint,
-    rewrite_checkpoint,
-)
-from lotrtensor.adapters.formats.tensors import BFLOAT16
-from lotrtensor.adapters.grouping import Slot, group_modules
+from lotrtensor.adapters.formats.checkpoint import open_checkpoint
+from lotrtensor.adapters.grouping import Slot, group_modules, layer_order
 from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup
-from lotrtensor.compare import lora_factors
-from lotrtensor.convert import Progress, fit_groups
+from lotrtensor.convert import WIDEST, Progress, fit_groups
 from lotrtensor.core.dense import LazyStack
-from lotrtensor.core.goals import Rank
+from lotrtensor.core.goals import Goal, Rank, check_goal
+from lotrtensor.core.residual import error_norms2
+from lotrtensor.core.truncate import dense_svd
+from lotrtensor.core.tucker2 import Tucker2
+from lotrtensor.deltas import WEIGHT, Deltas, compare_checkpoints
 from lotrtensor.errors import FormatError, LotrWarning
 from lotrtensor.groups import SourceGroup
-from lotrtensor.sizes import check_dtype
+from lotrtensor.low_rank import Allocation, Update, lower_ranks
+from lotrtensor.sizes import budget_parameters, check_dtype
 
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)$")
-_WEIGHT = ".weight"
 
 
 def extract(
@@ -41,22 +42,29 @@ def extract(
     tolerance: float | None = None,
     energy: float | None = None,
     budget: int | str | None = None,
+    form: Literal["lotr", "lora"] = "lotr",
     group_by: str = "type",
+    allocation: Allocation = "optimal",
     modules: str | None = None,
     fan_in_fan_out: bool = False,
     dtype: np.dtype | str | None = None,
     progress: Progress | None = None,
-) -> LotrAdapter:
-    """Fit a LoTR to the weight deltas of two checkpoints, ΔW_k = tuned_k − base_k.
+) -> Adapter:
+    """Fit an adapter to the weight deltas of two checkpoints, ΔW_k = tuned_k − base_k.
 
     Parameters
     ----------
     base, tuned : path-like
         Checkpoint directories in safetensors form, sharded or not, or single files.
     rank, tolerance, energy, budget
-        How far; exactly one of them, as for `convert`. Shares are of the bytes of the deltas.
+        How far; exactly one of them, as for `convert`. Shares are of the bytes of the matrices
+        that differ.
+    form : str
+        ``"lotr"``: factors shared by groups; ``"lora"``: a pair of factors a module.
     group_by : str
-        As for `convert`; ``"none"`` gives every module factors of its own, for a LoRA.
+        LoTR: as for `convert`; ``"none"`` gives every module factors of its own.
+    allocation : str
+        LoRA: how ranks follow from a tolerance, energy or budget; see `truncate`.
     modules : str, optional
         Regular expression; only modules in whose path it occurs. All two-dimensional weights if
         not given.
@@ -65,46 +73,67 @@ def extract(
     dtype : dtype, optional
         Type to store in; the tuned checkpoint's own if not given.
     progress : callable, optional
-        Told of every group before it is decomposed.
+        Told of every group or module before it is decomposed.
 
     Returns
     -------
-    LotrAdapter
+    LotrAdapter or LoraAdapter
         Modules that do not differ are left out.
 
     Raises
     ------
     FormatError
         If a checkpoint cannot be read, no weight matches or none differs.
+    DataError
+        If a weight that differs is quantised, or holds NaN or infinite values.
     RankError
         If the goal is out of range, or not exactly one is given.
 
     Warns
     -----
     LotrWarning
-        If tensors differ that are no matrices, or are in one checkpoint only: they are not part
-        of the adapter.
+        If tensors differ that are no weight matrices, or are in one checkpoint only: they are not
+        part of the adapter.
 
     Notes
     -----
-    Every pass reads the two checkpoints slice by slice; one slice of each is in memory.
+    LoTR: every pass reads the two checkpoints slice by slice; one slice of each is in memory.
+    LoRA: every module is read once, its leading singular vectors are found by block iteration, at
+    most `WIDEST` of them where a budget decides, and once more to measure what a tolerance allows.
     """
-    first, second = open_checkpoint(Path(base)), open_checkpoint(Path(tuned))
-    names = _common_weights(first, second, modules)
-    _warn_of_others(first, second, names)
-    store = check_dtype(dtype) if dtype is not None else second.read(names[0] + _WEIGHT).dtype
+    deltas = compare_checkpoints(open_checkpoint(Path(base)), open_checkpoint(Path(tuned)), modules)
+    if deltas.others:
+        warnings.warn(
+            f"{len(deltas.others)} tensors differ, or are in one checkpoint only, and are not part "
+            f"of the adapter, such as {deltas.others[0]}",
+            LotrWarning,
+            stacklevel=2,
+        )
+    if not deltas.names:
+        raise FormatError(f"{tuned} has the same weights as {base}; there is nothing to extract")
+    store = check_dtype(dtype) if dtype is not None else deltas.tuned.dtype(deltas.names[0])
     slots = []
-    for name in names:
+    for name in sorted((key.removesuffix(WEIGHT) for key in deltas.names), key=layer_order):
         embedding = bool(_EMBEDDING.search(name))
-        m, n = first.shapes[name + _WEIGHT]
+        m, n = deltas.base.tensors[name + WEIGHT].shape
         slots.append(Slot(name, (n, m) if embedding or fan_in_fan_out else (m, n), embedding))
-    if group_by == "none":
-        members = {slot.name: [slot] for slot in slots}
-    else:
-        members = group_modules(slots, group_by)
-    sources = [
-        _source(name, group, first, second, fan_in_fan_out) for name, group in members.items()
-    ]
+    alone = form == "lora" or group_by == "none"
+    members = {s.name: [s] for s in slots} if alone else group_modules(slots, group_by)
+    sources = [_source(name, group, deltas, fan_in_fan_out) for name, group in members.items()]
+    config = {
+        "base_model_name_or_path": str(base),
+        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": sorted(slot.name for slot in slots),
+    }
+    if form == "lora":
+        most = max(min(slot.shape) for slot in slots)
+        numbers = None
+        if budget is not None:
+            whole = sum(source.bytes for source in sources)
+            numbers = budget_parameters(budget, store.itemsize, whole)
+        goal = check_goal(rank, tolerance, energy, numbers, (most, most))
+        updates = _updates(sources, goal, progress)
+        return LoraAdapter(lower_ranks(updates, goal, store, allocation), config, store)
     groups = fit_groups(
         sources,
         rank=rank,
@@ -115,164 +144,83 @@ def extract(
         progress=progress,
     )
     changed = tuple(_changed(group) for group in groups if group.fit and group.fit.norm)
-    if not changed:
-        raise FormatError(f"{tuned} has the same weights as {base}; there is nothing to extract")
-    config = {
-        "base_model_name_or_path": str(base),
-        "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": sorted(name for group in changed for name in group.modules),
-    }
     return LotrAdapter(changed, config, store)
 
 
-def merge(
+def extraction_error(
     base: str | os.PathLike[str],
-    adapter: Adapter,
-    output: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    adapter: LoraAdapter,
     *,
-    force: bool = False,
-) -> tuple[str, ...]:
-    """Write base + ΔW as a checkpoint, shard by shard, every tensor in its own type.
+    modules: str | None = None,
+) -> float:
+    """Relative Frobenius error of a LoRA against the weight deltas of two checkpoints.
 
-    Parameters
-    ----------
-    base : path-like
-        Checkpoint directory in safetensors form.
-    adapter : LoraAdapter or LotrAdapter
-        The adapter; its carried tensors do not apply to a plain checkpoint and are refused.
-    output : path-like
-        Directory to make; files beside the weights are copied.
-    force : bool
-        Replace a checkpoint directory that stands there.
-
-    Returns
-    -------
-    tuple of str
-        Keys of the tensors that were changed.
-
-    Raises
-    ------
-    FormatError
-        If a module has no weight in the checkpoint or one of another shape, the adapter carries
-        tensors, or the output cannot be written; nothing has changed then.
-
-    Notes
-    -----
-    The sum is taken in float32 and rounded once.
+    √(Σ_k ‖ΔW_k − B_k A_k‖² / Σ_k ‖ΔW_k‖²) over all two-dimensional weights that differ, or those
+    that ``modules`` matches; both checkpoints are read once, one slice of each in memory.
     """
-    source = open_checkpoint(Path(base))
-    if adapter.extras:
-        raise FormatError(
-            f"the adapter carries {next(iter(adapter.extras))}, which merge does not write; use "
-            "PEFT's merge_and_unload"
-        )
+    deltas = compare_checkpoints(open_checkpoint(Path(base)), open_checkpoint(Path(tuned)), modules)
+    found = {module.name: module for module in adapter.modules}
     transposed = bool(adapter.config.get("fan_in_fan_out"))
-    embeddings = {m.name for m in getattr(adapter, "modules", ()) if m.embedding}
-    embeddings |= {n for g in getattr(adapter, "groups", ()) if g.embedding for n in g.modules}
-    updates = {}
-    for name, stack in lora_factors(adapter).items():
-        key = _find_key(source, name)
-        b, a = stack.factors(0)
-        updates[key] = (a.T, b.T) if transposed or name in embeddings else (b, a)
-        shape = (updates[key][0].shape[0], updates[key][1].shape[1])
-        if source.shapes[key] != shape:
-            raise FormatError(
-                f"{base}: {key} is {source.shapes[key]}, the adapter's update is {shape}; they "
-                "belong to different models"
-            )
-
-    def change(key: str, tensor: np.ndarray) -> np.ndarray:
-        if key not in updates:
-            return tensor
-        b, a = updates[key]
-        wide = np.float64 if tensor.dtype == np.float64 else np.float32
-        summed: np.ndarray = tensor.astype(wide) + b.astype(wide) @ a.astype(wide)
-        return summed.astype(tensor.dtype)
-
-    rewrite_checkpoint(source, Path(output), change, force=force)
-    return tuple(sorted(updates))
+    lost2 = norm2 = 0.0
+    for key in deltas.names:
+        delta = deltas.read(key)
+        module = found.get(key.removesuffix(WEIGHT))
+        norm2 += _norm2(delta)
+        if module is not None:
+            product = (module.B @ module.A).astype(delta.dtype)
+            delta -= product.T if transposed or module.embedding else product
+        lost2 += _norm2(delta)
+    return float(np.sqrt(lost2 / norm2)) if norm2 else 0.0
 
 
-def _common_weights(base: Checkpoint, tuned: Checkpoint, pattern: str | None) -> list[str]:
-    try:
-        wanted = re.compile(pattern or "")
-    except re.error as error:
-        raise FormatError(f"modules {pattern!r} is no regular expression: {error}") from error
-    names = []
-    for key, shape in base.shapes.items():
-        if not key.endswith(_WEIGHT) or len(shape) != 2 or not wanted.search(key):
-            continue
-        if key not in tuned.shapes:
-            continue
-        if tuned.shapes[key] != shape:
-            raise FormatError(
-                f"{tuned.directory}: {key} is {tuned.shapes[key]}, in {base.directory} it is "
-                f"{shape}; the checkpoints belong to different models"
-            )
-        names.append(key.removesuffix(_WEIGHT))
-    if not names:
-        raise FormatError(
-            f"{base.directory} and {tuned.directory} have no two-dimensional weight in common"
-            + (f" that matches {pattern!r}" if pattern else "")
-        )
-    return names
-
-
-def _warn_of_others(base: Checkpoint, tuned: Checkpoint, names: Sequence[str]) -> None:
-    """Tell of what an adapter cannot hold: other tensors that differ, or that one side lacks."""
-    covered = {name + _WEIGHT for name in names}
-    lost = sorted(base.shapes.keys() ^ tuned.shapes.keys())
-    for key, shape in base.shapes.items():
-        if key in covered or key not in tuned.shapes or len(shape) == 2:
-            continue
-        if tuned.shapes[key] != shape or _differs(base, tuned, key):
-            lost.append(key)
-    if lost:
-        warnings.warn(
-            f"{len(lost)} tensors that are no matrices differ and are not part of the adapter, "
-            f"such as {lost[0]}",
-            LotrWarning,
-            stacklevel=3,
-        )
-
-
-def _differs(base: Checkpoint, tuned: Checkpoint, key: str) -> bool:
-    try:
-        return not np.array_equal(base.read(key), tuned.read(key))
-    except ValueError:  # a type that is not read, an integer buffer say, is no update either
-        return False
-
-
-def _source(
-    name: str, slots: Sequence[Slot], base: Checkpoint, tuned: Checkpoint, fan_in_fan_out: bool
-) -> SourceGroup:
+def _source(name: str, slots: Sequence[Slot], deltas: Deltas, fan_in_fan_out: bool) -> SourceGroup:
+    m, n = slots[0].shape
     transposed = fan_in_fan_out or slots[0].embedding
 
     def read(k: int) -> np.ndarray:
-        key = slots[k].name + _WEIGHT
-        delta: np.ndarray = _widen(tuned.read(key)) - _widen(base.read(key))
+        delta = deltas.read(slots[k].name + WEIGHT)
         return delta.T if transposed else delta
 
-    m, n = slots[0].shape
-    like = np.empty(0, _widen(base.read(slots[0].name + _WEIGHT)[:0]).dtype)
-    stack = LazyStack(read, (len(slots), m, n), like=like)
-    parameters = len(slots) * m * n
-    itemsize = tuned.read(slots[0].name + _WEIGHT).dtype.itemsize
+    keys = [slot.name + WEIGHT for slot in slots]
+    wide = {deltas.base.dtype(key).itemsize for key in keys}
+    wide |= {deltas.tuned.dtype(key).itemsize for key in keys}
+    like = np.empty(0, np.float64 if 8 in wide else np.float32)
     return SourceGroup(
         name=name,
         modules=tuple(slot.name for slot in slots),
-        stack=stack,
+        stack=LazyStack(read, (len(slots), m, n), like=like),
         slice_ranks=None,
         embedding=slots[0].embedding,
-        parameters=parameters,
-        bytes=parameters * itemsize,
+        parameters=len(slots) * m * n,
+        bytes=sum(m * n * deltas.tuned.dtype(key).itemsize for key in keys),
     )
 
 
-def _widen(tensor: np.ndarray) -> np.ndarray:
-    if tensor.dtype == BFLOAT16 or tensor.dtype == np.float16:
-        return tensor.astype(np.float32)
-    return tensor
+def _updates(sources: Sequence[SourceGroup], goal: Goal, progress: Progress | None) -> list[Update]:
+    """The leading singular vectors of every module's delta, as many as the goal can need."""
+    width = WIDEST if goal.budget is not None else goal.rank and goal.rank[0]
+    updates = []
+    for done, source in enumerate(sources):
+        if progress:
+            progress(source.name, done, len(sources))
+        found = dense_svd(source.stack.slice(0), width, goal.tolerance or 0.0)
+        if not found.converged:
+            warnings.warn(
+                f"the singular vectors of {source.name} did not converge; its factors are near the "
+                "best of their rank",
+                LotrWarning,
+                stacklevel=3,
+            )
+        error2 = partial(_error2, source)
+        updates.append(Update(source.name, source.embedding, found.svd, error2, found.lost2))
+    return updates
+
+
+def _error2(source: SourceGroup, b: np.ndarray, a: np.ndarray) -> float:
+    """‖ΔW − B A‖² of one module."""
+    found = Tucker2(b, np.eye(b.shape[1], dtype=b.dtype)[None], a.T)
+    return float(error_norms2(source.stack, found)[0])
 
 
 def _changed(group: LotrGroup) -> LotrGroup:
@@ -287,15 +235,5 @@ def _changed(group: LotrGroup) -> LotrGroup:
     )
 
 
-def _find_key(source: Checkpoint, name: str) -> str:
-    """Key of a module's weight; a model saved with a head has its base model's name in front."""
-    key = name + _WEIGHT
-    if key in source.shapes:
-        return key
-    found = [k for k in source.shapes if k.endswith("." + key) or key.endswith("." + k)]
-    if len(found) != 1:
-        raise FormatError(
-            f"{source.directory} has {len(found) or 'no'} weights for {name}; the adapter belongs "
-            "to another model"
-        )
-    return found[0]
+def _norm2(matrix: np.ndarray) -> float:
+    return float(np.vdot(matrix, matrix))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tracemalloc
 import warnings
 
@@ -364,7 +365,7 @@ def test_equal_vectors_are_not_told(tmp_path):
 def test_embeddings_are_transposed(tmp_path):
     """ΔW is dim × tokens, under PEFT's embedding keys; merged the other way round."""
     base_dir, _, base, tuned = pair(tmp_path, pattern="word_embeddings")
-    adapter = full(tmp_path)
+    adapter = full(tmp_path, group_by="none")
     (group,) = adapter.groups
     assert group.embedding
     assert group.shape == (D, V)
@@ -688,22 +689,38 @@ def test_an_index_that_promises_a_tensor_of_another_file(tmp_path):
 # ---------------------------------------------------------------- the output
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
 @pytest.mark.parametrize("stands", [False, True])
 def test_the_output_appears_whole_or_not_at_all(tmp_path, monkeypatch, number, stands):
-    """A disk that fills up at any shard leaves what was there, and nothing beside it."""
+    """A disk that fills up at any of four files leaves what was there, and nothing beside it."""
     base_dir, _, _, _ = pair(tmp_path, rank=2, shards=3)
     adapter, out = full(tmp_path), tmp_path / "merged"
     if stands:
         write(out, model(seed=9))
     before = snapshot(tmp_path)
-    failing = nth_call(safetensors.numpy.save_file, number, OSError(28, "No space left on device"))
-    monkeypatch.setattr(safetensors.numpy, "save_file", failing)
+    failing = nth_call(shutil.copyfile, number, OSError(28, "No space left on device"))
+    monkeypatch.setattr(shutil, "copyfile", failing)
     with pytest.raises(FormatError, match="No space left"):
         merge(base_dir, adapter, out, force=True)
     assert snapshot(tmp_path) == before
     merge(base_dir, adapter, out, force=True)
     assert read(out)[0].keys() == model().keys()
+
+
+@pytest.mark.parametrize("command", ["merge", "extract"])
+def test_no_room_for_the_output(tmp_path, command):
+    """The operating system refuses to write that much: one sentence, and nothing is left."""
+    base_dir, tuned_dir, _, _ = pair(tmp_path, rank=2)
+    full(tmp_path).save(tmp_path / "adapter")
+    before = snapshot(tmp_path)
+    arguments = {
+        "merge": [tmp_path / "adapter", "--base", base_dir],
+        "extract": ["--base", base_dir, "--tuned", tuned_dir, "--rank", 4],
+    }
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+    found = lotr_process(command, *arguments[command], "-o", tmp_path / "out", prelude=limit)
+    assert_refused(found, "out", "cannot be written")
+    assert snapshot(tmp_path) == before
 
 
 def test_a_failed_rename_restores_what_stood_there(tmp_path, monkeypatch):

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from lotrtensor.adapters.formats.checkpoint import check_inputs_outside
 from lotrtensor.adapters.formats.directory import check_output
+from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.cli.common import (
     Budget,
     Energy,
@@ -20,8 +22,9 @@ from lotrtensor.cli.common import (
     progress_bar,
 )
 from lotrtensor.extract import extract as extract_adapter
-from lotrtensor.report.documents import lotr_document
-from lotrtensor.report.tables import lotr_table, size_line
+from lotrtensor.extract import extraction_error
+from lotrtensor.report.documents import inspect_document, lotr_document
+from lotrtensor.report.tables import error, lora_table, lotr_table, size_line
 
 
 def extract(
@@ -36,6 +39,10 @@ def extract(
         Literal["lotr", "lora"], typer.Option(help="Factors shared by groups, or a PEFT LoRA.")
     ] = "lotr",
     group_by: Annotated[str, typer.Option(help="type, shape, or PATTERNS.")] = "type",
+    allocation: Annotated[
+        Literal["optimal", "uniform"],
+        typer.Option(help="A LoRA's ranks: the best of every module, or one for all."),
+    ] = "optimal",
     modules: Annotated[
         str | None, typer.Option(help="Only modules in whose path this regular expression occurs.")
     ] = None,
@@ -51,25 +58,38 @@ def extract(
     Example: lotr extract --base base-model --tuned tuned-model -o adapter --rank 16
     """
     check_output(output, force=force)
+    check_inputs_outside(output, base, tuned)
     with progress_bar() as progress:
-        lotr = extract_adapter(
+        found = extract_adapter(
             base,
             tuned,
             rank=rank,
             tolerance=tolerance,
             energy=energy,
             budget=budget,
-            group_by="none" if form == "lora" else group_by,
+            form=form,
+            group_by=group_by,
+            allocation=allocation,
             modules=modules,
             fan_in_fan_out=fan_in_fan_out,
             dtype=dtype,
             progress=progress,
         )
-    (lotr.to_lora() if form == "lora" else lotr).save(output, force=force)
-    document = lotr_document(lotr)
+    console = output_console()
+    if isinstance(found, LoraAdapter):
+        found.save(output, uniform=False, force=force)
+        told = extraction_error(base, tuned, LoraAdapter.load(output), modules=modules)
+        document = inspect_document(found) | {"relative_error": told}
+        table = lora_table(document)
+    else:
+        found.save(output, force=force)
+        document = lotr_document(found)
+        table = lotr_table(document)
     if json:
         print_json(document)
         return
-    console = output_console()
-    console.print(lotr_table(document))
-    console.print(f"{output}: {size_line(document)}", markup=False)
+    console.print(table)
+    line = size_line({key: document[key] for key in ("parameters", "bytes")})
+    console.print(f"{output}: {line}", markup=False)
+    if isinstance(found, LoraAdapter):
+        console.print(f"relative error: {error(document['relative_error'])}")

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from lotrtensor.adapters.formats.checkpoint import check_checkpoint_output
+from lotrtensor.adapters.formats.checkpoint import check_checkpoint_output, check_inputs_outside
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import AdapterPath, Force, Json, OutputPath, output_console, print_json
-from lotrtensor.extract import merge as merge_adapter
+from lotrtensor.merge import merge as merge_adapter
 
 
 def merge(
@@ -25,6 +25,7 @@ def merge(
     Example: lotr merge my-lotr --base base-model -o merged-model
     """
     check_checkpoint_output(output, force=force)
+    check_inputs_outside(output, adapter)
     changed = merge_adapter(base, load(adapter), output, force=force)
     if json:
         print_json({"changed": list(changed)})
