@@ -199,11 +199,15 @@ def _source(name: str, slots: Sequence[Slot], deltas: Deltas, fan_in_fan_out: bo
 
 def _updates(sources: Sequence[SourceGroup], goal: Goal, progress: Progress | None) -> list[Update]:
     """The leading singular vectors of every module's delta, as many as the goal can need."""
-    width = WIDEST if goal.budget is not None else goal.rank and goal.rank[0]
+    costs = [sum(source.stack.shape[1:]) for source in sources]
     updates = []
-    for done, source in enumerate(sources):
+    for done, (source, cost) in enumerate(zip(sources, costs, strict=True)):
         if progress:
             progress(source.name, done, len(sources))
+        width = goal.rank and goal.rank[0]
+        if goal.budget is not None:
+            # What is left for this module where every other one has rank 1.
+            width = min(WIDEST, max(1, (goal.budget - sum(costs)) // cost + 1))
         found = dense_svd(source.stack.slice(0), width, goal.tolerance or 0.0)
         if not found.converged:
             warnings.warn(
