@@ -271,17 +271,19 @@ def test_a_budget_buys_the_best_truncation(case):
 
 
 @pytest.mark.parametrize("kind", ["generic", "decaying", "planted", "uneven"])
-@pytest.mark.parametrize("method", ["exact", "hosvd"])
-def test_more_budget_is_never_more_error(kind, method):
-    """Over every budget from the smallest to the largest."""
+def test_more_budget_is_never_more_error(kind):
+    """Over every budget. The HOSVD picks the ranks, and HOOI is no worse than it at any of them."""
     stack = make(kind, 3, 6, 7, [2, 2, 1]).stack()
     p, q = stack.max_rank
-    errors = [
-        tucker2(stack, budget=budget, method=method).relative_error
-        for budget in range(6 * p + 7 * q + 3 * p * q, 15, -1)
-    ]
-    assert errors[0] < 1e-12
-    assert np.all(np.diff(errors) >= -1e-6)
+    budgets = range(6 * p + 7 * q + 3 * p * q, 15, -1)
+    plain, refined = (
+        np.array([tucker2(stack, budget=b, method=method).relative_error for b in budgets])
+        for method in ("hosvd", "exact")
+    )
+    assert plain[0] < 1e-12
+    assert np.all(np.diff(plain) >= -1e-9)
+    # So that refined, no smaller budget's HOSVD is better; two refined ones may differ either way.
+    assert np.all(refined <= plain * (1 + 1e-9) + 1e-12)
 
 
 # ---------------------------------------------------------------- one pass for every rank

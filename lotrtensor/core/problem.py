@@ -12,13 +12,12 @@ from array_api_compat import device
 
 from lotrtensor.core.hosvd import hosvd
 from lotrtensor.core.linalg import as_accumulator, namespace, to_numpy
-from lotrtensor.core.ranks import Frontier, cheapest_within, frontier, pair_at
+from lotrtensor.core.ranks import Frontier, frontier, pair_at, settle
 from lotrtensor.core.reduction import Reduction
 from lotrtensor.core.residual import error_norms2, relate_errors
 from lotrtensor.core.solve import Solution, solve
 from lotrtensor.core.stacks import SliceStack
-from lotrtensor.core.tucker2 import ROOM, Tucker2
-from lotrtensor.errors import RankError
+from lotrtensor.core.tucker2 import Tucker2
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,28 +145,31 @@ class Problem:
             If no pair holds, or rounding to the storage type alone exceeds the tolerance.
         """
         curve = self.curve()
-        target = tolerance**2 * self.reduction.norm2
-        high = cheapest_within(curve, tolerance)
+        norm2, last = self.reduction.norm2, len(curve.parameters) - 1
+
+        def attempt(target2: float) -> tuple[Tucker2Fit, float, float, bool]:
+            index, solution = self._cheapest(curve, target2)
+            fit = self.finish(solution)
+            return fit, self.error2(solution), fit.weighted_error**2 * norm2, index == last
+
+        return settle(tolerance, norm2, self.dtype, attempt)
+
+    def _cheapest(self, curve: Frontier, target2: float) -> tuple[int, Solution]:
+        """Index and solution of the smallest pair found within ``target2``; else the full ranks."""
+        within = np.nonzero(curve.error2 <= target2)[0]
+        high = int(within[0]) if within.size else len(curve.parameters) - 1
         best = self.solve(pair_at(curve, high))
-        low = -1
+        low = -1 if within.size else high - 1
         while high - low > 1:
             middle = (low + high) // 2
-            found = None
-            if self.lower_bound(pair_at(curve, middle)) <= tolerance:
-                found = self.solve(pair_at(curve, middle))
-            if found is not None and self.error2(found) <= target:
+            found, pair = None, pair_at(curve, middle)
+            if self.lower_bound(pair) ** 2 * self.reduction.norm2 <= target2:
+                found = self.solve(pair)
+            if found is not None and self.error2(found) <= target2:
                 high, best = middle, found
             else:
                 low = middle
-        # Rounding adds to the error that was solved for: a few pairs up make room for it.
-        for index in range(high, min(high + ROOM, len(curve.parameters))):
-            fit = self.finish(best if index == high else self.solve(pair_at(curve, index)))
-            if fit.weighted_error <= tolerance:
-                return fit
-        raise RankError(
-            f"tolerance is {tolerance}; rounding to {self.dtype} exceeds it: choose a wider dtype "
-            "or a larger tolerance"
-        )
+        return high, best
 
     def _rounded(self, small: Solution) -> Tucker2:
         left, right, core = self.reduction.left, self.reduction.right, small.core

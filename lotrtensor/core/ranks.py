@@ -133,6 +133,9 @@ def cheapest_within(curve: Frontier, tolerance: float) -> int:
 def best_within(curve: Frontier, budget: int) -> int:
     """Index of the pair with the smallest error among those of at most ``budget`` parameters.
 
+    More budget is never more error of the HOSVD; refined at its pair by HOOI, which is no worse
+    there, two budgets may differ either way by what HOOI gains.
+
     Raises
     ------
     RankError
@@ -223,8 +226,8 @@ def settle(
         if full:
             raise RankError(
                 f"tolerance is {tolerance}; the smallest error in reach is "
-                f"{float(np.sqrt(stored2 / norm2)):.3g} as stored in {dtype}: choose a wider dtype "
-                "or a larger tolerance"
+                f"{float(np.sqrt(stored2 / norm2)):.3g} as stored in "
+                f"{getattr(dtype, '__name__', dtype)}: choose a wider dtype or a larger tolerance"
             )
         # Rounding costs about as much again next time; where it does not, go on down all the same.
         target2 = max(0.0, min(limit2 - (stored2 - fitted2), 0.8 * fitted2))

@@ -18,10 +18,10 @@ from lotrtensor.core.linalg import (
     check_real_floating,
     namespace,
 )
-from lotrtensor.core.ranks import best_within, cheapest_within, frontier, pair_at
+from lotrtensor.core.ranks import best_within, frontier, pair_at, settle
 from lotrtensor.core.solve import solve
 from lotrtensor.core.stacks import LowRankStack
-from lotrtensor.errors import RankError, ShapeError
+from lotrtensor.errors import ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,17 +192,15 @@ class Tucker2:
         curve = frontier(small, full, self.shape)
         if goal.budget is not None:
             return at(pair_at(curve, best_within(curve, goal.budget)))
-        limit = goal.tolerance or 0.0
-        first = cheapest_within(curve, limit)
-        # Rounding adds to the error that the curve tells: a few pairs up make room for it.
-        for index in range(first, min(first + ROOM, len(curve.parameters))):
+
+        def attempt(target2: float) -> tuple[Tucker2, float, float, bool]:
+            within = (curve.error2 <= target2).nonzero()[0]
+            index = int(within[0]) if within.size else len(curve.error2) - 1
             found = at(pair_at(curve, index))
-            if (whole - found.accumulated()).norm2() <= limit**2 * norm2:
-                return found
-        raise RankError(
-            f"tolerance is {limit}; rounding to {self.core.dtype} exceeds it: choose a wider dtype "
-            "or a larger tolerance"
-        )
+            stored2 = (whole - found.accumulated()).norm2()
+            return found, float(curve.error2[index]), stored2, index == len(curve.error2) - 1
+
+        return settle(goal.tolerance or 0.0, norm2, self.core.dtype, attempt)
 
     def norm2(self) -> float:
         """Squared norm Σ_k ‖U G_k Vᵀ‖²."""
@@ -222,7 +220,3 @@ class Tucker2:
     def accumulated(self) -> Tucker2:
         """The same decomposition in the widest type of its library."""
         return Tucker2(*(as_accumulator(x) for x in (self.left, self.core, self.right)))
-
-
-ROOM = 8
-"""Steps up a curve that are tried for the rounding to a storage type."""
