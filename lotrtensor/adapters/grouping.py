@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from lotrtensor.errors import FormatError, ShapeError
 
+FLAT_PREFIXES = ("lora_", "lycoris_")
+"""What kohya's flattened module names begin with."""
+
 
 class Slot(NamedTuple):
     """What grouping needs to know of a module."""
@@ -28,8 +31,14 @@ def module_kind(name: str) -> str:
 
     >>> module_kind("model.layers.12.self_attn.q_proj")
     'model.layers.*.self_attn.q_proj'
+
+    kohya's names have underscores for dots:
+
+    >>> module_kind("lora_te1_text_model_encoder_layers_3_mlp_fc1")
+    'lora_te1_text_model_encoder_layers_*_mlp_fc1'
     """
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+    dot = "_" if name.startswith(FLAT_PREFIXES) and "." not in name else "."
+    return dot.join("*" if part.isdecimal() else part for part in name.split(dot))
 
 
 def group_modules(slots: Iterable[Slot], group_by: str = "type") -> dict[str, list[Slot]]:
@@ -80,7 +89,7 @@ def _shape_name(slot: Slot) -> str:
 def _by_type(slots: list[Slot]) -> dict[str, list[Slot]]:
     kinds = _collect((module_kind(slot.name), slot) for slot in slots)
     # What follows the last layer number is the name, unless two kinds would share it.
-    tails = {kind: kind.rpartition("*.")[2] for kind in kinds}
+    tails = {kind: re.split(r"\*[._]", kind)[-1] for kind in kinds}
     clash = {tail for tail in tails.values() if list(tails.values()).count(tail) > 1}
     groups: dict[str, list[Slot]] = {}
     for kind, members in kinds.items():

@@ -1,37 +1,66 @@
-"""load: any adapter directory, told apart by its own files."""
+"""load: any adapter, told apart by its own files."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-from lotrtensor.adapters.formats.directory import expand
+from lotrtensor.adapters.formats.directory import CONFIG_NAME, SINGLE_FILE, expand
 from lotrtensor.adapters.formats.native import PEFT_TYPE
-from lotrtensor.adapters.formats.tensors import read_config
+from lotrtensor.adapters.formats.tensors import check_exists, read_config
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.errors import FormatError
 
 Adapter = LoraAdapter | LotrAdapter
 
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+"""Where diffusers' save_lora_weights puts a LoRA, in a directory without a config."""
+
 
 def load(path: str | os.PathLike[str]) -> Adapter:
-    """Read an adapter directory: a PEFT LoRA or a LoTR.
+    """Read an adapter: a PEFT LoRA, a LoTR, or an image model's LoRA in a single file.
 
     Parameters
     ----------
     path : path-like
-        The directory that holds ``adapter_config.json``.
+        The directory that holds ``adapter_config.json``; or a ``.safetensors`` file as kohya's
+        sd-scripts or diffusers write it, or diffusers' directory of one.
 
     Returns
     -------
     LoraAdapter or LotrAdapter
-        By the ``peft_type`` of the config.
+        By the ``peft_type`` of the config; a single file is a LoRA.
 
     Raises
     ------
     FormatError, UnsupportedAdapterError, DataError
         Naming the file and key, what was found and what was expected.
     """
-    directory = expand(path)
-    if read_config(directory).get("peft_type") == PEFT_TYPE:
-        return LotrAdapter.load(directory)
-    return LoraAdapter.load(directory)
+    found = expand(path)
+    check_exists(found)
+    if found.suffix == SINGLE_FILE and found.is_file():
+        return LoraAdapter.load(found)
+    if found.is_dir() and not (found / CONFIG_NAME).is_file():
+        return LoraAdapter.load(_single_file(found))
+    if read_config(found).get("peft_type") == PEFT_TYPE:
+        return LotrAdapter.load(found)
+    return LoraAdapter.load(found)
+
+
+def _single_file(directory: Path) -> Path:
+    """Return the file of a directory that diffusers wrote, or say what the directory is instead."""
+    if (directory / DIFFUSERS_NAME).is_file():
+        return directory / DIFFUSERS_NAME
+    files = sorted(p.name for p in directory.iterdir() if p.suffix == SINGLE_FILE)
+    if (directory / "config.json").is_file() and files:
+        raise FormatError(
+            f"{directory} is a checkpoint of a whole model; expected an adapter, with its "
+            f"{CONFIG_NAME}: lotr extract makes one of two checkpoints"
+        )
+    if files:
+        raise FormatError(
+            f"{directory} has no {CONFIG_NAME}; name one of its files, such as {files[0]}, if that "
+            "is a LoRA of an image model"
+        )
+    raise FormatError(f"{directory} has no {CONFIG_NAME}; expected an adapter directory")

@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from lotrtensor.adapters.formats.directory import expand
+from lotrtensor.adapters.formats.directory import SINGLE_FILE, expand
+from lotrtensor.adapters.formats.kohya import read_single_file, write_single_file
+from lotrtensor.adapters.formats.layout import output_form
 from lotrtensor.adapters.formats.peft import read_lora, write_lora
+from lotrtensor.adapters.formats.tensors import check_exists
 from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.errors import FormatError
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,43 +40,63 @@ class LoraAdapter:
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> LoraAdapter:
-        """Read a PEFT LoRA directory; see `lotrtensor.adapters.formats.peft.read_lora`."""
-        return cls(*read_lora(expand(directory)))
+    def load(cls, path: str | os.PathLike[str]) -> LoraAdapter:
+        """Read a PEFT LoRA directory, or a single file of an image model's LoRA.
+
+        See `lotrtensor.adapters.formats.peft.read_lora` and
+        `lotrtensor.adapters.formats.kohya.read_single_file`.
+        """
+        path = expand(path)
+        check_exists(path)
+        single = path.suffix == SINGLE_FILE and path.is_file()
+        return cls(*(read_single_file(path) if single else read_lora(path)))
 
     def save(
         self,
-        directory: str | os.PathLike[str],
+        path: str | os.PathLike[str],
         *,
+        form: str | None = None,
         uniform: bool = True,
         pad: bool = False,
         force: bool = False,
     ) -> None:
-        """Write a portable PEFT LoRA directory, atomically.
+        """Write a portable PEFT LoRA directory, or a single ``.safetensors`` file; atomically.
 
-        All modules get the largest rank r, zero-padded where theirs is lower; alpha = r.
+        In a directory all modules get the largest rank r, zero-padded where theirs is lower;
+        alpha = r. In kohya's file every module keeps its rank, which its alpha equals.
 
         Parameters
         ----------
-        directory : path-like
-            The directory to make.
+        path : path-like
+            The directory, or the file ending in ``.safetensors``, to make.
+        form : str, optional
+            ``"peft"`` or ``"kohya"``. Not given, a LoRA that came from a single file goes back to
+            one with the same names, and any other becomes a PEFT directory.
         uniform : bool
             False keeps every module's own rank, in PEFT's rank and alpha patterns: smaller, but
             vLLM and llama.cpp do not read it.
         pad : bool
             Raise r to the next of vLLM's sizes: 8, 16, 32, 64, 128, 256, 320, 512.
         force : bool
-            Replace an adapter directory that stands there.
+            Replace an adapter that stands there.
 
         Raises
         ------
         FormatError
-            If ``directory`` exists and ``force`` is not given, or cannot be written.
+            If ``path`` exists and ``force`` is not given, cannot be written, or does not suit the
+            form.
         RankError
             If ``pad`` is given and the rank exceeds vLLM's largest.
         """
+        path = expand(path)
         content = (self.modules, self.config, self.dtype, self.extras)
-        write_lora(expand(directory), content, uniform=uniform, pad=pad, force=force)
+        form = output_form(path, self.config, form)
+        if form == "peft":
+            write_lora(path, content, uniform=uniform, pad=pad, force=force)
+        elif pad:
+            raise FormatError(f"{path}: padding is for vLLM, which reads PEFT directories alone")
+        else:
+            write_single_file(path, content, kohya=form == "kohya", force=force)
 
     @property
     def parameters(self) -> int:

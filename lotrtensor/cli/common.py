@@ -16,7 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lotrtensor.convert import Progress as ProgressHook
 from lotrtensor.report.documents import Document, dumps
 
-AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter directory.")]
+# A string that is completed like a path: a Path would turn hf://owner/name into hf:/owner/name.
+AdapterPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        path_type=str,
+        help="Adapter directory, image model's LoRA file, or hf://owner/name.",
+    ),
+]
 OutputPath = Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")]
 Tolerance = Annotated[
     float | None, typer.Option(help="Relative error of the whole adapter that is not exceeded.")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from lotrtensor.adapters.formats.directory import check_output
+from lotrtensor.adapters.formats.directory import check_lora_output
+from lotrtensor.adapters.formats.layout import output_form
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.cli.common import AdapterPath, Force, Json, OutputPath, output_console, print_json
@@ -25,19 +26,32 @@ def export(
     pad: Annotated[
         bool, typer.Option("--pad", help="Pad the rank with zeros to a size that vLLM accepts.")
     ] = False,
+    form: Annotated[
+        Literal["peft", "kohya"] | None,
+        typer.Option(
+            "--format",
+            help="A PEFT directory, or kohya's single file; what the LoRA was before if not given.",
+        ),
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write a LoTR adapter as a portable PEFT LoRA: one rank, alpha = r, scale baked in.
+    """Write a LoTR adapter as a portable LoRA: alpha = r, scale baked in.
+
+    A PEFT directory has one rank, for vLLM, SGLang and llama.cpp; a single file is for image
+    models.
 
     Example: lotr export my-lotr -o my-lora
+
+    Example: lotr export image-lotr -o image-lora.safetensors --format kohya
     """
-    check_output(output, force=force)
+    check_lora_output(output, force=force)
     lotr = load(adapter)
     if not isinstance(lotr, LotrAdapter):
         raise UnsupportedAdapterError(f"{adapter} is a LoRA already; expected a LoTR adapter")
+    output_form(output, lotr.config, form)
     lora = lotr.to_lora(rank)
-    lora.save(output, force=force, pad=pad)
+    lora.save(output, form=form, force=force, pad=pad)
     written = load(output)
     document = inspect_document(written) | {"relative_error": compare(lotr, written).relative_error}
     if json:

@@ -30,6 +30,8 @@ def inspect(
     console = output_console()
     console.print(lora_table(document) if document["type"] == "LORA" else lotr_table(document))
     console.print(f"{size_line(document)}, {document['dtype']}")
+    if document["file_style"]:
+        console.print(f"single file of an image model, {document['file_style']} keys")
     if document["base_model"]:
         console.print(f"base model: {document['base_model']}", markup=False)
     if document["carried_tensors"]:

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from lotrtensor.adapters.formats.directory import check_output
+from lotrtensor.adapters.formats.directory import check_lora_output, check_output
+from lotrtensor.adapters.formats.layout import output_form
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.cli.common import (
@@ -51,8 +52,12 @@ def truncate(
 
     Example: lotr truncate my-lora -o small-lora --budget 25%
     """
-    check_output(output, force=force)
+    check_lora_output(output, force=force)
     source = load(adapter)
+    if isinstance(source, LoraAdapter):
+        output_form(output, source.config)
+    else:
+        check_output(output, force=force)
     with progress_bar() as progress:
         found = truncate_adapter(
             source,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,8 +14,12 @@ from lotrtensor.report.tables import difference_table, error
 
 
 def verify(
-    a: Annotated[Path, typer.Argument(metavar="A", help="The reference, LoRA or LoTR.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The other one, LoRA or LoTR.")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", path_type=str, help="The reference, LoRA or LoTR.")
+    ],
+    b: Annotated[
+        str, typer.Argument(metavar="B", path_type=str, help="The other one, LoRA or LoTR.")
+    ],
     json: Json = False,
 ) -> None:
     """Compare the weight updates of two adapters, module by module.

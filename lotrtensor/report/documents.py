@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lotrtensor.adapters.formats.layout import LAYOUT, read_layout
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
@@ -56,6 +57,7 @@ def inspect_document(adapter: Adapter, group_by: str = "type") -> Document:
         "type": "LORA" if is_lora else "LOTR",
         "base_model": adapter.config.get("base_model_name_or_path"),
         "task_type": adapter.config.get("task_type"),
+        "file_style": read_layout(adapter.config).style if LAYOUT in adapter.config else None,
         "carried_tensors": sorted(adapter.extras),
     }
     if isinstance(adapter, LotrAdapter):

@@ -1,4 +1,4 @@
-"""A directory appears whole or not at all: written beside, synced, renamed."""
+"""An output appears whole or not at all: written beside, synced, renamed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from lotrtensor.errors import FormatError
 
 CONFIG_NAME = "adapter_config.json"
+SINGLE_FILE = ".safetensors"
+"""Suffix of an adapter that is one file: kohya's and diffusers' LoRA."""
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
@@ -29,22 +31,21 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
 
 def check_output(path: Path, *, force: bool) -> None:
-    """Refuse an output that exists, before any work is done.
+    """Refuse an output directory that exists, before any work is done.
 
     Raises
     ------
     FormatError
         If ``path`` exists and ``force`` is not given, or if it is no adapter directory, which
-        ``force`` does not replace either.
+        ``force`` does not replace either; or if it has the name of a file.
     """
     path = expand(path)
-    try:
-        if not path.exists() and not path.is_symlink():
-            return
-    except OSError as error:
-        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
-    if not force:
-        raise FormatError(f"{path} exists; choose another output or add --force to replace it")
+    if path.suffix == SINGLE_FILE:
+        raise FormatError(
+            f"{path} names a file, and this adapter is a directory; leave {SINGLE_FILE} away"
+        )
+    if not _stands(path, force=force):
+        return
     replaceable = (
         path.is_dir()
         and not path.is_symlink()
@@ -55,6 +56,64 @@ def check_output(path: Path, *, force: bool) -> None:
             f"{path} exists and is not an adapter directory (no {CONFIG_NAME}); it is not "
             "replaced: choose another output"
         )
+
+
+def check_file_output(path: Path, *, force: bool) -> None:
+    """Refuse an output file that exists, before any work is done.
+
+    Raises
+    ------
+    FormatError
+        If ``path`` exists and ``force`` is not given, or if it is no regular file.
+    """
+    path = expand(path)
+    if _stands(path, force=force) and (path.is_symlink() or not path.is_file()):
+        raise FormatError(f"{path} exists and is no file; it is not replaced")
+
+
+def check_lora_output(path: Path, *, force: bool) -> None:
+    """Refuse an output that exists: a directory, or a file if it ends in ``.safetensors``.
+
+    Raises
+    ------
+    FormatError
+        As `check_output` and `check_file_output` do.
+    """
+    check = check_file_output if path.suffix == SINGLE_FILE else check_output
+    check(path, force=force)
+
+
+def _stands(path: Path, *, force: bool) -> bool:
+    try:
+        if not path.exists() and not path.is_symlink():
+            return False
+    except OSError as error:
+        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
+    if not force:
+        raise FormatError(f"{path} exists; choose another output or add --force to replace it")
+    return True
+
+
+def write_file(path: Path, content: bytes, *, force: bool = False) -> None:
+    """Write ``content`` as the file ``path``, atomically; its parents are made where missing.
+
+    Raises
+    ------
+    FormatError
+        If the output may not be replaced, or cannot be written; nothing has changed then.
+    """
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve would follow a link
+    check_file_output(path, force=force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            fresh = Path(scratch) / "new"
+            _write_synced(fresh, content)
+            fresh.replace(path)
+        with contextlib.suppress(OSError):  # the new file stands; only its durability is open
+            _sync(path.parent)
+    except OSError as error:
+        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def write_directory(path: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:

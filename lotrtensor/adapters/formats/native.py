@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lotrtensor.adapters.formats.directory import write_directory
+from lotrtensor.adapters.formats.layout import read_layout
 from lotrtensor.adapters.formats.peft import PREFIX, split_extras
 from lotrtensor.adapters.formats.tensors import (
     Tensors,
@@ -38,7 +39,8 @@ PEFT_TYPE = "LOTR"
 LEFT, RIGHT = "base_model.lotr_left.", "base_model.lotr_right."
 CORE, CORE_LEFT, CORE_RIGHT = ".lotr_core", ".lotr_core_left", ".lotr_core_right"
 
-# Fields of PEFT's configs that say to what an adapter applies, whatever its method.
+# Fields of PEFT's configs that say to what an adapter applies, whatever its method; and, of an
+# adapter that was a single file, how that file named and shaped its tensors.
 COMMON_FIELDS = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -51,6 +53,7 @@ COMMON_FIELDS = (
     "layers_to_transform",
     "modules_to_save",
     "revision",
+    "single_file",
     "target_modules",
     "task_type",
     "trainable_token_indices",
@@ -91,6 +94,7 @@ def read_lotr(directory: Path) -> LotrContent:
     records = config.get("groups")
     if not isinstance(records, list) or not records:
         raise FormatError(f"{directory}: the config has no groups; expected a list of them")
+    read_layout(config, directory)
     tensors = read_tensors(directory)
     groups = tuple(
         _read_group(_checked(record, directory), tensors, directory) for record in records

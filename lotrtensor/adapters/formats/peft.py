@@ -57,7 +57,9 @@ LoraContent = tuple[tuple[LoraModule, ...], Mapping[str, Any], np.dtype, Mapping
 """Modules, config, storage type and carried tensors: the fields of a `LoraAdapter`."""
 
 
-class _Factor(NamedTuple):
+class Factor(NamedTuple):
+    """A stored factor under the key that an error names."""
+
     key: str
     tensor: np.ndarray
 
@@ -90,13 +92,13 @@ def read_lora(directory: Path) -> LoraContent:
         raise UnsupportedAdapterError(
             f"{directory} has peft_type {config.get('peft_type')!r}; expected LORA or LOTR"
         )
-    _check_plain(config, directory)
+    check_plain(config, directory)
     pairs, extras = _split(read_tensors(directory), config, directory)
     modules, dtypes = [], set()
     for name in sorted(pairs, key=layer_order):
         modules.append(_read_module(name, pairs[name], config, directory))
         dtypes |= {factor.tensor.dtype for factor in pairs[name].values()}
-    return tuple(modules), config, _widest(dtypes), extras
+    return tuple(modules), config, widest(dtypes), extras
 
 
 def write_lora(
@@ -203,7 +205,14 @@ def _names_saved_module(key: str, config: Mapping[str, Any], directory: Path) ->
     return any(re.search(rf"(^|\.){re.escape(name)}\.", key) for name in saved)
 
 
-def _check_plain(config: Mapping[str, Any], directory: Path) -> None:
+def check_plain(config: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a LoRA config whose update is no plain BA.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        By the name of the variant.
+    """
     for field, method in _VARIANTS.items():
         if config.get(field):
             raise UnsupportedAdapterError(
@@ -221,9 +230,9 @@ def _check_plain(config: Mapping[str, Any], directory: Path) -> None:
 
 def _split(
     tensors: Tensors, config: Mapping[str, Any], directory: Path
-) -> tuple[dict[str, dict[str, _Factor]], Tensors]:
+) -> tuple[dict[str, dict[str, Factor]], Tensors]:
     """Sort tensors into factor pairs by module and side, and what is carried along."""
-    pairs: dict[str, dict[str, _Factor]] = {}
+    pairs: dict[str, dict[str, Factor]] = {}
     extras: Tensors = {}
     adapters = set()
     for key, tensor in tensors.items():
@@ -239,7 +248,7 @@ def _split(
             raise FormatError(
                 f"{directory}: {key} and {sides[side].key} are the same factor; expected one"
             )
-        sides[side] = _Factor(key, tensor)
+        sides[side] = Factor(key, tensor)
     if len(adapters - {None}) > 1:
         raise FormatError(
             f"{directory} holds the adapters {sorted(adapters - {None})}; expected one a directory"
@@ -264,7 +273,7 @@ def _check_variant_key(key: str, directory: Path) -> None:
 
 
 def _read_module(
-    name: str, sides: dict[str, _Factor], config: Mapping[str, Any], directory: Path
+    name: str, sides: dict[str, Factor], config: Mapping[str, Any], directory: Path
 ) -> LoraModule:
     embedding = any(side.startswith("embedding_") for side in sides)
     a, b = (sides.get(("embedding_" if embedding else "") + side) for side in "AB")
@@ -279,24 +288,50 @@ def _read_module(
                 f"{directory}: {factor.key} has shape {factor.tensor.shape}; convolutions are not "
                 "read, expected a matrix"
             )
+    check_pair(b, a, directory)
+    return scaled_module(name, b, a, lora_scale(name, a, config, directory), directory, embedding)
+
+
+def check_pair(b: Factor, a: Factor, path: Path) -> None:
+    """Refuse two stored factors that are no pair of matrices (m, r) and (r, n).
+
+    Raises
+    ------
+    FormatError
+        If a shape is wrong.
+    DataError
+        If a factor is not finite floating point.
+    """
+    for factor in (a, b):
         if factor.tensor.ndim != 2 or 0 in factor.tensor.shape:
             raise FormatError(
-                f"{directory}: {factor.key} has shape {factor.tensor.shape}; expected a matrix "
+                f"{path}: {factor.key} has shape {factor.tensor.shape}; expected a matrix "
                 "of rank at least 1 (an empty one comes from a sharded run saved without gathering)"
             )
-        check_floating(factor.key, factor.tensor, directory)
+        check_floating(factor.key, factor.tensor, path)
     if b.tensor.shape[1] != a.tensor.shape[0]:
         raise FormatError(
-            f"{directory}: {b.key} is {b.tensor.shape} and {a.key} is {a.tensor.shape}; expected "
+            f"{path}: {b.key} is {b.tensor.shape} and {a.key} is {a.tensor.shape}; expected "
             "(m, r) and (r, n) with one r"
         )
-    scale = _scale(name, a, config, directory)
+
+
+def scaled_module(
+    name: str, b: Factor, a: Factor, scale: float, path: Path, embedding: bool = False
+) -> LoraModule:
+    """Return a module from its two stored matrices, ``scale`` folded into B.
+
+    Raises
+    ------
+    FormatError
+        If the scale makes them infinite.
+    """
     wide = np.result_type(*(_as_wide(f.tensor.dtype) for f in (a, b)))
     with np.errstate(over="ignore"):
         scaled = b.tensor.astype(wide) * wide.type(scale)
     if not np.isfinite(scaled).all():
         raise FormatError(
-            f"{directory}: {b.key} times its scale {scale:.3g} (lora_alpha over r) is infinite; "
+            f"{path}: {b.key} times its scale {scale:.3g} (alpha over r) is infinite; "
             "expected a scale of ordinary size"
         )
     return LoraModule(
@@ -308,7 +343,7 @@ def _read_module(
     )
 
 
-def _scale(name: str, a: _Factor, config: Mapping[str, Any], directory: Path) -> float:
+def lora_scale(name: str, a: Factor, config: Mapping[str, Any], directory: Path) -> float:
     """Return the scale of a module by PEFT's rules, after checking its rank against the config."""
     rank = _by_pattern(name, "rank_pattern", config, config.get("r", 8), directory)
     alpha = _by_pattern(name, "alpha_pattern", config, config.get("lora_alpha", 8), directory)
@@ -349,8 +384,8 @@ def _as_wide(dtype: np.dtype) -> np.dtype:
     return np.dtype("float64") if dtype == np.float64 else np.dtype("float32")
 
 
-def _widest(dtypes: set[np.dtype]) -> np.dtype:
-    """The one storage type, or float32 where half-precision types are mixed."""
+def widest(dtypes: set[np.dtype]) -> np.dtype:
+    """Return the one storage type, or float32 where half-precision types are mixed."""
     if len(dtypes) == 1:
         return next(iter(dtypes))
     half = {BFLOAT16, np.dtype("float16")}

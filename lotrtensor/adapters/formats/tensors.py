@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     FormatError
         If there is no such directory or file, or it holds no JSON object.
     """
-    try:
-        exists = directory.exists()
-    except OSError as error:
-        raise FormatError(f"{directory} cannot be read: {error.strerror or error}") from error
-    if not exists:
-        raise FormatError(f"{directory} does not exist; expected an adapter directory")
+    check_exists(directory)
     if not directory.is_dir():
         raise FormatError(
             f"{directory} is a file; expected the adapter directory that holds {CONFIG_NAME} "
@@ -45,6 +42,22 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FormatError(f"{directory} has no {CONFIG_NAME}; expected an adapter directory")
     return read_json_object(path)
+
+
+def check_exists(path: Path) -> None:
+    """Refuse a path at which nothing is.
+
+    Raises
+    ------
+    FormatError
+        If there is nothing, or the file system does not take the name.
+    """
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not exists:
+        raise FormatError(f"{path} does not exist; expected an adapter directory")
 
 
 def read_tensors(directory: Path) -> Tensors:
@@ -58,7 +71,7 @@ def read_tensors(directory: Path) -> Tensors:
         If there are only pickled weights, which can run code when they are opened.
     """
     if (directory / WEIGHTS_NAME).is_file():
-        return _read_file(directory / WEIGHTS_NAME)
+        return read_file(directory / WEIGHTS_NAME)[0]
     if (directory / INDEX_NAME).is_file():
         return _read_shards(directory / INDEX_NAME)
     pickled = next((p.name for p in sorted(directory.iterdir()) if p.suffix in _PICKLED), None)
@@ -99,17 +112,26 @@ def adapter_files(config: dict[str, Any], tensors: Tensors) -> dict[str, bytes]:
 
     Keys are sorted, so that equal adapters are equal files.
     """
-    ordered = {key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}
     return {
         CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        WEIGHTS_NAME: safetensors.numpy.save(ordered, metadata={"format": "pt"}),
+        WEIGHTS_NAME: file_bytes(tensors, {"format": "pt"}),
     }
 
 
-def _read_file(path: Path) -> Tensors:
+def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Return all tensors of a safetensors file, and the metadata in its header.
+
+    Raises
+    ------
+    FormatError
+        If the file is damaged.
+    DataError
+        If a tensor has a type that NumPy does not hold.
+    """
     tensors = {}
     try:
         with safe_open(path, "numpy") as file:
+            metadata = dict(file.metadata() or {})
             for key in file.keys():  # noqa: SIM118 - the file is no mapping
                 tensors[key] = file.get_tensor(key)
     except (SafetensorError, OSError) as error:
@@ -121,7 +143,23 @@ def _read_file(path: Path) -> Tensors:
             f"{path}: {key} has a dtype that NumPy does not hold ({error}); expected float32, "
             "float16, bfloat16 or float64: dequantise the adapter first"
         ) from error
-    return tensors
+    return tensors, metadata
+
+
+def file_bytes(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file; equal tensors and metadata are equal bytes.
+
+    The library writes metadata in the order of a hash map, another one in each process.
+    """
+    # Not ascontiguousarray, which makes a vector of a number.
+    ordered = {key: np.asarray(tensors[key], order="C") for key in sorted(tensors)}
+    content = safetensors.numpy.save(ordered, metadata=dict(metadata))
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def _read_shards(index_path: Path) -> Tensors:
@@ -134,7 +172,7 @@ def _read_shards(index_path: Path) -> Tensors:
             raise FormatError(f"{index_path} names the shard {shard!r}; expected a bare file name")
         if not (index_path.parent / shard).is_file():
             raise FormatError(f"{index_path} names the shard {shard}, which is missing")
-        tensors |= _read_file(index_path.parent / shard)
+        tensors |= read_file(index_path.parent / shard)[0]
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
         raise FormatError(f"{index_path} names {missing[0]}, which no shard holds")

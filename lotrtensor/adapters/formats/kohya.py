@@ -1,0 +1,293 @@
+"""Single-file LoRAs of image models, as kohya's sd-scripts and diffusers write them.
+
+kohya's file holds three tensors a module:
+
+    <module>.lora_down.weight    A, r × n        or r × c × k × k for a convolution
+    <module>.lora_up.weight      B, m × r        or m × r × 1 × 1
+    <module>.alpha               a number; ΔW = alpha / r · B A, and B A where it is missing
+
+A convolution's ΔW is the m × (c · k · k) matrix of its kernel's update, which is what sd-scripts
+decomposes too: up holds one weight a channel, so the product is plain B A.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lotrtensor.adapters.formats.directory import CONFIG_NAME, write_file
+from lotrtensor.adapters.formats.image_names import (
+    ALPHA,
+    KOHYA,
+    STYLES,
+    check_methods,
+    component,
+    flat_names,
+    split_key,
+)
+from lotrtensor.adapters.formats.layout import LAYOUT, Layout, read_layout
+from lotrtensor.adapters.formats.peft import (
+    PREFIX,
+    Factor,
+    LoraContent,
+    check_pair,
+    check_plain,
+    lora_scale,
+    scaled_module,
+    widest,
+)
+from lotrtensor.adapters.formats.tensors import Tensors, file_bytes, read_file
+from lotrtensor.adapters.grouping import layer_order
+from lotrtensor.adapters.rounding import rounded
+from lotrtensor.errors import FormatError, UnsupportedAdapterError
+
+_PEFT_METADATA = "lora_adapter_metadata"  # diffusers' name for the LoRA config in the header
+
+
+def read_single_file(path: Path) -> LoraContent:
+    """Read a single-file LoRA of an image model.
+
+    Parameters
+    ----------
+    path : Path
+        The safetensors file.
+
+    Returns
+    -------
+    modules, config, dtype, extras
+        The fields of a `LoraAdapter`. The modules have the names of the file; the config holds its
+        `Layout`.
+
+    Raises
+    ------
+    FormatError
+        If the file is damaged or incomplete, or is no adapter.
+    UnsupportedAdapterError
+        If it holds another method than LoRA, by its name.
+    DataError
+        If a factor is not finite floating point.
+    """
+    tensors, metadata = read_file(path)
+    check_methods(tensors, path)
+    pairs, styles, alphas = _split(tensors, path)
+    peft_config = _peft_config(metadata, path)
+    modules, kernels, dtypes = [], {}, set()
+    for name in sorted(pairs, key=layer_order):
+        up, down, kernel = _matrices(name, pairs[name], path)
+        check_pair(up, down, path)
+        if name in alphas:
+            scale = _alpha(alphas[name], path) / down.tensor.shape[0]
+        else:
+            scale = _peft_scale(name, styles[name], down, peft_config, path)
+        modules.append(scaled_module(name, up, down, scale, path))
+        dtypes |= {up.tensor.dtype, down.tensor.dtype}
+        if kernel:
+            kernels[name] = list(kernel)
+    common = max(set(styles.values()), key=list(styles.values()).count)
+    layout = Layout(
+        style=common,
+        styles={name: style for name, style in styles.items() if style != common},
+        kernels=kernels,
+        metadata=metadata,
+    )
+    config = {"base_model_name_or_path": metadata.get("ss_sd_model_name"), LAYOUT: asdict(layout)}
+    return tuple(modules), config, widest(dtypes), {}
+
+
+def write_single_file(
+    path: Path, content: LoraContent, *, kohya: bool, force: bool = False
+) -> None:
+    """Write a LoRA as one file, atomically, the scale baked into the factors.
+
+    Parameters
+    ----------
+    path : Path
+        The file to make.
+    content : LoraContent
+        Modules, config, storage type and carried tensors.
+    kohya : bool
+        Use kohya's names and keys; otherwise those of the file that the adapter came from. Only
+        kohya's keys have an alpha, the largest rank, so only there does every module keep its own
+        rank: in the other styles all get the largest, which every reader takes with scale 1.
+
+    Raises
+    ------
+    FormatError
+        If the output exists and ``force`` is not given, or cannot be written, or a module has no
+        name in kohya's form.
+    UnsupportedAdapterError
+        If tensors beside the update would be lost.
+    """
+    modules, config, dtype, extras = content
+    if extras:
+        raise UnsupportedAdapterError(
+            f"{next(iter(extras))} is no LoRA factor, and a single file holds nothing else; write "
+            "a PEFT directory, which carries it"
+        )
+    if any(module.embedding for module in modules):
+        raise UnsupportedAdapterError(
+            "embeddings have no place in a single file; write a directory"
+        )
+    layout = read_layout(config, path)
+    largest = max(module.rank for module in modules)
+    styles = {module.name: KOHYA if kohya else layout.style_of(module.name) for module in modules}
+    names = {module.name: module.name for module in modules}
+    if kohya:
+        names = flat_names(names, {name: layout.style_of(name) for name in names})
+    tensors: Tensors = {}
+    for module in modules:
+        style, name = styles[module.name], names[module.name]
+        down_end, up_end = STYLES[style]
+        if style == KOHYA:
+            # One alpha for all modules, since diffusers loses those of single attention layers;
+            # in float32 whatever the factors are in, as bfloat16 does not hold every rank.
+            tensors[name + ALPHA] = np.array(largest, dtype=np.float32)
+            share = math.sqrt(module.rank / largest)
+            down, up = module.A * share, module.B * share
+        else:
+            padding = (0, largest - module.rank)
+            down, up = np.pad(module.A, (padding, (0, 0))), np.pad(module.B, ((0, 0), padding))
+        kernel = layout.kernels.get(module.name)
+        if kernel:
+            down = _kernel_shape(module.name, down, kernel, path)
+            up = up.reshape(*up.shape, *(1 for _ in kernel))
+        tensors[name + down_end] = rounded(down, dtype, name + down_end)
+        tensors[name + up_end] = rounded(up, dtype, name + up_end)
+    metadata = _metadata(layout, {module.rank for module in modules}, tensors)
+    write_file(path, file_bytes(tensors, metadata), force=force)
+
+
+_Pairs = dict[str, dict[int, Factor]]
+
+
+def _split(tensors: Tensors, path: Path) -> tuple[_Pairs, dict[str, str], dict[str, Factor]]:
+    """Sort tensors into factors by module and side, the modules' styles, and alphas."""
+    pairs: _Pairs = {}
+    styles: dict[str, str] = {}
+    alphas: dict[str, Factor] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        found = split_key(key)
+        if found is None and key.endswith(ALPHA):
+            alphas[key.removesuffix(ALPHA)] = Factor(key, tensor)
+        elif found is None:
+            unknown.append(key)
+        else:
+            name, style, side = found
+            if styles.setdefault(name, style) != style:
+                raise FormatError(f"{path} holds the factors of {name} twice, in two styles")
+            pairs.setdefault(name, {})[side] = Factor(key, tensor)
+    if not pairs:
+        raise FormatError(
+            f"{path} holds no LoRA tensors, but {len(tensors)} others such as "
+            f"{next(iter(tensors), 'none')}; expected lora_down and lora_up (a whole model is no "
+            "adapter: lotr extract makes one of two)"
+        )
+    unknown += [factor.key for name, factor in alphas.items() if name not in pairs]
+    if unknown:
+        raise UnsupportedAdapterError(
+            f"{path}: {unknown[0]} belongs to no LoRA of an image model that is known here; it "
+            "would be lost"
+        )
+    return pairs, styles, alphas
+
+
+def _matrices(
+    name: str, sides: dict[int, Factor], path: Path
+) -> tuple[Factor, Factor, tuple[int, ...]]:
+    """Return up and down of a module as matrices, and its kernel, empty for a linear layer."""
+    if len(sides) != 2:
+        raise FormatError(f"{path}: {sides.popitem()[1].key} has no partner; expected down and up")
+    down, up = sides[0], sides[1]
+    kernel = down.tensor.shape[2:]
+    if up.tensor.ndim != down.tensor.ndim or any(size != 1 for size in up.tensor.shape[2:]):
+        raise UnsupportedAdapterError(
+            f"{path}: {down.key} is {down.tensor.shape} and {up.key} is {up.tensor.shape}; "
+            "expected matrices, or a convolution (r, c, k, k) and one of kernel 1 (m, r, 1, 1)"
+        )
+    if kernel and 0 not in down.tensor.shape:
+        up = up._replace(tensor=up.tensor.reshape(up.tensor.shape[:2]))
+        down = down._replace(tensor=down.tensor.reshape(down.tensor.shape[0], -1))
+    return up, down, kernel
+
+
+def _alpha(factor: Factor, path: Path) -> float:
+    value = float(factor.tensor.reshape(-1)[0]) if factor.tensor.size == 1 else math.nan
+    if not abs(value) < 1e30:
+        raise FormatError(f"{path}: {factor.key} is {factor.tensor!s:.40}; expected one number")
+    return value
+
+
+def _peft_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    text = metadata.get(_PEFT_METADATA)
+    try:
+        config = json.loads(text) if text else {}
+    except ValueError as error:
+        raise FormatError(f"{path}: {_PEFT_METADATA} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: {_PEFT_METADATA} is {text!r:.40}; expected an object")
+    return config
+
+
+def _peft_scale(
+    name: str, style: str, down: Factor, config: Mapping[str, Any], path: Path
+) -> float:
+    """Return the scale of a module without an alpha: its component's LoRA config, else 1."""
+    part = component(name)
+    inside = {k.partition(".")[2]: v for k, v in config.items() if k.partition(".")[0] == part}
+    own = inside or (config if "r" in config else {})
+    if own:
+        check_plain(own, path)
+        return lora_scale(name.removeprefix(f"{part}.") if inside else name, down, own, path)
+    if style.startswith("peft") and part is None:
+        where = "the adapter directory that this file belongs to" if PREFIX in name else "no header"
+        raise FormatError(
+            f"{path}: {down.key} has no alpha, and {where} has the scale; expected names that "
+            f"begin with unet., transformer. or text_encoder., or a directory with {CONFIG_NAME}"
+        )
+    return 1.0
+
+
+def _kernel_shape(name: str, down: np.ndarray, kernel: list[int], path: Path) -> np.ndarray:
+    if down.shape[1] % math.prod(kernel):
+        raise FormatError(
+            f"{path}: {name} has {down.shape[1]} inputs, which {kernel} do not divide"
+        )
+    return down.reshape(down.shape[0], -1, *kernel)
+
+
+def _metadata(layout: Layout, ranks: set[int], tensors: Tensors) -> dict[str, str]:
+    """Return the source's metadata, corrected where it spoke of the source's own tensors."""
+    stale = {_PEFT_METADATA, "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"}
+    metadata = {key: value for key, value in layout.metadata.items() if key not in stale}
+    metadata.setdefault("format", "pt")
+    own = {"ss_network_alpha": f"{max(ranks):.1f}", "ss_network_dim": str(max(ranks))}
+    if len(ranks) > 1:
+        own["ss_network_dim"] = "Dynamic"  # sd-scripts' word for several
+    metadata |= {key: value for key, value in own.items() if key in metadata}
+    if "sshs_model_hash" in layout.metadata:
+        metadata |= _hashes(tensors, metadata)
+    return metadata
+
+
+def _hashes(tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the two hashes by which web user interfaces index LoRA files.
+
+    The first is of the tensors' bytes; the older one of 64 KiB from 1 MiB on, of the file with
+    ``ss_`` metadata alone.
+    """
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    content = file_bytes(tensors, training)
+    (length,) = struct.unpack("<Q", content[:8])
+    return {
+        "sshs_model_hash": hashlib.sha256(content[8 + length :]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    }
