@@ -8,14 +8,12 @@ from pathlib import Path
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, SINGLE_FILE, expand
 from lotrtensor.adapters.formats.native import PEFT_TYPE
 from lotrtensor.adapters.formats.tensors import check_exists, read_config
+from lotrtensor.adapters.hub import DIFFUSERS_NAME, fetch, is_remote
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.errors import FormatError
 
 Adapter = LoraAdapter | LotrAdapter
-
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
-"""Where diffusers' save_lora_weights puts a LoRA, in a directory without a config."""
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:
@@ -25,7 +23,9 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     ----------
     path : path-like
         The directory that holds ``adapter_config.json``; or a ``.safetensors`` file as kohya's
-        sd-scripts or diffusers write it, or diffusers' directory of one.
+        sd-scripts or diffusers write it, or diffusers' directory of one; or either on a hub:
+        ``hf://owner/name``, ``hf://owner/name@revision/path``, which is fetched into
+        huggingface_hub's cache once.
 
     Returns
     -------
@@ -37,7 +37,7 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     FormatError, UnsupportedAdapterError, DataError
         Naming the file and key, what was found and what was expected.
     """
-    found = expand(path)
+    found = fetch(path) if is_remote(path) else expand(path)
     check_exists(found)
     if found.suffix == SINGLE_FILE and found.is_file():
         return LoraAdapter.load(found)
