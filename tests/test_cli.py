@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from importlib.resources import files
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import lotrtensor as lt
 from adapters_fixtures import (
     PREFIX,
+    assert_refused,
     bert_pairs,
     dense_lora,
     dense_lotr,
@@ -24,6 +34,7 @@ from adapters_fixtures import (
     snapshot,
     write_lora,
 )
+from lotrtensor.cli.app import app
 
 COMMANDS = ("inspect", "convert", "export", "verify", "demo")
 CONVERT_KEYS = {
@@ -176,6 +187,8 @@ def test_inspect_a_lotr(native):
 def test_inspect_says_what_convert_said(lora, tmp_path):
     said = document("convert", lora, "-o", tmp_path / "out", "--rank", 4, "--dtype", "bfloat16")
     found = document("inspect", tmp_path / "out")
+    for group in found["groups"]:
+        assert group.pop("singular_values").keys() == {"left", "right"}
     assert {key: found[key] for key in said} == said
 
 
@@ -397,9 +410,6 @@ def test_a_home_directory(lora, tmp_path, monkeypatch):
 
 def test_a_reader_that_goes_away(lora):
     """``lotr inspect … | head -1`` ends without a traceback."""
-    import subprocess
-    import sys
-
     program = "from lotrtensor.cli import main; main()"
     with subprocess.Popen(
         [sys.executable, "-c", program, "inspect", str(lora), "--json"],
@@ -410,3 +420,258 @@ def test_a_reader_that_goes_away(lora):
         error = process.stderr.read().decode()
         process.wait(60)
     assert "Traceback" not in error
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+ALL_COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A directory with what the examples in the help are about."""
+    path = tmp_path_factory.mktemp("workshop")
+    rng = np.random.default_rng(0)
+    names = [f"layers.{k}.{kind}_proj" for k in range(3) for kind in "qv"]
+    pairs = {name: (rng.normal(size=(40, 8)), rng.normal(size=(8, 40))) for name in names}
+    source = write_lora(path / "my-lora", pairs)
+    write_lora(path / "my-adapter", pairs)
+    image = {}
+    for layer in range(3):
+        stem = f"lora_unet_down_blocks_{layer}_attn1_to_q"
+        image[f"{stem}.lora_down.weight"] = rng.normal(size=(2, 8)).astype("float32")
+        image[f"{stem}.lora_up.weight"] = rng.normal(size=(8, 2)).astype("float32")
+    safetensors.numpy.save_file(image, path / "image.safetensors")
+    lt.convert(lt.load(source), rank=3).save(path / "my-lotr")
+    lt.convert(lt.load(path / "image.safetensors"), rank=3).save(path / "image-lotr")
+    base, tuned = {}, {}
+    for name, delta in dense_lora(source, 2.0).items():
+        base[f"{name}.weight"] = rng.normal(size=delta.shape).astype("float32")
+        tuned[f"{name}.weight"] = (base[f"{name}.weight"] + delta).astype("float32")
+    for name, weights in (("base-model", base), ("tuned-model", tuned)):
+        (path / name).mkdir()
+        safetensors.numpy.save_file(weights, path / name / "model.safetensors")
+    return path
+
+
+def examples(command, monkeypatch):
+    """The commands that ``lotr COMMAND --help`` shows as examples."""
+    monkeypatch.setenv("TERMINAL_WIDTH", "300")
+    found = lotr_process(command, "--help")
+    assert (found.code, found.err) == (0, "")
+    return re.findall(r"Example: (lotr .+?)\s*$", found.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ALL_COMMANDS)
+def test_the_examples_in_the_help_run(command, workshop, tmp_path, monkeypatch):
+    found = examples(command, monkeypatch)
+    assert found
+    shutil.copytree(workshop, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for line in found:
+        name, *args = shlex.split(line)
+        assert (name, args[0]) == ("lotr", command)
+        output = Path(args[args.index("-o") + 1]) if "-o" in args else None
+        if output and output.exists():
+            shutil.rmtree(output)  # what another command's example starts from
+        outcome = lotr(*args)
+        assert (outcome.code, outcome.err) == (0, ""), line
+        assert output is None or output.exists()
+
+
+def test_no_arguments_point_to_the_demo():
+    assert "lotr demo" in re.sub(r"\s+", " ", lotr().out + lotr().err)
+
+
+@pytest.mark.parametrize(
+    ("args", "right"),
+    [
+        (["convrt", "x"], "convert"),
+        (["Inspect", "x"], "inspect"),
+        (["inspect", "x", "--gruop-by", "shape"], "--group-by"),
+        (["convert", "x", "-o", "y", "--tolerence", "0.1"], "--tolerance"),
+    ],
+)
+def test_a_typo_is_answered_with_the_right_word(args, right):
+    found = lotr(*args)
+    assert (found.code, found.out) == (2, "")
+    assert right in found.err.replace(args[0] if args[0] != right else "", "")
+
+
+def test_completion():
+    def complete(line, word):
+        env = {"_LOTR_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(word)}
+        with mock.patch.dict(os.environ, env):
+            return lotr_process().out.split()
+
+    assert complete("lotr in", 1) == ["inspect"]
+    assert "--tolerance" in complete("lotr convert --to", 2)
+    assert complete("lotr export my-lotr --format ", 4) == ["peft", "kohya"]
+    # Nothing for a path: bash then completes file names.
+    assert complete("lotr inspect my", 2) == []
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_completion_is_shown_and_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    program = "from lotrtensor.cli import main; main()"
+    for option in ("--show-completion", "--install-completion"):
+        line = shlex.join([sys.executable, "-c", program, option]) + "; exit $?"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        if option == "--show-completion":
+            assert b"_LOTR_COMPLETE=complete_bash" in done.stdout
+    assert "_LOTR_COMPLETE" in (tmp_path / ".bash_completions" / "lotr.sh").read_text()
+
+
+# --- wrong things in the right place --------------------------------------------------------------
+
+
+def test_what_is_no_adapter_is_told_apart(workshop, monkeypatch):
+    monkeypatch.chdir(workshop)
+    (workshop / "base-model" / "config.json").write_text("{}")
+    for path, words in (
+        ("nowhere", ["does not exist"]),
+        ("my-lora/adapter_config.json", ["is a file", "directory"]),
+        ("my-lora/adapter_model.safetensors", ["part of the adapter my-lora"]),
+        ("base-model", ["checkpoint of a whole model", "lotr extract"]),
+        ("base-model/model.safetensors", ["no LoRA tensors", "lotr extract"]),
+        (".", ["no adapter_config.json", "image.safetensors"]),
+    ):
+        assert_refused(lotr("inspect", path), path, *words)
+
+
+INTERRUPT = """
+import os, signal, sys
+import lotrtensor.convert
+convert = sys.modules["lotrtensor.convert"]  # the attribute is the function of that name
+start = convert._start
+def interrupted(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    return start(*args)
+convert._start = interrupted
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of Windows differ")
+def test_an_interrupt_ends_with_130_and_leaves_nothing(lora, tmp_path):
+    found = lotr_process("convert", lora, "-o", tmp_path / "o", "--rank", 2, prelude=INTERRUPT)
+    assert (found.code, found.out, found.err) == (130, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("args", [[], ["--json"]])
+def test_output_that_cannot_be_printed(lora, args):
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "from lotrtensor.cli import main; main()",
+                "inspect",
+                lora,
+                *args,
+            ],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.decode().startswith("lotr: error: the output cannot be printed: No space")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_terminal_without_greek_letters(lora, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    found = lotr_process("inspect", lora)
+    assert (found.code, found.err) == (0, "")
+    assert "query" in found.out
+
+
+# --- terminal -------------------------------------------------------------------------------------
+
+SLOW = """
+import time
+import lotrtensor.cli.convert as cli
+real = cli.convert_adapter
+def slow(source, *, progress, **options):
+    for done in range(5):
+        progress(f"group-{done}", done, 5)
+        time.sleep(0.5)
+    return real(source, progress=progress, **options)
+cli.convert_adapter = slow
+"""
+
+
+def in_a_terminal(*args, prelude="", columns=100, **env):
+    """Run ``lotr`` in a pseudo-terminal; return exit code and everything it showed."""
+    pty = pytest.importorskip("pty")
+    program = f"{prelude}\nfrom lotrtensor.cli import main\nmain()"
+    size = {"COLUMNS": str(columns), "LINES": "40", "TERM": "xterm-256color"}
+    base = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", program, *map(str, args)]
+    with subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=base | size | env
+    ) as process:
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while part := os.read(master, 65536):
+                shown += part
+    os.close(master)
+    return process.returncode, shown.decode()
+
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-7]|9[0-7]|38;5;\d+)m")
+
+
+def test_spectra_are_drawn_in_colour_in_a_terminal_and_plain_elsewhere(lora):
+    code, shown = in_a_terminal("inspect", lora)
+    assert code == 0
+    assert "▇" in shown or "█" in shown
+    assert COLOUR.search(shown)
+    _, plain = in_a_terminal("inspect", lora, NO_COLOR="1")
+    assert "query" in plain
+    assert not COLOUR.search(plain)
+    assert "\x1b" not in lotr_process("inspect", lora).out
+
+
+def test_names_are_whole_in_a_narrow_terminal(tmp_path):
+    pairs = {k: pair for k, pair in bert_pairs(layers=2).items() if "query" in k or "value" in k}
+    path = write_lora(tmp_path / "lora", pairs)
+    assert lotr("convert", path, "-o", tmp_path / "lotr", "--rank", 2).code == 0
+    _, shown = in_a_terminal("inspect", tmp_path / "lotr", columns=60)
+    letters = re.sub(r"\x1b\[[0-9;]*m|\s", "", shown)
+    assert "…" not in letters
+    assert "2,2" in letters
+
+
+def test_a_progress_bar_shows_rate_and_time_left_after_a_second(lora, tmp_path):
+    args = ["convert", lora, "-o", tmp_path / "out", "--rank", 2]
+    code, shown = in_a_terminal(*args, prelude=SLOW)
+    assert code == 0
+    assert re.search(r"group-[34].*[34]/5.*(/s|s each).*left.*\d:\d\d", shown)
+    assert "group-0" not in shown
+    assert "reading" not in shown
+
+
+def test_no_progress_where_nobody_watches(lora, tmp_path):
+    args = ["convert", lora, "-o", tmp_path / "out", "--rank", 2]
+    for extra in ([], ["--force", "--json"]):
+        found = lotr_process(*args, *extra, prelude=SLOW)
+        assert (found.code, found.err) == (0, "")
+
+
+def test_spectra_in_json(lora, native):
+    true = dense_lora(lora, 2.0)
+    for path, deltas in ((lora, true), (native, dense_lotr(native))):
+        for group in document("inspect", path)["groups"]:
+            stack = np.stack([deltas[name] for name in group["modules"]])
+            for side, axis in (("left", 1), ("right", 2)):
+                unfolded = np.moveaxis(stack, axis, 0).reshape(stack.shape[axis], -1)
+                expected = np.linalg.svd(unfolded, compute_uv=False)
+                found = np.array(group["singular_values"][side])
+                assert np.linalg.norm(expected[len(found) :]) < 1e-5 * expected[0]
+                np.testing.assert_allclose(found, expected[: len(found)], atol=1e-5 * expected[0])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, SINGLE_FILE, expand
 from lotrtensor.adapters.formats.native import PEFT_TYPE
-from lotrtensor.adapters.formats.tensors import check_exists, read_config
+from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME, check_exists, read_config
 from lotrtensor.adapters.hub import DIFFUSERS_NAME, fetch, is_remote
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
@@ -39,6 +39,11 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     """
     found = fetch(path) if is_remote(path) else expand(path)
     check_exists(found)
+    if found.name == WEIGHTS_NAME and (found.parent / CONFIG_NAME).is_file():
+        raise FormatError(
+            f"{found} is a part of the adapter {found.parent}; name that directory, which holds "
+            f"{CONFIG_NAME} too"
+        )
     if found.suffix == SINGLE_FILE and found.is_file():
         return LoraAdapter.load(found)
     if found.is_dir() and not (found / CONFIG_NAME).is_file():

@@ -1,5 +1,10 @@
 """The command line ``lotr``: one file a command, parsing and printing only."""
 
-from lotrtensor.cli.app import main
 
-__all__ = ["main"]
+def main() -> None:
+    """Run ``lotr``; a refusal is one sentence on stderr and exit code 1."""
+    try:
+        from lotrtensor.cli.app import run
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    run()

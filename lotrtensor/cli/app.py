@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 import warnings
+from typing import NoReturn
 
 import typer
 
@@ -17,6 +21,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    epilog="New here? [bold]lotr demo[/] does all of the main job on an adapter that comes with "
+    "the package; [bold]lotr COMMAND --help[/] shows an example of every command.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
@@ -52,14 +58,44 @@ def _options(
     """Take the options that come before a command."""
 
 
-def main() -> None:
-    """Run ``lotr``; a refusal is one sentence on stderr and exit code 1."""
+def run() -> None:
+    """Run ``lotr``; a refusal is one sentence on stderr and exit code 1.
+
+    An interrupt ends with 130, and so does what typer's own handler sees of it.
+    """
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without × and ΔW still gets the rest
     try:
-        app()
+        try:
+            app(prog_name="lotr")
+        finally:
+            sys.stdout.flush()
     except LotrError as error:
-        print(f"lotr: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except MemoryError as error:
+        _refuse(f"out of memory: {printable(error) or 'an array does not fit'}")
+    except OSError as error:
+        # Only what is printed gets here: files are named by the errors above.
+        _close_stdout()
+        if error.errno == errno.EPIPE:
+            raise SystemExit(1) from None
+        _refuse(f"the output cannot be printed: {printable(error.strerror or error)}")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"lotr: error: {message}", file=sys.stderr)
+    raise SystemExit(1) from None
+
+
+def _close_stdout() -> None:
+    """Let what is left in the buffer go nowhere, or the interpreter complains on its way out."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from lotrtensor.convert import Progress as ProgressHook
 from lotrtensor.report.documents import Document, dumps
@@ -25,7 +37,7 @@ AdapterPath = Annotated[
         help="Adapter directory, image model's LoRA file, or hf://owner/name.",
     ),
 ]
-OutputPath = Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")]
+OutputPath = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 Tolerance = Annotated[
     float | None, typer.Option(help="Relative error of the whole adapter that is not exceeded.")
 ]
@@ -48,22 +60,40 @@ def print_json(document: Document) -> None:
     typer.echo(dumps(document))
 
 
+class _Rate(ProgressColumn):
+    """Items a second, or seconds an item where that is more."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate of a task; nothing before its first item is done."""
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
 @contextmanager
-def progress_bar() -> Iterator[ProgressHook]:
-    """A progress bar on stderr that shows itself only after a second, and only on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+def progress_bar(description: str = "reading") -> Iterator[ProgressHook]:
+    """A progress bar on stderr with rate and time left: after a second, and only on a terminal."""
+    columns = (
+        *(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(_Rate(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
     console = Console(stderr=True)
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-    task = bar.add_task("")
-    started = time.monotonic()
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task(description, total=None)
 
     def hook(name: str, done: int, total: int) -> None:
         bar.update(task, description=escape(name), completed=done, total=total)
-        if console.is_terminal and time.monotonic() - started > 1.0:
-            bar.start()
 
+    timer = threading.Timer(1.0, bar.start)
+    timer.daemon = True
+    if console.is_interactive and sys.stderr.isatty():
+        timer.start()
     try:
         yield hook
     finally:
+        timer.cancel()
+        if timer.ident is not None:
+            timer.join()  # the bar must not start after it was stopped
         if bar.live.is_started:  # to stop what never started prints an empty line
             bar.stop()

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from lotrtensor.adapters.loading import load
-from lotrtensor.cli.common import AdapterPath, Json, output_console, print_json
+from lotrtensor.cli.common import AdapterPath, Json, output_console, print_json, progress_bar
 from lotrtensor.report.documents import inspect_document
+from lotrtensor.report.spectra import add_spectra, spectra_table
 from lotrtensor.report.tables import lora_table, lotr_table, size_line
 
 
@@ -19,16 +20,20 @@ def inspect(
     ] = "type",
     json: Json = False,
 ) -> None:
-    """Show what an adapter holds: groups, shapes, ranks, errors, sizes.
+    """Show what an adapter holds: groups, shapes, ranks, errors, sizes, singular values.
 
     Example: lotr inspect my-adapter
     """
-    document = inspect_document(load(adapter), group_by)
+    with progress_bar():
+        source = load(adapter)
+        document = inspect_document(source, group_by)
+        add_spectra(document, source)
     if json:
         print_json(document)
         return
     console = output_console()
     console.print(lora_table(document) if document["type"] == "LORA" else lotr_table(document))
+    console.print(spectra_table(document))
     console.print(f"{size_line(document)}, {document['dtype']}")
     if document["file_style"]:
         console.print(f"single file of an image model, {document['file_style']} keys")

@@ -27,7 +27,10 @@ def error(value: float | None) -> str:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("group", "module") else "right")
+        # Folded, not cut: what tells two groups apart is often the end of their names.
+        table.add_column(
+            column, justify="left" if column in ("group", "module") else "right", overflow="fold"
+        )
     return table
 
 

@@ -1,0 +1,87 @@
+"""Singular spectra of an adapter's groups, as rows and as lines of blocks in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.compare import lora_factors
+from lotrtensor.core.analysis import spectra
+from lotrtensor.core.stacks import LowRankStack
+from lotrtensor.report.documents import Document
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+SHARES = (0.9, 0.99)
+"""Shares of the squared norm whose ranks are shown."""
+
+
+def add_spectra(document: Document, adapter: Adapter) -> None:
+    """Give every group of an `inspect_document` the singular values of its two unfoldings.
+
+    ``left`` falls as fast as one U serves all slices, ``right`` as one V does.
+    """
+    for group, stack in zip(document["groups"], _stacks(document, adapter), strict=True):
+        found = spectra(stack)
+        group["singular_values"] = {"left": found.left.tolist(), "right": found.right.tolist()}
+
+
+def _stacks(document: Document, adapter: Adapter) -> list[LowRankStack]:
+    if isinstance(adapter, LotrAdapter):
+        # Orthonormal factors turn the spectra of U G Vᵀ into those of the small cores.
+        cores = [group.tucker2().orthogonalised().core for group in adapter.groups]
+        return [LowRankStack(list(core), [np.eye(core.shape[2])] * len(core)) for core in cores]
+    modules = lora_factors(adapter)
+    pairs = [[modules[name].factors(0) for name in g["modules"]] for g in document["groups"]]
+    return [LowRankStack([b for b, _ in group], [a for _, a in group]) for group in pairs]
+
+
+def sparkline(values: Sequence[float], width: int = 10) -> str:
+    """Return falling values as a line of at most ``width`` blocks, each the mean of its part.
+
+    >>> sparkline([4, 3, 2, 1, 0])
+    '█▆▅▃▁'
+    """
+    if not values or values[0] <= 0:
+        return ""
+    parts = np.array_split(np.asarray(values) / values[0], min(width, len(values)))
+    heights = [round(float(part.mean()) * (len(BLOCKS) - 1)) for part in parts]
+    return "".join(BLOCKS[height] for height in heights)
+
+
+def rank_of_share(values: Sequence[float], share: float) -> int:
+    """Return how many singular values hold a share of the squared norm.
+
+    >>> rank_of_share([3, 1, 1], 0.9)
+    2
+    """
+    kept = np.cumsum(np.square(values))
+    return int(np.searchsorted(kept, share * kept[-1] * (1 - 1e-12))) + 1 if kept[-1] else 0
+
+
+def spectra_table(document: Document) -> Table:
+    """Spectra of every group, and the ranks p, q that hold most of its squared norm."""
+    table = Table(
+        title="singular values: the faster they fall, the smaller p and q need to be",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
+    shares = [f"{share:.0%}" for share in SHARES]
+    for column in ("group", "left", "right", *shares):
+        text = column in ("group", "left", "right")
+        table.add_column(column, justify="left" if text else "right", overflow="fold")
+    for group in document["groups"]:
+        left, right = (group["singular_values"][side] for side in ("left", "right"))
+        ranks = [(rank_of_share(left, share), rank_of_share(right, share)) for share in SHARES]
+        table.add_row(
+            escape(group["name"]),
+            f"[cyan]{sparkline(left)}[/]",
+            f"[cyan]{sparkline(right)}[/]",
+            *("{}, {}".format(*pair) for pair in ranks),
+        )
+    return table
