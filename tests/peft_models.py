@@ -21,6 +21,10 @@ THIRD_PARTY = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 TARGETS = ["query", "value", "intermediate.dense"]
 
+# Trained numbers of `config` on `bert`: nine layers in three groups, at rank (3, 4).
+CORES = 9 * 3 * 4
+FACTORS = 2 * 32 * (3 + 4) + 48 * 3 + 32 * 4
+
 
 def bert(layers: int = 3, seed: int = 0, **options: Any) -> nn.Module:
     """A BERT encoder of width 32."""
@@ -28,10 +32,10 @@ def bert(layers: int = 3, seed: int = 0, **options: Any) -> nn.Module:
     return BertModel(_bert_config(layers, **options), add_pooling_layer=False).eval()
 
 
-def classifier(layers: int = 2, seed: int = 0) -> nn.Module:
+def classifier(layers: int = 2, seed: int = 0, labels: int = 2) -> nn.Module:
     """The same with a classification head."""
     torch.manual_seed(seed)
-    return BertForSequenceClassification(_bert_config(layers)).eval()
+    return BertForSequenceClassification(_bert_config(layers, num_labels=labels)).eval()
 
 
 def _bert_config(layers: int, **options: Any) -> BertConfig:

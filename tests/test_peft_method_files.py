@@ -17,9 +17,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
 import lotrtensor as lt  # noqa: E402
 import lotrtensor.peft as lotr  # noqa: E402
+from lotrtensor.cli.app import app  # noqa: E402
 from tests.peft_models import (  # noqa: E402
     THIRD_PARTY,
     bert,
@@ -269,6 +271,42 @@ def test_rank_of_a_core_may_grow_in_training(tmp_path: Path) -> None:
     torch.testing.assert_close(output(exported), output(model), rtol=1e-3, atol=1e-4)
 
 
+def test_training_starts_from_weight_deltas(tmp_path: Path) -> None:
+    base, tuned = bert(), bert()
+    generator = torch.Generator().manual_seed(1)
+    for name, module in tuned.named_modules():
+        if name.endswith(("query", "value")):
+            module.weight.data += 0.1 * torch.randn(32, 32, generator=generator)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    lt.extract(tmp_path / "base", tmp_path / "tuned", rank=32).save(tmp_path / "deltas")
+    model = get_peft_model(bert(), lotr.LotrConfig(init=str(tmp_path / "deltas")))
+    torch.testing.assert_close(output(model), output(tuned), rtol=1e-3, atol=1e-4)
+    assert all(p.requires_grad for n, p in model.named_parameters() if "lotr_" in n)
+
+
+def test_the_command_line_works_on_a_trained_adapter(tmp_path: Path) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path / "lotr")
+    runner = CliRunner()
+    found = runner.invoke(app, ["inspect", str(tmp_path / "lotr"), "--json"])
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["parameters"] == model.get_nb_trainable_parameters()[0]
+    for command in (
+        ["truncate", "lotr", "-o", "same", "--rank", "4"],
+        ["truncate", "lotr", "-o", "less", "--rank", "2"],
+        ["export", "same", "-o", "lora"],
+    ):
+        words = [str(tmp_path / w) if w in ("lotr", "same", "less", "lora") else w for w in command]
+        done = runner.invoke(app, words)
+        assert done.exit_code == 0, done.output
+    for name in ("same", "lora"):
+        other = PeftModel.from_pretrained(bert(), tmp_path / name)
+        torch.testing.assert_close(output(other), output(model), rtol=1e-3, atol=1e-4)
+    less = PeftModel.from_pretrained(bert(), tmp_path / "less")
+    assert less.peft_config["default"].groups[0]["rank"] == [2, 2]
+
+
 # Export
 
 
@@ -323,19 +361,25 @@ def stray_factor(tensors: dict[str, torch.Tensor]) -> None:
     tensors["base_model.lotr_left.nowhere"] = torch.zeros(2, 2)
 
 
+def diverge(tensors: dict[str, torch.Tensor]) -> None:
+    key = "base_model.model.encoder.layer.1.attention.self.query.lotr_core"
+    tensors[key] = tensors[key] * float("nan")
+
+
 DAMAGE = [
     (None, drop_core, lt.FormatError, r"layer\.1\.attention\.self\.query\.lotr_core is missing"),
-    (None, cut_factor, lt.FormatError, r"lotr_left\.attention\.self\.query is \(31, 3\)"),
-    (None, stray_factor, lt.FormatError, r"lotr_left\.nowhere .* no place"),
+    (None, cut_factor, lt.FormatError, r"lotr_left\.attention\.self\.query .*\(31, 3\)"),
+    (None, stray_factor, lt.UnsupportedAdapterError, r"lotr_left\.nowhere"),
+    (None, diverge, lt.DataError, r"query\.lotr_core holds NaN"),
     (lambda c: c.update(format_version=7), None, lt.FormatError, "format_version 7"),
     (lambda c: c["groups"][0].pop("rank"), None, lt.FormatError, "lacks or mistypes 'rank'"),
     (
         lambda c: c["groups"][0]["modules"].append("encoder.layer.9.attention.self.query"),
         None,
         lt.FormatError,
-        r"layer\.9\..*another model",
+        "slice_ranks of a group",
     ),
-    (lambda c: c["groups"][0].update(shape=[32, 31]), None, lt.ShapeError, "another model"),
+    (lambda c: c["groups"][0].update(shape=[32, 31]), None, lt.FormatError, r"expects \(31, 4\)"),
 ]
 
 
@@ -369,6 +413,86 @@ def test_failed_loads(
         model.load_adapter(directory, "second", **options)
     assert same(model, state, flags)
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("damage", [drop_core, cut_factor, stray_factor])
+def test_failed_loads_with_a_config_in_hand(tmp_path: Path, damage) -> None:
+    """Then, as for a model hub's repository, the tensors come when the adapter is in its place."""
+    directory = edit(saved(tmp_path), weights_change=damage)
+    base = bert()
+    state = {k: v.clone() for k, v in base.state_dict().items()}
+    flags = [p.requires_grad for p in base.parameters()]
+    with pytest.raises(lt.FormatError, match=r"lotr_"):
+        PeftModel.from_pretrained(base, directory, config=PeftConfig.from_pretrained(directory))
+    assert same(base, state, flags)
+
+
+@pytest.mark.parametrize("keep", [None, 0, 100, -1])
+def test_a_file_that_is_missing_or_cut_off(tmp_path: Path, keep: int | None) -> None:
+    saved(tmp_path)
+    content = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).unlink()
+    if keep is not None:
+        (tmp_path / WEIGHTS).write_bytes(content[:keep])
+    model = trained()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    base = bert()
+    plain = {k: v.clone() for k, v in base.state_dict().items()}
+    message = "has no adapter_model" if keep is None else "damaged or incomplete"
+    with pytest.raises(lt.FormatError, match=message):
+        PeftModel.from_pretrained(base, tmp_path)
+    with pytest.raises(lt.FormatError, match=message):
+        model.load_adapter(tmp_path, "second")
+    assert same(base, plain, [True] * len(list(base.parameters())))
+    assert same(model, state, flags)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_head_of_another_size_is_refused(tmp_path: Path, lost: bool) -> None:
+    get_peft_model(classifier(), config(task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    if lost:
+        edit(tmp_path, weights_change=lambda t: t.pop("base_model.model.classifier.bias"))
+    model = classifier(labels=2 if lost else 3)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    message = "bias is .* missing" if lost else r"weight is \(3, 32\) .* \(2, 32\)"
+    with pytest.raises(lt.FormatError, match=message):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert same(model, state, [True] * len(list(model.parameters())))
+    adapted = get_peft_model(model, config(task_type="SEQ_CLS"))
+    state = {k: v.clone() for k, v in adapted.state_dict().items()}
+    flags = [p.requires_grad for p in adapted.parameters()]
+    with pytest.raises(lt.FormatError, match=message):
+        adapted.load_adapter(tmp_path, "second")
+    assert same(adapted, state, flags)
+
+
+def test_a_head_of_another_size_may_be_left_out(tmp_path: Path) -> None:
+    get_peft_model(classifier(), config(task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        PeftModel.from_pretrained(classifier(labels=3), tmp_path, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": "lotr_only"}, {"bias": "all"}, {"trainable_token_indices": [3, 4]}]
+)
+def test_what_trains_beside_the_update_is_on_disk(tmp_path: Path, options) -> None:
+    model = trained(**options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    model.save_pretrained(tmp_path / "a")
+    other = PeftModel.from_pretrained(bert(), tmp_path / "a")
+    assert torch.equal(output(other), output(model))
+
+
+def test_replicated_layers_are_on_disk(tmp_path: Path) -> None:
+    model = get_peft_model(bert(2), config(layer_replication=[[0, 2], [0, 2]]))
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    other = PeftModel.from_pretrained(bert(2), tmp_path)
+    assert torch.equal(output(other), output(model))
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import lotrtensor as lt  # noqa: E402
 import lotrtensor.torch as lotr  # noqa: E402
@@ -82,6 +83,19 @@ def test_gradcheck(tokens: int) -> None:
     shapes = [(tokens, m), (tokens, n), (m, p), (p, q), (n, q)]
     arguments = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     assert torch.autograd.gradcheck(lambda *a: add_update(*a, 0.7), arguments)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 7), lambda: Conv1D(7, 6)])
+def test_gradcheck_of_a_layer(make) -> None:
+    """Through the module: base, factors that are not its own, core."""
+    torch.manual_seed(0)
+    factors = lotr.SharedFactors((7, 6), (3, 2), dtype=torch.float64)
+    layer = lotr.LotrLinear(make().double(), factors, scale=0.7)
+    parameters = [*factors.parameters(), layer.lotr_core]
+    for parameter in parameters:
+        nn.init.normal_(parameter)
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *parameters))
 
 
 def test_forward_equals_the_dense_module() -> None:
@@ -156,7 +170,7 @@ def test_safe_merge_refuses_and_leaves_every_weight() -> None:
     with pytest.raises(lt.DataError, match=r"layer\.2\.down.*NaN"):
         lotr.merge(model, safe=True)
     for name, layer in layers(model):
-        torch.testing.assert_close(layer.weight, before[name])
+        assert torch.equal(layer.weight, before[name])
         assert not layer.merged
 
 
@@ -289,6 +303,39 @@ def test_float32_factors_beside_a_half_precision_layer() -> None:
     torch.testing.assert_close(y.float(), dense, rtol=0.02, atol=0.05)
     layer.merge()
     assert base.weight.dtype == torch.bfloat16
+
+
+def test_a_functional_call_reaches_the_shared_factors() -> None:
+    model = adapted()
+    x = torch.randn(3, 12)
+    zeros = {
+        n: torch.zeros_like(p) for n, p in model.named_parameters() if n.startswith("lotr_factors.")
+    }
+    assert len(zeros) == 8
+    found = torch.func.functional_call(model, zeros, (x,))
+    torch.testing.assert_close(found, lotr.unload(model)(x))
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["layer", "encoder with padding"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_the_fused_transformer_layer_does_not_lose_the_update(nested: bool) -> None:
+    """In evaluation PyTorch runs it in one kernel that calls none of its layers."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2) if nested else layer
+    lotr.apply_lotr(model.eval(), ["linear1", "linear2"], rank=2)
+    x = torch.randn(3, 5, 8)
+    mask = torch.arange(5) >= torch.tensor([[5], [3], [2]])
+    options = {"src_key_padding_mask": mask} if nested else {}
+    with torch.no_grad():
+        plain = model(x, **options)
+        randomize(model)
+        model.apply(lambda m: m.lotr_core.data.mul_(30) if isinstance(m, lotr.LotrLinear) else None)
+        adapted_output = model(x, **options)
+        assert (adapted_output - plain)[~mask if nested else ...].abs().max() > 1e-3
+        merged = lotr.unload(lotr.merge(model))(x, **options)
+    seen = ~mask if nested else torch.ones(3, 5, dtype=torch.bool)
+    torch.testing.assert_close(merged[seen], adapted_output[seen], rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_acts_on_the_update_alone() -> None:

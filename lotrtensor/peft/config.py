@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from peft import PeftConfig
 
 from lotrtensor.adapters.formats.native import FORMAT_VERSION, PEFT_TYPE
+from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.errors import DataError, FormatError
-from lotrtensor.torch.groups import DEFAULT_ALPHA, PAPER_ALPHA, GroupPlan, check_rank
+from lotrtensor.torch.groups import (
+    DEFAULT_ALPHA,
+    PAPER_ALPHA,
+    GroupPlan,
+    check_grouping,
+    check_numbers,
+    check_rank,
+)
 from lotrtensor.torch.init import INITS
 
 GROUP_FIELDS = ("name", "modules", "shape", "rank", "slice_ranks", "scale")
@@ -85,7 +93,8 @@ trainable_token_indices
     def __post_init__(self) -> None:
         """Check every field."""
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self.peft_type = PEFT_TYPE
+        self.peft_type = MethodName(PEFT_TYPE)
+        self._carried: dict[str, tuple[int, ...]] | None = None
         if self.format_version != FORMAT_VERSION:
             raise FormatError(
                 f"the adapter has format_version {self.format_version!r}; this release reads "
@@ -99,12 +108,44 @@ trainable_token_indices
             raise DataError(f"train is {self.train!r}; expected 'all' or 'cores'")
         if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
             raise DataError(f"bias is {self.bias!r}; expected 'none', 'all' or 'lotr_only'")
-        if not 0.0 <= self.lotr_dropout < 1.0:
-            raise DataError(f"lotr_dropout is {self.lotr_dropout}; expected 0 ≤ p < 1")
-        if self.lotr_alpha is not None and not math.isfinite(self.lotr_alpha):
-            raise DataError(f"lotr_alpha is {self.lotr_alpha}; expected a finite number")
+        check_grouping(self.group_by)
+        check_numbers(self.lotr_alpha, self.lotr_dropout, prefix="lotr_")
         if self.groups is not None:
             self.plans()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        subfolder: str | None = None,
+        *,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Read the config of an adapter, and hold the tensors beside it against it.
+
+        PEFT reads the tensors only when the model has been changed for them; a file that is
+        missing, damaged or another adapter's is refused here, before that.
+
+        Raises
+        ------
+        FormatError, DataError
+            If the files of a local directory are incomplete or contradict each other.
+        """
+        name = str(pretrained_model_name_or_path)
+        config: Self = super().from_pretrained(name, subfolder, **kwargs)
+        directory = Path(name, subfolder or "")
+        # Of a model hub's repository only the config is here; a pickle is PEFT's to read.
+        if config.groups is not None and directory.is_dir() and not _is_pickled(directory):
+            extras = LotrAdapter.load(directory).extras
+            if not ignore_mismatched_sizes:
+                config._carried = {key: array.shape for key, array in extras.items()}
+        return config
+
+    @property
+    def carried(self) -> Mapping[str, tuple[int, ...]] | None:
+        """Shapes of the tensors besides the update in the file that was read, by key."""
+        return self._carried
 
     @property
     def alpha(self) -> float:
@@ -132,6 +173,25 @@ trainable_token_indices
         """Return the fields as JSON holds them, sets in order so that equal configs are equal."""
         fields = asdict(self)
         return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
+
+
+class MethodName(str):
+    """The method's name where PEFT expects a member of its enum: a string with a value."""
+
+    @property
+    def value(self) -> str:
+        """The plain string."""
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        """As the enum's members print."""
+        return f"PeftType.{self.value}"
+
+
+def _is_pickled(directory: Path) -> bool:
+    return (directory / "adapter_model.bin").is_file() and not any(
+        directory.glob("adapter_model*safetensors*")
+    )
 
 
 def write_group(plan: GroupPlan) -> dict[str, Any]:

@@ -141,10 +141,29 @@ class LotrLayer(BaseTunerLayer):
         DataError
             If ``safe_merge`` and the sum is not finite; the weight is as it was.
         """
+        if safe_merge:
+            self.check_finite("the layer", adapter_names)
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lotr_core:
-                self._add_to_base(name, 1, safe=safe_merge)
+                self.set_base_weight(self._sum([name]))
                 self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def check_finite(self, layer: str, adapter_names: list[str] | None = None) -> None:
+        """Refuse to merge what would make the base weight NaN or infinite.
+
+        Raises
+        ------
+        DataError
+            Naming the layer as ``layer``.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        if not torch.isfinite(self._sum([name for name in names if name in self.lotr_core])).all():
+            raise DataError(
+                f"{layer}: merging {', '.join(map(repr, names))} would write NaN or infinite "
+                "values; every weight is left as it was: the adapter has diverged, take an "
+                "earlier checkpoint"
+            )
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -154,18 +173,15 @@ class LotrLayer(BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.lotr_core:
-                self._add_to_base(name, -1, safe=False)
+                self.set_base_weight(self._sum([name], -1))
 
-    def _add_to_base(self, name: str, sign: int, *, safe: bool) -> None:
-        weight = self.get_base_weight()
-        delta = self.get_delta_weight(name).to(weight.device)
-        merged = (weight + sign * delta).to(weight.dtype)
-        if safe and not torch.isfinite(merged).all():
-            raise DataError(
-                f"merging adapter {name!r} would write NaN or infinite values; the weight is left "
-                "as it was: the adapter has diverged, take an earlier checkpoint"
-            )
-        self.set_base_weight(merged)
+    def _sum(self, names: Sequence[str], sign: int = 1) -> Tensor:
+        """Return the base weight, dequantised, plus or minus ΔW_k of adapters."""
+        weight: Tensor = self.get_base_weight()
+        total = weight
+        for name in names:
+            total = total + sign * self.get_delta_weight(name).to(weight.device)
+        return total.to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's ``convert_to_lora`` may be used: ΔW is additive."""

@@ -23,8 +23,17 @@ from lotrtensor.peft import state as keys
 from lotrtensor.peft.config import LotrConfig, write_group
 from lotrtensor.peft.hooks import mixed_batch_hooks
 from lotrtensor.peft.layer import Embedding, Linear, LotrLayer
-from lotrtensor.peft.planning import AdapterPlan, base_layers, check_sharing, plan_adapter
+from lotrtensor.peft.planning import (
+    AdapterPlan,
+    base_layers,
+    check_carried,
+    check_names,
+    check_sharing,
+    plan_adapter,
+)
+from lotrtensor.peft.undo import Snapshot
 from lotrtensor.torch.factors import FactorTable, SharedFactors
+from lotrtensor.torch.fastpath import leave_fast_path
 from lotrtensor.torch.groups import GroupPlan
 from lotrtensor.torch.init import INITS, base_weight, init_factors
 from lotrtensor.torch.sources import from_numpy
@@ -56,9 +65,9 @@ class LotrModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.lotr_factors = nn.ModuleDict()
         self._lotr_plans: dict[str, AdapterPlan] = {}
-        # Adapters that were made for a file whose tensors have not come yet, and what the base
-        # model's requires_grad flags were: a failed load takes the adapter out again.
-        self._lotr_pending: dict[str, dict[str, bool]] = {}
+        # Adapters that were made for a file whose tensors have not come yet, and what the model
+        # was before: a failed load takes the adapter out again.
+        self._lotr_pending: dict[str, Snapshot] = {}
 
     def inject_adapter(
         self,
@@ -78,15 +87,37 @@ class LotrModel(BaseTuner):
         given: Any = self.peft_config[adapter_name]
         config: LotrConfig = copy.copy(given)  # what is written into it belongs to this model alone
         check_sharing(config, adapter_name, self.lotr_factors)
-        if config.layer_replication:
+        before = Snapshot(model)
+        try:
+            self._inject(
+                model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+            )
+        except Exception:
+            self._forget(adapter_name)
+            before.restore()
+            raise
+        if given.groups is not None:
+            self._lotr_pending[adapter_name] = before
+        self._sync_factors()
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: LotrConfig,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
+        maps = [getattr(c, "layer_replication", None) for c in self._others(adapter_name)]
+        if config.layer_replication and config.layer_replication not in maps:
             replicate_layers(model, config.layer_replication)
         layers = base_layers(model)
         shared = None
         if config.share_factors and config.groups is None:
             shared = self._lotr_plans[config.share_factors].groups
         plan = plan_adapter(config, layers, self._targets(model, config, layers), shared)
-        from_file = given.groups is not None
-        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        check_carried(config, model)
         if plan.groups:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._make_factors(adapter_name, config, plan, layers)
@@ -96,17 +127,14 @@ class LotrModel(BaseTuner):
             if config.share_factors:
                 config.train, config.share_factors = "cores", None
         self.peft_config[adapter_name] = config
-        try:
-            super().inject_adapter(
-                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
-            )
-        except Exception:
-            self._forget(adapter_name)
-            raise
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+        )
         self._fill(adapter_name, plan)
-        if from_file:
-            self._lotr_pending[adapter_name] = flags
-        self._sync_factors()
+        leave_fast_path(model, [name for group in plan.groups for name in group.modules])
+
+    def _others(self, adapter_name: str) -> list[Any]:
+        return [config for name, config in self.peft_config.items() if name != adapter_name]
 
     def _table(self, adapter_name: str) -> FactorTable:
         table = self.lotr_factors[adapter_name]
@@ -118,6 +146,7 @@ class LotrModel(BaseTuner):
     ) -> list[str]:
         if config.groups is not None or config.source or config.share_factors:
             return []
+        check_names(config, layers)
         self._prepare_adapter_config(config, self.get_model_config(model))
         # Name lists like "all-linear" are expanded in place; a copy keeps the user's word.
         named = tuners_utils._maybe_include_all_linear_layers(copy.copy(config), model)
@@ -283,6 +312,39 @@ class LotrModel(BaseTuner):
         with mixed_batch_hooks(self, list(names), kwargs.get("num_beams")):
             yield
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge adapters into the base weights.
+
+        Raises
+        ------
+        DataError
+            If ``safe_merge`` and a merged weight would not be finite; no weight has changed then.
+        """
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, adapter_names=adapter_names
+        )
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, LotrLayer):
+                with tuners_utils.onload_layer(module):
+                    module.check_finite(name, adapter_names)
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
@@ -323,13 +385,11 @@ class LotrModel(BaseTuner):
 
     def _take_out(self, adapter_name: str) -> None:
         """Undo an injection whose file turned out not to fit."""
-        flags = self._lotr_pending.pop(adapter_name)
+        before = self._lotr_pending.pop(adapter_name)
         if len(self.peft_config) > 1:
             self.delete_adapter(adapter_name)
-            return
-        self.unload()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad = flags.get(name, parameter.requires_grad)
+        else:
+            before.restore()
 
 
 def _equal(a: SharedFactors, b: SharedFactors) -> bool:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from lotrtensor.adapters.formats.peft import PREFIX
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 from lotrtensor.peft.config import LotrConfig
 from lotrtensor.torch.groups import GroupPlan, check_plans, check_rank, plan_groups, scale_of
+from lotrtensor.torch.init import INITS
 from lotrtensor.torch.sources import as_lotr
 from lotrtensor.torch.state import adapter_plans
 
@@ -93,6 +97,11 @@ def _trained(group: GroupPlan) -> GroupPlan:
 
 
 def _from_source(config: LotrConfig, layers: Mapping[str, nn.Module]) -> AdapterPlan:
+    if not Path(str(config.source)).expanduser().is_dir():
+        raise FormatError(
+            f"init is {config.source!r}; expected {', '.join(map(repr, INITS))}, or the directory "
+            "of a trained LoRA or LoTR"
+        )
     source = as_lotr(str(config.source), rank=check_rank(config.r), group_by=config.group_by)
     if source.extras:
         raise UnsupportedAdapterError(
@@ -105,6 +114,49 @@ def _from_source(config: LotrConfig, layers: Mapping[str, nn.Module]) -> Adapter
         replace(g, scale=scale_of(g.rank, config.alpha, rslora=config.use_rslora)) for g in groups
     )
     return AdapterPlan(tuple(map(_trained, rescaled)), source)
+
+
+def check_names(config: LotrConfig, layers: Iterable[str]) -> None:
+    """Refuse a list of target modules of which one matches nothing: most often a slip of the pen.
+
+    Raises
+    ------
+    FormatError
+        Naming it.
+    """
+    if not isinstance(config.target_modules, set):
+        return
+    paths = list(layers)
+    for name in sorted(config.target_modules):
+        if not any(path == name or path.endswith("." + name) for path in paths):
+            raise FormatError(
+                f"target_modules has {name!r}, which is not found among the {len(paths)} modules "
+                f"of the model, such as {paths[0]!r}; correct it or leave it out"
+            )
+
+
+def check_carried(config: LotrConfig, model: nn.Module) -> None:
+    """Hold the heads that a file carries in full against those of the model.
+
+    Raises
+    ------
+    FormatError
+        If the file lacks one of their tensors, or has it in another shape.
+    """
+    if config.carried is None:
+        return
+    for path, module in model.named_modules():
+        if not path.endswith(tuple(config.modules_to_save or ())):
+            continue
+        plain = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+        for name, value in plain.state_dict().items():
+            found = config.carried.get(f"{PREFIX}{path}.{name}")
+            if found != tuple(value.shape):
+                raise FormatError(
+                    f"{path}.{name} is {tuple(value.shape)} in this model and "
+                    f"{'missing' if found is None else found} in the adapter; the adapter was "
+                    "made for another head"
+                )
 
 
 def check_sharing(config: LotrConfig, adapter_name: str, existing: Iterable[str]) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
+from lotrtensor.errors import DataError, FormatError, LotrError, UnsupportedAdapterError
 from lotrtensor.torch.factors import FactorTable, SharedFactors
+from lotrtensor.torch.fastpath import leave_fast_path
 from lotrtensor.torch.groups import (
     DEFAULT_ALPHA,
     PAPER_ALPHA,
     GroupPlan,
     Rank,
+    check_numbers,
     plan_groups,
     select,
 )
@@ -78,6 +81,7 @@ def apply_lotr(
     """
     check_init(init)
     _check_train(train)
+    check_numbers(alpha, dropout)
     _check_plain(model)
     layers = select(model, patterns)
     if alpha is None:
@@ -115,6 +119,7 @@ def inject(model: nn.Module, plans: Sequence[GroupPlan], *, dropout: float = 0.0
             layer.train(model.training)
             model.set_submodule(name, layer)
     model.add_module(TABLE, table)
+    leave_fast_path(model, [name for plan in plans for name in plan.modules])
 
 
 def set_trainable(model: nn.Module, train: str = "all") -> None:
@@ -180,19 +185,23 @@ def merge(model: nn.Module, *, safe: bool = False) -> nn.Module:
     Raises
     ------
     DataError
-        If ``safe`` is given and a merged weight is not finite; layers merged before are unmerged.
+        If ``safe`` is given and a merged weight would not be finite.
+    UnsupportedAdapterError
+        If a base weight is quantised, or is another layer's weight too. No weight has changed then.
     """
-    done: list[LotrLinear] = []
+    users = _users_of_parameters(model)
     for name, layer in lotr_layers(model):
-        if layer.merged:
-            continue
+        if users[id(layer.weight)] > 1 and not layer.merged:
+            raise UnsupportedAdapterError(
+                f"{name} shares its weight with another layer, which merging would change too; "
+                "untie them first, or keep the update apart"
+            )
         try:
-            layer.merge(safe=safe)
-        except DataError as error:
-            for earlier in done:
-                earlier.unmerge()
-            raise DataError(f"{name}: {error}") from error
-        done.append(layer)
+            layer.check_merge(safe=safe)
+        except LotrError as error:
+            raise type(error)(f"{name}: {error}") from error
+    for _, layer in lotr_layers(model):
+        layer.merge()
     return model
 
 
@@ -231,6 +240,11 @@ def factor_table(model: nn.Module) -> FactorTable:
     if not isinstance(table, FactorTable):
         raise FormatError(f"{type(model).__name__} has no LoTR layers; call apply_lotr first")
     return table
+
+
+def _users_of_parameters(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter."""
+    return Counter(id(p) for m in model.modules() for p in m._parameters.values())
 
 
 def _check_plain(model: nn.Module) -> None:

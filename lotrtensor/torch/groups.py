@@ -6,12 +6,19 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
 
 from lotrtensor.adapters.grouping import Slot, group_modules
-from lotrtensor.errors import FormatError, RankError, ShapeError, UnsupportedAdapterError
+from lotrtensor.errors import (
+    DataError,
+    FormatError,
+    RankError,
+    ShapeError,
+    UnsupportedAdapterError,
+)
 
 Rank = int | tuple[int, int]
 
@@ -89,10 +96,13 @@ def plan_groups(
         If a rank is no positive integer, or larger than the layers of a group.
     ShapeError
         If a pattern brings layers of unlike shapes together.
+    FormatError
+        If ``group_by`` is no grouping.
     UnsupportedAdapterError
         If a layer is neither linear nor an embedding; the message names it.
     """
     pair = check_rank(rank)
+    check_grouping(group_by)
     groups = group_modules([slot_of(name, layer) for name, layer in layers.items()], group_by)
     plans = []
     for name, slots in groups.items():
@@ -124,10 +134,39 @@ def check_rank(rank: Rank | Sequence[int]) -> tuple[int, int]:
     RankError
         If it is no pair of positive integers.
     """
-    pair = (rank, rank) if isinstance(rank, int) else tuple(rank)
-    if len(pair) != 2 or not all(isinstance(r, int) and r >= 1 for r in pair):
+    pair = tuple(rank) if isinstance(rank, list | tuple) else (rank, rank)
+    if len(pair) != 2 or not all(_is_count(r) for r in pair):
         raise RankError(f"rank is {rank!r}; expected a positive integer or a pair (p, q) of them")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
+
+
+def check_grouping(group_by: str) -> None:
+    """Refuse a grouping that is no string.
+
+    Raises
+    ------
+    FormatError
+        Naming what was found.
+    """
+    if not isinstance(group_by, str):
+        raise FormatError(
+            f"group_by is {group_by!r}; expected 'type', 'shape' or patterns such as "
+            "'qv=query|value'"
+        )
+
+
+def check_numbers(alpha: float | None, dropout: float, *, prefix: str = "") -> None:
+    """Refuse an alpha or a dropout that has no meaning.
+
+    Raises
+    ------
+    DataError
+        Naming the argument and its value.
+    """
+    if alpha is not None and not (_is_real(alpha) and math.isfinite(alpha)):
+        raise DataError(f"{prefix}alpha is {alpha!r}; expected a finite number")
+    if not (_is_real(dropout) and 0.0 <= dropout < 1.0):
+        raise DataError(f"{prefix}dropout is {dropout!r}; expected a number 0 ≤ p < 1")
 
 
 def scale_of(rank: tuple[int, int], alpha: float, *, rslora: bool = False) -> float:
@@ -182,6 +221,8 @@ def select(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, nn.Modu
     """
     named = {name: module for name, module in model.named_modules() if name}
     tests = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not tests:
+        raise FormatError("patterns is empty; expected ends of module paths, such as 'query'")
     found: dict[str, nn.Module] = {}
     for test in tests:
         whole = isinstance(patterns, str)
@@ -203,6 +244,11 @@ def slot_of(name: str, layer: nn.Module) -> Slot:
     UnsupportedAdapterError
         If the layer is neither linear nor an embedding.
     """
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise UnsupportedAdapterError(
+            f"{name} belongs to an nn.MultiheadAttention, which reads its weight and never calls "
+            "it, so that an update would be lost; leave it out of the target modules"
+        )
     if isinstance(layer, nn.Embedding):
         return Slot(name, (layer.embedding_dim, layer.num_embeddings), embedding=True)
     if is_transposed(layer):
@@ -221,6 +267,14 @@ def slot_of(name: str, layer: nn.Module) -> Slot:
 def is_transposed(layer: nn.Module) -> bool:
     """Whether a layer is transformers' Conv1D, a linear layer whose weight is n × m."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lotrtensor.errors import DataError
+from lotrtensor.errors import DataError, UnsupportedAdapterError
 from lotrtensor.torch.factors import SharedFactors
 from lotrtensor.torch.functional import add_update, dense_update
 from lotrtensor.torch.groups import is_transposed
@@ -98,28 +98,49 @@ class LotrLinear(nn.Module):
         ------
         DataError
             If ``safe`` is given and W + ΔW_k is not finite; the weight is as it was.
+        UnsupportedAdapterError
+            If the base weight is quantised.
         """
         if not self.merged:
-            self._add_to_base(self.delta_weight(), safe=safe)
+            self.check_merge(safe=safe)
+            self.weight.copy_(self._sum(1))
             self.merged = True
+
+    @torch.no_grad()
+    def check_merge(self, *, safe: bool = False) -> None:
+        """Raise what `merge` would raise, and change nothing."""
+        weight = self.weight
+        if self.merged:
+            return
+        if not weight.is_floating_point() or type(weight.data) is not Tensor:
+            raise UnsupportedAdapterError(
+                f"the base weight is no plain floating-point tensor ({_kind(weight)}), so that an "
+                "update cannot be added to it; for quantised layers use lotrtensor.peft"
+            )
+        if safe and not torch.isfinite(self._sum(1)).all():
+            raise DataError(
+                "merging would write NaN or infinite values; the weight is left as it was: "
+                "the adapter has diverged, take an earlier checkpoint"
+            )
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take ΔW_k off the base weight again, which comes back up to rounding."""
         if self.merged:
-            self._add_to_base(-self.delta_weight(), safe=False)
+            self.weight.copy_(self._sum(-1))
             self.merged = False
 
-    def _add_to_base(self, delta: Tensor, *, safe: bool) -> None:
-        weight = self.weight
-        merged = (weight + (delta.T if is_transposed(self.base) else delta)).to(weight.dtype)
-        if safe and not torch.isfinite(merged).all():
-            raise DataError(
-                "merging would write NaN or infinite values; the weight is left as it was: "
-                "the adapter has diverged, take an earlier checkpoint"
-            )
-        weight.copy_(merged)
+    def _sum(self, sign: int) -> Tensor:
+        """Return W ± ΔW_k in the layout and type of W."""
+        delta = self.delta_weight()
+        delta = delta.T if is_transposed(self.base) else delta
+        return (self.weight + sign * delta).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Ranks and scale for ``repr``."""
         return f"rank={tuple(self.lotr_core.shape)}, scale={self.scale:g}, merged={self.merged}"
+
+
+def _kind(weight: Tensor) -> str:
+    kind = type(weight.data).__name__
+    return f"{kind} of {weight.dtype}"

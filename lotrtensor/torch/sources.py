@@ -18,8 +18,8 @@ from lotrtensor.adapters.modules import store_group
 from lotrtensor.convert import convert
 from lotrtensor.core.dense import DenseStack
 from lotrtensor.core.fit import tucker2
-from lotrtensor.errors import UnsupportedAdapterError
-from lotrtensor.torch.groups import Rank, check_rank
+from lotrtensor.errors import DataError, ShapeError, UnsupportedAdapterError
+from lotrtensor.torch.groups import Rank, check_grouping, check_rank
 
 Source = str | os.PathLike[str] | Adapter | Mapping[str, Tensor]
 """A directory, an adapter in memory, or weight deltas (m × n) by the path of their layer."""
@@ -40,12 +40,22 @@ def as_lotr(source: Source, *, rank: Rank | None = None, group_by: str = "type")
     Raises
     ------
     UnsupportedAdapterError
-        If anything but a LoTR is given without ``rank``.
+        If anything but a LoTR is given without ``rank``, or the source is of none of these kinds.
+    RankError, ShapeError, DataError
+        If the rank, or a delta, has no meaning; the message names the delta.
     """
+    if rank is not None:
+        rank = check_rank(rank)
+    check_grouping(group_by)
     if isinstance(source, str | os.PathLike):
         source = load(source)
     if isinstance(source, LotrAdapter):
         return source
+    if not isinstance(source, LoraAdapter | Mapping):
+        raise UnsupportedAdapterError(
+            f"the source is a {type(source).__name__}; expected a directory, a LotrAdapter, a "
+            "LoraAdapter, or weight deltas by the path of their layer"
+        )
     if rank is None:
         kind = "a LoRA" if isinstance(source, LoraAdapter) else "a mapping of weight deltas"
         raise UnsupportedAdapterError(
@@ -53,11 +63,13 @@ def as_lotr(source: Source, *, rank: Rank | None = None, group_by: str = "type")
         )
     if isinstance(source, LoraAdapter):
         return convert(source, rank=rank, group_by=group_by)
-    return _decompose(source, check_rank(rank), group_by)
+    return _decompose(source, rank, group_by)
 
 
 def _decompose(deltas: Mapping[str, Tensor], rank: tuple[int, int], group_by: str) -> LotrAdapter:
-    arrays = {name: to_numpy(delta.float()) for name, delta in deltas.items()}
+    if not deltas:
+        raise DataError("there are no weight deltas; expected one (m × n) a layer, by its path")
+    arrays = {name: _delta(name, delta) for name, delta in deltas.items()}
     slots = [Slot(name, (x.shape[0], x.shape[1])) for name, x in arrays.items()]
     groups = []
     for name, members in group_modules(slots, group_by).items():
@@ -74,6 +86,17 @@ def _decompose(deltas: Mapping[str, Tensor], rank: tuple[int, int], group_by: st
             )
         )
     return LotrAdapter(tuple(groups), {}, np.dtype("float32"))
+
+
+def _delta(name: str, delta: Tensor) -> np.ndarray:
+    if not isinstance(delta, Tensor) or not delta.is_floating_point():
+        kind = delta.dtype if isinstance(delta, Tensor) else type(delta).__name__
+        raise DataError(f"the delta of {name} is {kind}; expected a floating-point tensor")
+    if delta.ndim != 2:
+        raise ShapeError(f"the delta of {name} is {tuple(delta.shape)}; expected (m, n)")
+    if not torch.isfinite(delta).all():
+        raise DataError(f"the delta of {name} holds NaN or infinite values; expected finite ones")
+    return to_numpy(delta.float())
 
 
 def to_numpy(x: Tensor) -> np.ndarray:

@@ -1,0 +1,101 @@
+"""Bad input to the PEFT method: one sentence, and the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+from peft import PeftConfig, get_peft_model, inject_adapter_in_model  # noqa: E402
+from torch import nn  # noqa: E402
+
+import lotrtensor as lt  # noqa: E402
+from tests.peft_models import CORES, FACTORS, THIRD_PARTY, bert, config, output  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(THIRD_PARTY)
+
+
+def unchanged(model: nn.Module) -> bool:
+    plain = bert()
+    same = all(torch.equal(plain.state_dict()[k], v) for k, v in model.state_dict().items())
+    trainable = all(p.requires_grad for p in model.parameters())
+    assert model.config.num_hidden_layers == plain.config.num_hidden_layers
+    return same and trainable and list(model.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target_modules": ["quary"]}, lt.FormatError, "'quary'.*not found"),
+        ({"target_modules": ["query", "valeu"]}, lt.FormatError, "'valeu'.*not found"),
+        ({"target_modules": "quary"}, ValueError, "quary.*not found"),
+        ({"layers_to_transform": [9]}, ValueError, "not found"),
+        ({"init": "orthogonl"}, lt.FormatError, "init is 'orthogonl'; expected 'orthogonal'"),
+        ({"group_by": "types"}, lt.FormatError, "'types' matches none"),
+        ({"r": 99, "layer_replication": [[0, 3], [0, 3]]}, lt.RankError, "exceeds the layers"),
+        ({"r": 33}, lt.RankError, r"exceeds the layers of group"),
+        ({"group_by": "all=."}, lt.ShapeError, "together"),
+        ({"group_by": "x=nothing"}, lt.FormatError, "matches none"),
+        (
+            {"target_modules": ["LayerNorm"]},
+            lt.UnsupportedAdapterError,
+            r"LayerNorm is a LayerNorm",
+        ),
+        ({"share_factors": "nobody"}, lt.FormatError, "'nobody'"),
+    ],
+)
+def test_refusals(options, error, message) -> None:
+    base = bert()
+    with pytest.raises(error, match=message):
+        get_peft_model(base, config(**options))
+    assert unchanged(base)
+    model = get_peft_model(bert(), config())
+    before = output(model)
+    with pytest.raises(error, match=message):
+        model.add_adapter("second", config(**options))
+    assert list(model.base_model.lotr_factors) == list(model.peft_config) == ["default"]
+    assert not any("second" in key for key in model.state_dict())
+    assert torch.equal(output(model), before)
+    assert model.get_nb_trainable_parameters()[0] == CORES + FACTORS
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"r": 0}, lt.RankError),
+        ({"r": (1, 2, 3)}, lt.RankError),
+        ({"train": "some"}, lt.DataError),
+        ({"bias": "some"}, lt.DataError),
+        ({"r": True}, lt.RankError),
+        ({"r": 2.0}, lt.RankError),
+        ({"group_by": 3}, lt.FormatError),
+        ({"lotr_dropout": 1.5}, lt.DataError),
+        ({"lotr_dropout": "0.1"}, lt.DataError),
+        ({"lotr_alpha": float("nan")}, lt.DataError),
+        ({"lotr_alpha": "32"}, lt.DataError),
+        ({"format_version": 2}, lt.FormatError),
+        ({"groups": [{"name": "query"}]}, lt.FormatError),
+    ],
+)
+def test_config_refusals(options, error) -> None:
+    with pytest.raises(error):
+        config(**options)
+
+
+def test_a_name_that_is_part_of_the_keys_is_refused() -> None:
+    with pytest.raises(lt.FormatError, match="'left'"):
+        get_peft_model(bert(), config(), adapter_name="left")
+
+
+def test_injection_without_a_tuner_is_refused_by_peft() -> None:
+    with pytest.raises(ValueError, match="shared state"):
+        inject_adapter_in_model(config(), bert())
+
+
+def test_the_users_config_is_not_written_to() -> None:
+    own = config()
+    get_peft_model(bert(), own)
+    assert own.groups is None
+    assert get_peft_model(bert(layers=2), own).peft_config["default"].groups is not None
+    assert isinstance(own, PeftConfig)
