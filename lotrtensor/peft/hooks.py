@@ -11,6 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from lotrtensor.peft.layer import LotrLayer
+from lotrtensor.peft.mixed import Rows
 
 
 @contextmanager
@@ -23,7 +24,8 @@ def mixed_batch_hooks(
     encoder–decoder model, which still sees the original rows.
     """
     beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
-    repeated = [name for name in adapter_names for _ in range(beams)]
+    rows = Rows(adapter_names)
+    repeated = Rows([name for name in adapter_names for _ in range(beams)]) if beams > 1 else rows
     model: Any = tuner.model
     # Decoder-only models may answer get_encoder() with themselves.
     encoder = model.get_encoder() if beams > 1 and hasattr(model, "get_encoder") else None
@@ -33,7 +35,7 @@ def mixed_batch_hooks(
     try:
         for module in tuner.modules():
             if isinstance(module, LotrLayer | AuxiliaryTrainingWrapper):
-                names = adapter_names if id(module) in inside else repeated
+                names = rows if id(module) in inside else repeated
                 hook = partial(_add_names, adapter_names=names)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield

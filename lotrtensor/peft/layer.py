@@ -13,7 +13,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from lotrtensor.errors import DataError
-from lotrtensor.peft.mixed import BASE, multiply_rows, split_batch
+from lotrtensor.peft.mixed import BASE, Rows, multiply_rows
 from lotrtensor.torch.factors import SharedFactors
 from lotrtensor.torch.functional import add_projected, add_rows, dense_update, project
 from lotrtensor.torch.groups import is_transposed, slot_of
@@ -228,21 +228,23 @@ class LotrLayer(BaseTunerLayer):
                 f"adapter_names has {len(adapter_names)} entries for {len(x)} rows; expected one "
                 f"a row, {BASE!r} for none"
             )
-        for factors, rows, names, which in split_batch(self.lotr_shared, adapter_names):
+        batch = adapter_names if isinstance(adapter_names, Rows) else Rows(adapter_names)
+        own = self.lotr_core._parameters  # a ParameterDict takes many times longer to look up
+        for factors, rows, names, which in batch.split(self.lotr_shared):
             part = x if rows is None else x[rows]
             h = self._project(part, factors.right, names[0])
             # One product with all cores: scaling them one by one would cost more than the update.
-            cores = torch.stack([self.lotr_core[name] for name in names])
-            scales = [self._scale(name) for name in names]
-            if len(set(scales)) > 1:
-                cores = cores * cores.new_tensor(scales)[:, None, None]
-                scales = [1.0]
+            cores = torch.stack([own[name] for name in names])  # type: ignore[misc]
+            scale = self._scale(names[0])
+            if len(set(map(self.lotr_scale.__getitem__, names))) > 1:
+                cores = cores * cores.new_tensor(list(map(self._scale, names)))[:, None, None]
+                scale = 1.0
             mixed = multiply_rows(h, cores, which)
             wide = factors.left.T.contiguous()
             if rows is None:
-                y = add_rows(y, mixed, wide, scales[0])
+                y = add_rows(y, mixed, wide, scale)
             else:
-                y = y.index_copy(0, rows, add_rows(y[rows], mixed, wide, scales[0]))
+                y = y.index_copy(0, rows, add_rows(y[rows], mixed, wide, scale))
         return y
 
     def _scale(self, name: str) -> float:

@@ -26,36 +26,48 @@ class Part(NamedTuple):
     which: Tensor
 
 
-def split_batch(
-    shared: Mapping[str, SharedFactors], adapter_names: Sequence[str]
-) -> Iterator[Part]:
-    """Split the rows of a batch by factors, whatever the number of adapters.
+class Rows(list[str]):
+    """Adapter name of each row of a batch, split by factors once for all layers that ask.
 
-    Parameters
-    ----------
-    shared : mapping of str to SharedFactors
-        Factors of every adapter of a layer.
-    adapter_names : sequence of str
-        Adapter of each row; rows of others, ``"__base__"`` among them, are left out.
+    With many adapters the split takes longer than a layer's products; the layers of one model
+    split one batch into the same few ways.
     """
-    by_factors: dict[int, tuple[list[int], dict[str, int], list[int]]] = {}
-    for row, name in enumerate(adapter_names):
-        factors = shared.get(name)
-        if factors is not None:
-            rows, places, index = by_factors.setdefault(id(factors), ([], {}, []))
-            rows.append(row)
-            index.append(places.setdefault(name, len(places)))
-    for rows, places, index in by_factors.values():
-        names = list(places)
-        factors = shared[names[0]]
-        device = factors.left.device
-        whole = len(rows) == len(adapter_names)
-        yield Part(
-            factors,
-            None if whole else torch.tensor(rows, device=device),
-            names,
-            torch.tensor(index, device=device),
-        )
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(names)
+        self._distinct = list(dict.fromkeys(names))
+        self._splits: dict[tuple[int, ...], list[Part]] = {}
+
+    def split(self, shared: Mapping[str, SharedFactors]) -> list[Part]:
+        """Return the rows of adapters that have the same factors, whatever their number.
+
+        Parameters
+        ----------
+        shared : mapping of str to SharedFactors
+            Factors of every adapter of a layer; rows of others, ``"__base__"`` among them, are
+            left out.
+        """
+        key = tuple(id(shared.get(name)) for name in self._distinct)
+        parts = self._splits.get(key)
+        if parts is None:
+            parts = self._splits[key] = list(self._split(shared))
+        return parts
+
+    def _split(self, shared: Mapping[str, SharedFactors]) -> Iterator[Part]:
+        by_factors: dict[SharedFactors, list[int]] = {}
+        for row, name in enumerate(self):
+            if name in shared:
+                by_factors.setdefault(shared[name], []).append(row)
+        for factors, rows in by_factors.items():
+            names = list(dict.fromkeys(self[row] for row in rows))
+            places = {name: place for place, name in enumerate(names)}
+            device = factors.left.device
+            yield Part(
+                factors,
+                None if len(rows) == len(self) else torch.tensor(rows, device=device),
+                names,
+                torch.tensor([places[self[row]] for row in rows], device=device),
+            )
 
 
 def multiply_rows(h: Tensor, cores: Tensor, which: Tensor) -> Tensor:
