@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -22,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lotrtensor.torch import param_groups
 from tests.peft_models import bert, config, ids
 
-MODES = ("ddp", "fsdp2", "accelerate")
+MODES = ["ddp", "fsdp2", "accelerate"]
+if find_spec("deepspeed"):  # which no extra installs
+    MODES.append("deepspeed")
 STEPS = 5
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -41,16 +45,24 @@ def batches(rank: int, world: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(x[rank::world], target[rank::world]) for x, target in rows]
 
 
+def optimiser_of(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW on factors and cores."""
+    return torch.optim.AdamW(param_groups(model, 1e-2))
+
+
 def train(model: nn.Module, rank: int = 0, world: int = 1, accelerator: Any = None) -> list[float]:
     """Train and return the loss of every step, averaged over processes."""
-    optimiser: Any = torch.optim.AdamW(param_groups(model, 1e-2))
+    engine = hasattr(model, "backward")  # DeepSpeed's has its optimiser in it
+    optimiser: Any = model if engine else optimiser_of(model)
+    backward: Any = model.backward if engine else torch.Tensor.backward
     if accelerator is not None:
         model, optimiser = accelerator.prepare(model, optimiser)
+        backward = accelerator.backward
     losses = []
     for x, target in batches(rank, world):
         loss = (model(x)[0] - target).square().mean()
         optimiser.zero_grad()
-        loss.backward() if accelerator is None else accelerator.backward(loss)
+        backward(loss)
         optimiser.step()
         mean = loss.detach().clone()
         if world > 1:
@@ -59,8 +71,27 @@ def train(model: nn.Module, rank: int = 0, world: int = 1, accelerator: Any = No
     return losses
 
 
-def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def zero3(model: nn.Module, world: int) -> nn.Module:
+    """DeepSpeed's engine, which shards parameters, gradients and optimiser."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 8 // world,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimiser_of(model), config=config)
+    return engine
+
+
+def adapter_state(model: nn.Module, mode: str) -> dict[str, torch.Tensor]:
     """Adapter tensors, gathered where they are sharded."""
+    if mode == "deepspeed":
+        import deepspeed
+
+        own = {n: p for n, p in model.named_parameters() if "lotr_" in n}
+        with deepspeed.zero.GatheredParameters(list(own.values())):
+            return {name: p.detach().clone() for name, p in own.items()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=False)
     state = get_model_state_dict(model, options=options)
     return {key: value.clone() for key, value in state.items() if "lotr_" in key}
@@ -97,13 +128,20 @@ def run(mode: str, out: Path) -> None:
         for layer in model.base_model.model.encoder.layer:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+    elif mode == "deepspeed":
+        wrapped = zero3(model, world)
     losses = train(wrapped, rank, world, accelerator)
-    state = adapter_state(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sharded = sum(type(p).__name__ == "DTensor" or hasattr(p, "ds_tensor") for p in trained)
+    if mode == "fsdp2":  # every process writes its own shard
+        dcp.save(get_model_state_dict(model), checkpoint_id=out / "shards")
+    state = adapter_state(model, mode)
     report = {
         "losses": losses,
         "equal": equal_on_all_ranks(state),
         "factors": sum("lotr_factors" in key for key in state),
-        "sharded": sum(type(p).__name__ == "DTensor" for p in model.parameters()),
+        "sharded": sharded,
+        "trained": len(trained),
     }
     if rank == 0:
         model.save_pretrained(out, state_dict=state)

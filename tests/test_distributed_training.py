@@ -16,10 +16,11 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
     pytest.skip("this PyTorch has no gloo", allow_module_level=True)
 
 from peft import PeftModel  # noqa: E402
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
 
 import lotrtensor as lt  # noqa: E402
 from tests.distributed_worker import MODES, NO_DROPOUT, make_model, train  # noqa: E402
-from tests.peft_models import THIRD_PARTY, bert, output  # noqa: E402
+from tests.peft_models import THIRD_PARTY, bert, lotr_layers, output  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings(THIRD_PARTY), pytest.mark.slow]
 
@@ -59,8 +60,19 @@ def test_two_processes_train_as_one(trained: Path, mode: str, alone) -> None:
     assert report["losses"] == pytest.approx(losses, rel=1e-5)
     assert report["equal"]
     assert report["factors"] == 4  # U and V of two groups
-    assert (report["sharded"] > 0) == (mode == "fsdp2")
+    assert report["sharded"] == (report["trained"] if mode in ("fsdp2", "deepspeed") else 0)
     loaded = PeftModel.from_pretrained(bert(**NO_DROPOUT), trained / mode)
     torch.testing.assert_close(output(loaded), expected, rtol=1e-3, atol=1e-3)
     groups = lt.load(trained / mode).groups
     assert [len(group.modules) for group in groups] == [6, 3]
+
+
+def test_the_shards_of_two_processes_are_one_checkpoint(trained: Path, tmp_path: Path) -> None:
+    dcp_to_torch_save(trained / "fsdp2" / "shards", tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt")
+    model = make_model(seed=9)
+    model.load_state_dict(whole)
+    loaded = PeftModel.from_pretrained(bert(**NO_DROPOUT), trained / "fsdp2")
+    assert torch.equal(output(model), output(loaded))
+    layers = lotr_layers(model).values()
+    assert len({id(layer.lotr_shared["default"]) for layer in layers}) == 2

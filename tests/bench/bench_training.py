@@ -1,9 +1,12 @@
 """Training and serving cost of LoTR beside PEFT LoRA, in one run on the same model and batch.
 
 Times are seconds of the processor and paired: every round runs each method once, in alternating
-order, and the median is taken of the rounds' ratios, so that a load of others' falls on both.
+order, and the median is taken of the rounds' ratios, so that a load of others' falls on both. The
+model without an adapter runs beside them: what it takes no method can save.
 
     python tests/bench/bench_training.py [--rounds 15] [--json]
+
+``docs/bench-training.json`` is what ``--json`` printed.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -34,9 +38,10 @@ ALL_LINEAR += ["output.dense"]
 
 
 class Paired(NamedTuple):
-    """Seconds a round of both methods, medians, and the median of the rounds' ratios."""
+    """Medians of a round's seconds, and of the rounds' ratios LoTR / LoRA with their quartiles."""
 
     name: str
+    base: float
     lora: float
     lotr: float
     ratio: float
@@ -54,24 +59,20 @@ def minilm() -> nn.Module:
     return BertModel(BertConfig(**sizes, intermediate_size=1536))
 
 
-def paired(
-    name: str, lora: Callable[[], Any], lotr: Callable[[], Any], rounds: int, warmup: int = 2
-) -> Paired:
-    """Time both in alternation."""
-    times: dict[str, list[float]] = {"lora": [], "lotr": []}
+def paired(name: str, runs: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> Paired:
+    """Time "base", "lora" and "lotr" in alternation."""
+    times: dict[str, list[float]] = {method: [] for method in runs}
     for k in range(rounds + warmup):
-        order = [("lora", lora), ("lotr", lotr)][:: 1 if k % 2 else -1]
-        for method, run in order:
+        for method, run in list(runs.items())[:: 1 if k % 2 else -1]:
             start = time.process_time()
             run()
             times[method].append(time.process_time() - start)
-    first, second = times["lora"][warmup:], times["lotr"][warmup:]
-    ratios = sorted(b / a for a, b in zip(first, second, strict=True))
+    times = {method: values[warmup:] for method, values in times.items()}
+    ratios = sorted(b / a for a, b in zip(times["lora"], times["lotr"], strict=True))
     quarter = len(ratios) // 4
     return Paired(
         name,
-        statistics.median(first),
-        statistics.median(second),
+        *(statistics.median(times[method]) for method in ("base", "lora", "lotr")),
         statistics.median(ratios),
         ratios[quarter],
         ratios[-1 - quarter],
@@ -83,11 +84,15 @@ def trainer(model: nn.Module, batch: int, length: int) -> Callable[[], None]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(100, 1000, (batch, length), generator=generator)
     target = torch.randn(batch, length, 384, generator=generator)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained or [torch.zeros(1)], lr=1e-4)
 
     def step() -> None:
+        """The frozen model goes forward alone: it has nothing to train."""
         loss = (model(x).last_hidden_state - target).square().mean()
+        if not trained:
+            return
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -138,8 +143,9 @@ def bench_training(rounds: int) -> tuple[list[Paired], list[dict[str, Any]]]:
                 minilm(), LotrConfig(r=rank, target_modules=targets, group_by=group_by)
             )
             name = f"train step, {label}, {kind} (LoRA 8, LoTR {rank})"
-            steps = trainer(lora, 16, 48), trainer(lotr, 16, 48)
-            rows.append(paired(name, *steps, rounds))
+            models = {"base": minilm().requires_grad_(False), "lora": lora, "lotr": lotr}
+            steps = {method: trainer(model, 16, 48) for method, model in models.items()}
+            rows.append(paired(name, steps, rounds))
             memory.append(
                 {
                     "name": name,
@@ -153,6 +159,7 @@ def bench_training(rounds: int) -> tuple[list[Paired], list[dict[str, Any]]]:
 
 def bench_mixed(rounds: int, adapters: int = 64) -> list[Paired]:
     """A batch in which every row has an adapter of its own; LoTR's share their factors."""
+    base = minilm().eval()
     lora = get_peft_model(minilm(), LoraConfig(r=8, target_modules=ALL_LINEAR)).eval()
     lotr = get_peft_model(minilm(), LotrConfig(r=8, target_modules=ALL_LINEAR)).eval()
     for k in range(1, adapters):
@@ -163,15 +170,18 @@ def bench_mixed(rounds: int, adapters: int = 64) -> list[Paired]:
     for length in (1, 16, 48):
         x = torch.randint(100, 1000, (adapters, length))
 
-        def run(model: nn.Module, x: torch.Tensor = x) -> Callable[[], Any]:
+        def run(model: nn.Module, x: torch.Tensor = x, **options: Any) -> Callable[[], Any]:
             def call() -> None:
                 with torch.no_grad():
-                    model(x, adapter_names=names)
+                    model(x, **options)
 
             return call
 
         name = f"mixed batch, {adapters} adapters, length {length}"
-        rows.append(paired(name, run(lora), run(lotr), rounds, warmup=1))
+        mixed = {
+            m: run(model, adapter_names=names) for m, model in (("lora", lora), ("lotr", lotr))
+        }
+        rows.append(paired(name, {"base": run(base), **mixed}, rounds, warmup=1))
     return rows
 
 
@@ -187,15 +197,26 @@ def main() -> None:
     rows, memory = bench_training(arguments.rounds)
     rows += bench_mixed(max(3, arguments.rounds // 3))
     if arguments.json:
-        print(json.dumps({"times": [r._asdict() for r in rows], "memory": memory}, indent=2))
+        setting = {
+            "command": f"python tests/bench/bench_training.py --rounds {arguments.rounds} --json",
+            "threads": arguments.threads,
+            "torch": torch.__version__,
+            "peft": peft.__version__,
+        }
+        times = [{k: _rounded(v) for k, v in row._asdict().items()} for row in rows]
+        print(json.dumps({**setting, "times": times, "memory": memory}, indent=2))
         return
-    print(f"{'':62}{'LoRA':>9}{'LoTR':>9}{'LoTR/LoRA (quartiles)':>24}")
+    print(f"{'':62}{'base':>9}{'LoRA':>9}{'LoTR':>9}{'LoTR/LoRA (quartiles)':>24}")
     for row in rows:
         spread = f"{row.ratio:.3f} ({row.low:.3f}-{row.high:.3f})"
-        print(f"{row.name:62}{row.lora:8.3f}s{row.lotr:8.3f}s{spread:>24}")
+        print(f"{row.name:62}{row.base:8.3f}s{row.lora:8.3f}s{row.lotr:8.3f}s{spread:>24}")
     for line in memory:
         sizes = f"{line['lora_parameters']:,} / {line['lotr_parameters']:,} parameters"
         print(f"{line['name']:62}{sizes}, training memory × {line['memory_ratio']:.2f}")
+
+
+def _rounded(value: str | float) -> str | float:
+    return round(value, 4) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
