@@ -16,18 +16,27 @@ stage = @printf '\n== %s\n' '$(1)'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint notebooks docs bench clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' Makefile
 
 demo: $(DEMO)/installed ## Install the base package into .venv and convert the bundled adapter
 	$(call stage,lotr demo)
 	@$(DEMO)/bin/lotr demo
 
-test: lint ## Run every check: the linters, then all tests and doctests
+test: lint ## Run every check: linters, tests and doctests, then notebooks and documentation
 	$(call stage,pytest)
 	@$(BIN)/python -m pytest -n 2
+	@$(MAKE) --no-print-directory docs
+
+docs: $(TEST)/installed ## Run the notebooks and pages, and build the documentation into docs/_build/html
+	$(call stage,notebooks and documentation)
+	@$(BIN)/python -m sphinx -q -W --keep-going -j 2 -d docs/_build/doctrees docs docs/_build/html
+	@echo 'see docs/_build/html/index.html'
+
+notebooks: $(TEST)/installed ## Strip the outputs of the notebooks, as they are kept in git
+	@$(BIN)/nbstripout notebooks/*.ipynb
 
 lint: $(TEST)/installed ## Check style, types and the direction of imports
 	$(call stage,ruff check)
@@ -48,10 +57,10 @@ clean: ## Remove both environments, caches and build products
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Tests load nothing from a model hub, and measure the same device everywhere.
-test bench: export HF_HUB_OFFLINE := 1
-test bench: export JAX_PLATFORMS := cpu
+test docs bench: export HF_HUB_OFFLINE := 1
+test docs bench: export JAX_PLATFORMS := cpu
 # Two processes with a thread each: threads of both would wait for one another.
-test: export OMP_NUM_THREADS := 1
+test docs: export OMP_NUM_THREADS := 1
 
 define create-venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -70,8 +79,8 @@ $(DEMO)/installed: pyproject.toml constraints.txt $(SOURCES)
 # Editable: only a change of the requirements installs anew. PyTorch comes first and by its exact
 # version, so that no range of another package picks a different build.
 $(TEST)/installed: pyproject.toml constraints.txt
-	$(call stage,install the package and its test extra into $(TEST) (several minutes when new))
+	$(call stage,install the package, its test and docs extras into $(TEST) (several minutes when new))
 	$(create-venv)
 	@$(BIN)/python $(PIP_INSTALL) $$(grep '^torch==' constraints.txt)
-	@$(BIN)/python $(PIP_INSTALL) -e '.[test]'
+	@$(BIN)/python $(PIP_INSTALL) -e '.[test,docs]'
 	@touch $@

@@ -38,6 +38,17 @@ def compare(a: Adapter, b: Adapter) -> Difference:
 
     A module that only one of them has counts as zero in the other. The dense ΔW is never built.
 
+    Parameters
+    ----------
+    a, b : LoraAdapter or LotrAdapter
+        The reference and the other one.
+
+    Returns
+    -------
+    Difference
+        ``relative_error`` is √(Σ ‖ΔW_A − ΔW_B‖² / Σ ‖ΔW_A‖²) over all modules; ``modules`` has a
+        row for each.
+
     Raises
     ------
     FormatError

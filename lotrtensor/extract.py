@@ -56,7 +56,7 @@ def extract(
     ----------
     base, tuned : path-like
         Checkpoint directories in safetensors form, sharded or not, or single files.
-    rank, tolerance, energy, budget
+    rank, tolerance, energy, budget : optional
         How far; exactly one of them, as for `convert`. Shares are of the bytes of the matrices
         that differ.
     form : str

@@ -20,7 +20,15 @@ except ImportError as error:  # pragma: no cover - depends on what is installed
 def to_tensorly(tucker2: Tucker2) -> TuckerTensor:
     """Return the decomposition as a Tucker tensor of shape (K, m, n).
 
-    The core is (K, p, q) and the factors are the K × K identity, U (m × p) and V (n × q).
+    Parameters
+    ----------
+    tucker2 : Tucker2
+        The decomposition, in arrays of the library that TensorLy's backend is set to.
+
+    Returns
+    -------
+    TuckerTensor
+        The core is (K, p, q) and the factors are the K × K identity, U (m × p) and V (n × q).
     """
     xp, core = tucker2.xp, tucker2.core
     identity = xp.eye(tucker2.shape[0], dtype=core.dtype, device=device(core))

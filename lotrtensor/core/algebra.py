@@ -18,6 +18,16 @@ def inner(a: Operand, b: Operand) -> float:
     Thin factors: Σ_k ⟨B_kᵀB'_k, A_k A'_kᵀ⟩, r × r products only. Where one side is dense or lazy,
     its slices are taken one at a time.
 
+    Parameters
+    ----------
+    a, b : SliceStack or Tucker2
+        Operands of one shape (K, m, n).
+
+    Returns
+    -------
+    float
+        Σ_k tr(ΔW_kᵀ ΔW'_k), summed in float64 where the library has it.
+
     Raises
     ------
     ShapeError
@@ -32,7 +42,18 @@ def inner(a: Operand, b: Operand) -> float:
 
 
 def norm(a: Operand) -> float:
-    """Frobenius norm √(Σ_k ‖ΔW_k‖²)."""
+    """Frobenius norm √(Σ_k ‖ΔW_k‖²).
+
+    Parameters
+    ----------
+    a : SliceStack or Tucker2
+        Thin factors stay thin; whole slices are read once.
+
+    Returns
+    -------
+    float
+        The norm.
+    """
     norms2 = _as_stack(a).norms2()
     return math.sqrt(float(namespace(norms2).sum(norms2)))
 
@@ -42,6 +63,16 @@ def cosine_similarity(a: Operand, b: Operand) -> float:
 
     It depends on the products B_k A_k alone, so that the same adapter in another gauge has
     similarity 1.
+
+    Parameters
+    ----------
+    a, b : SliceStack or Tucker2
+        Operands of one shape (K, m, n).
+
+    Returns
+    -------
+    float
+        Between −1 and 1, but for rounding.
     """
     scale = norm(a) * norm(b)
     return inner(a, b) / scale if scale else 0.0
@@ -88,7 +119,18 @@ def principal_angles(a: Array, b: Array) -> Array:
 
 
 def subspace_overlap(a: Array, b: Array) -> float:
-    """Mean squared cosine of the principal angles: 1 for one space, 0 for orthogonal ones."""
+    """Mean squared cosine of the principal angles: 1 for one space, 0 for orthogonal ones.
+
+    Parameters
+    ----------
+    a, b : array (m, p), (m, p')
+        Bases, as for `principal_angles`.
+
+    Returns
+    -------
+    float
+        ‖QᵀQ'‖² / min(p, p') with Q and Q' orthonormal bases of the two spaces.
+    """
     xp = namespace(a, b)
     return float(xp.mean(xp.cos(principal_angles(a, b)) ** 2))
 

@@ -20,8 +20,10 @@ def balanced_factors(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndar
 
     Returns
     -------
-    B, A : ndarray (a, rank), (rank, b)
-        In float64. ‖matrix − B A‖ is the discarded energy √(Σ_{i>rank} σ_i²) (Eckart–Young).
+    B : ndarray (a, rank)
+        In float64, as A.
+    A : ndarray (rank, b)
+        ‖matrix − B A‖ is the discarded energy √(Σ_{i>rank} σ_i²) (Eckart–Young).
     """
     left, values, right = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     root = np.sqrt(values[:rank])

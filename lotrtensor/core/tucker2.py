@@ -159,7 +159,7 @@ class Tucker2:
 
         Parameters
         ----------
-        rank, tolerance, energy, budget
+        rank, tolerance, energy, budget : optional
             How far; exactly one of them, as for `tucker2`. Tolerance and energy hold for what is
             returned, its type included; the ranks are those at which the HOSVD meets them.
         refine : bool

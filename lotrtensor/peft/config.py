@@ -56,10 +56,10 @@ class LotrConfig(PeftConfig):
         Name of an adapter of the same model whose factors this one uses, training cores alone.
         Adapters that share factors run in one mixed batch at little more than the cost of one.
     bias, fan_in_fan_out, modules_to_save, layers_to_transform, layers_pattern, layer_replication, \
-trainable_token_indices
+trainable_token_indices : optional
         As in LoRA.
-    format_version, groups
-        Written by `save_pretrained` and by ``lotr convert``: what the file holds. Given, they
+    format_version, groups : optional
+        Written by ``save_pretrained`` and by ``lotr convert``: what the file holds. Given, they
         decide which layers are adapted, and the fields above do not.
 
     Raises

@@ -49,7 +49,7 @@ class LotrModel(BaseTuner):
     ----------
     model : nn.Module
         The base model.
-    config : LotrConfig or dict of str to LotrConfig
+    peft_config : LotrConfig or dict of str to LotrConfig
         Config of the first adapter.
     adapter_name : str
         Its name.

@@ -127,6 +127,13 @@ def set_trainable(model: nn.Module, train: str = "all") -> None:
 
     With the factors frozen a layer of any width trains p · q numbers.
 
+    Parameters
+    ----------
+    model : nn.Module
+        A model with LoTR layers, of `apply_lotr` or `load_lotr`.
+    train : str
+        ``"all"`` or ``"cores"``.
+
     Raises
     ------
     DataError
@@ -158,6 +165,11 @@ def param_groups(
         For U and V, and for the G_k.
     **options
         Further options of every group, such as ``weight_decay``.
+
+    Returns
+    -------
+    list of dict
+        Groups for a torch optimiser; those without a parameter are left out.
     """
     factors = {
         id(parameter)
@@ -181,6 +193,18 @@ def param_groups(
 
 def merge(model: nn.Module, *, safe: bool = False) -> nn.Module:
     """Add every ΔW_k to its base weight, in place; see `LotrLinear.merge`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model with LoTR layers, of `apply_lotr` or `load_lotr`.
+    safe : bool
+        Refuse to write a weight that is not finite.
+
+    Returns
+    -------
+    nn.Module
+        ``model``, for chaining.
 
     Raises
     ------
@@ -206,14 +230,36 @@ def merge(model: nn.Module, *, safe: bool = False) -> nn.Module:
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Take every ΔW_k off its base weight, in place."""
+    """Take every ΔW_k off its base weight, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model with LoTR layers, of `apply_lotr` or `load_lotr`.
+
+    Returns
+    -------
+    nn.Module
+        ``model``, for chaining; weights come back up to rounding.
+    """
     for _, layer in lotr_layers(model):
         layer.unmerge()
     return model
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Put the base layers back, in place: merged ones keep ΔW_k, others lose it."""
+    """Put the base layers back, in place: merged ones keep ΔW_k, others lose it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model with LoTR layers, of `apply_lotr` or `load_lotr`.
+
+    Returns
+    -------
+    nn.Module
+        ``model`` without LoTR layers, for chaining.
+    """
     for name, layer in list(lotr_layers(model)):
         model.set_submodule(name, layer.base)
     if TABLE in model._modules:

@@ -21,8 +21,8 @@ class SharedFactors(nn.Module):
         Shape (m, n) of a ΔW_k.
     rank : (int, int)
         Left and right rank (p, q).
-    dtype, device
-        Of both factors.
+    dtype, device : optional
+        Of both factors; torch's defaults if not given.
     """
 
     left: nn.Parameter
@@ -60,8 +60,8 @@ class FactorTable(nn.ModuleDict):
     """All shared factors of a model, by group name; the model's one owner of them.
 
     Group names hold dots (``attention.self.query``), which names of submodules cannot:
-    `encode` and `decode` translate. Called as a module it returns its input, so that an
-    ``nn.Sequential``, which runs every child, may own a table too.
+    ``encode`` and ``decode`` of this file translate. Called as a module it returns its input, so
+    that an ``nn.Sequential``, which runs every child, may own a table too.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from lotrtensor.torch.groups import is_transposed
 
 
 class LotrLinear(nn.Module):
-    """y = base(x) + scale · x V G_kᵀ Uᵀ, that is W + ΔW_k with ΔW_k = scale · U G_k Vᵀ.
+    """A frozen layer and its update: y = base(x) + scale · x V G_kᵀ Uᵀ.
+
+    That is W + ΔW_k with ΔW_k = scale · U G_k Vᵀ.
 
     ====  =========  ==========================================
     x     (..., n)   input

@@ -20,7 +20,15 @@ from lotrtensor.torch.sources import Source, as_lotr, from_numpy, to_numpy
 def lotr_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the part of ``model.state_dict()`` that is LoTR's: factors once, cores.
 
-    ``model.load_state_dict(state, strict=False)`` puts it back.
+    Parameters
+    ----------
+    model : nn.Module
+        A model with LoTR layers, of `apply_lotr` or `load_lotr`.
+
+    Returns
+    -------
+    dict of str to Tensor
+        ``model.load_state_dict(state, strict=False)`` puts it back.
     """
     factor_table(model)
     return {
@@ -53,6 +61,11 @@ def load_lotr(
         Grouping to do so with.
     train : str, optional
         ``"all"`` or ``"cores"`` to train on; not given, nothing trains.
+
+    Returns
+    -------
+    nn.Module
+        ``model``, for chaining.
 
     Raises
     ------
@@ -109,6 +122,11 @@ def to_adapter(model: nn.Module, config: Mapping[str, Any] | None = None) -> Lot
         A model with LoTR layers.
     config : mapping, optional
         Fields for ``adapter_config.json``, ``base_model_name_or_path`` say.
+
+    Returns
+    -------
+    LotrAdapter
+        Every scale is 1: it is in the cores.
     """
     layers = dict(lotr_layers(model))
     groups = []
@@ -137,6 +155,17 @@ def save_lotr(
     """Write the LoTR layers of ``model`` as a native directory, factors once a group.
 
     The command line reads it, and so does `lotrtensor.peft`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model with LoTR layers, of `apply_lotr` or `load_lotr`.
+    directory : path-like
+        The directory to make.
+    config : mapping, optional
+        As for `to_adapter`.
+    force : bool
+        Replace an adapter directory that stands there.
 
     Raises
     ------
