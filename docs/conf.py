@@ -1,5 +1,6 @@
 """Sphinx configuration; ``make docs`` builds the site into docs/_build/html."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ extensions = [
     "cells",
     "command_line",
     "mathml",
+    "notebooks",
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 
@@ -56,6 +58,7 @@ html_theme_options = {
 }
 copybutton_exclude = ".linenos, .gp, .go"
 
+logging.getLogger("traitlets").setLevel(logging.WARNING)  # nbclient tells of every page
 # Cells find ``lotr`` beside this interpreter, and draw with the site's own copy of Plotly.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ["IPYTHONDIR"] = str(HERE / "_ipython")

@@ -33,8 +33,11 @@ def setup(app):
 
 
 def _load_plotly(app, pagename, templatename, context, doctree):
-    if "plotly-graph-div" in context.get("body", ""):
-        app.add_js_file("plotly.min.js", priority=100)
+    """Put Plotly before the figures: the theme loads scripts after them."""
+    body = context.get("body", "")
+    if "plotly-graph-div" in body:
+        source = context["pathto"]("_static/plotly.min.js", resource=True)
+        context["body"] = f'<script src="{source}"></script>{body}'
 
 
 def _copy_plotly(app, exception):
