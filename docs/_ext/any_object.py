@@ -1,5 +1,10 @@
 """Names in docstrings: a bare one finds its object in whatever module that lives."""
 
+import importlib
+import pkgutil
+from functools import cache
+from operator import attrgetter
+
 from sphinx.domains.python import PythonDomain
 
 
@@ -11,16 +16,40 @@ def setup(app):
 
 
 def _resolve(app, env, node, contnode):
-    """Take the object whose name ends so, the one nearest to the top where there are several."""
+    """Link to the object whose name ends so, the one nearest to the top where there are several.
+
+    What exists but is not in the reference stays without a link; what does not exist is an error.
+    """
     domain = env.get_domain("py")
     if node.get("refdomain") != "py" or not isinstance(domain, PythonDomain):
         return None
     ending = "." + node["reftarget"]
     found = [name for name in domain.objects if name.endswith(ending)]
     if not found:
-        return None
+        return contnode if _exists(node["reftarget"]) else None
     best = min(found, key=lambda name: (name.count("."), name))
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", best, node, contnode)
+
+
+@cache
+def _modules():
+    package = importlib.import_module("lotrtensor")
+    names = [m.name for m in pkgutil.walk_packages(package.__path__, "lotrtensor.")]
+    return {name: importlib.import_module(name) for name in names}
+
+
+@cache
+def _exists(name):
+    """Whether a name is a module, or that of something in one."""
+    return name in _modules() or any(_has(m, name) for m in _modules().values())
+
+
+def _has(module, name):
+    try:
+        attrgetter(name.removeprefix(module.__name__ + "."))(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def _skip_fields(app, what, name, obj, skip, options):
