@@ -31,6 +31,7 @@ exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 # Whatever cannot be resolved is an error: a name in a docstring, a link, a heading.
 nitpicky = True
 default_role = "py:obj"
+smartquotes = False  # two dashes begin an option
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say the types, in words
