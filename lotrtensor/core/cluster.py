@@ -78,6 +78,12 @@ def cluster(
     ------
     RankError
         If ``clusters`` is not between 1 and K, or the rank is out of range.
+
+    Notes
+    -----
+    Both half steps lower Σ_k ‖ΔW_k − U_c U_cᵀ ΔW_k V_c V_cᵀ‖², as in clustering by subspaces
+    (Bradley and Mangasarian, "k-Plane clustering", J. Global Optim. 16 (2000)). A round costs one
+    fit and one residual a cluster.
     """
     if not isinstance(stack, LowRankStack):
         raise DataError(f"the stack is a {type(stack).__name__}; clusters need a LowRankStack")

@@ -89,8 +89,10 @@ def tucker2(
     -----
     Exact, for thin factors: QR of the factors side by side gives an equal problem of size
     ρ × K × ρ, ρ = Σ r_k; there HOSVD starts HOOI and its discarded energies bound the error from
-    below. Matrix-free the bound comes from the energies that the block captured beyond the ranks
-    wanted, which are no larger than the discarded ones: valid, and less sharp.
+    below (De Lathauwer, De Moor, Vandewalle, SIAM J. Matrix Anal. 21 (2000)). Matrix-free, blocks
+    come from subspace iteration (Halko, Martinsson, Tropp, SIAM Review 53 (2011)), and the bound
+    from the energies that the block captured beyond the ranks wanted, which are no larger than the
+    discarded ones: valid, and less sharp.
 
     Examples
     --------
