@@ -266,7 +266,7 @@ def check_checkpoint_output(path: Path, *, force: bool) -> None:
         raise FormatError(f"{path} exists and is no checkpoint directory; it is not replaced")
 
 
-def check_inputs_outside(output: Path, *inputs: Path) -> None:
+def check_inputs_outside(output: Path, *inputs: str | os.PathLike[str]) -> None:
     """Refuse an output directory that is, or holds, what is read: to replace it would delete that.
 
     Raises
