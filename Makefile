@@ -16,7 +16,7 @@ stage = @printf '\n== %s\n' '$(1)'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint notebooks docs bench clean
+.PHONY: help demo test lint notebooks docs bench evidence clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' Makefile
@@ -49,7 +49,10 @@ lint: $(TEST)/installed ## Check style, types and the direction of imports
 	@$(BIN)/lint-imports
 
 bench: $(TEST)/installed ## Measure speed and memory
-	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m tests.bench --json docs/bench.json
+
+evidence: $(TEST)/installed ## Measure the tasks that the documentation reports on; fetches their data
+	@$(BIN)/python examples/evidence.py
 
 clean: ## Remove both environments, caches and build products
 	rm -rf $(DEMO) $(TEST) build dist docs/_build
@@ -57,8 +60,8 @@ clean: ## Remove both environments, caches and build products
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Tests load nothing from a model hub, and measure the same device everywhere.
-test docs bench: export HF_HUB_OFFLINE := 1
-test docs bench: export JAX_PLATFORMS := cpu
+test docs bench evidence: export HF_HUB_OFFLINE := 1
+test docs bench evidence: export JAX_PLATFORMS := cpu
 # Two processes with a thread each: threads of both would wait for one another.
 test docs: export OMP_NUM_THREADS := 1
 

@@ -16,6 +16,7 @@ from lotrtensor.core.linalg import (
     check_finite,
     check_real_floating,
     constant,
+    largest_entry,
     namespace,
     norm2,
 )
@@ -236,5 +237,4 @@ class DenseStack(LazyStack):
 
     def magnitude(self) -> float:
         """Largest entry."""
-        xp = namespace(self._slices)
-        return float(xp.max(xp.abs(as_working(self._slices))))
+        return largest_entry(as_working(self._slices))

@@ -123,6 +123,12 @@ def common_dtype(arrays: list[Array]) -> Any:
     return xp.result_type(*(as_working(x) for x in arrays))
 
 
+def largest_entry(x: Array) -> float:
+    """Largest |x_i|, without a second array of the size of ``x``."""
+    xp = namespace(x)
+    return max(float(xp.max(x)), -float(xp.min(x)))
+
+
 def norm2(x: Array) -> Array:
     """Squared Frobenius norm of a matrix, summed in the widest type a block of rows at a time."""
     xp = namespace(x)

@@ -22,6 +22,7 @@ from lotrtensor.core.linalg import (
     common_dtype,
     constant,
     gram_root,
+    largest_entry,
     namespace,
     norm2,
     orthonormal_basis,
@@ -217,13 +218,13 @@ class LowRankStack:
         The sum of ‖(I − UUᵀ) B_k A_k‖² and ‖UᵀB_k A_k (I − VVᵀ)‖²: each is formed from what is
         left of thin factors, so that an error of 1e-12 is seen as such.
         """
-        inside = left.T @ self._left
-        outside = self._left - left @ inside
-        outside_right = self._right - (self._right @ right) @ right.T
         residuals = []
-        for span, root in zip(self._spans, self._roots, strict=True):
-            lost_left = outside[:, span] @ root.T
-            lost_right = inside[:, span] @ gram_root(outside_right[span, :].T).T
+        # Slice by slice: what is left of all factors at once would be a second copy of them.
+        for k, root in enumerate(self._roots):
+            b, a = self.factors(k)
+            inside = left.T @ b
+            lost_left = (b - left @ inside) @ root.T
+            lost_right = inside @ gram_root((a - (a @ right) @ right.T).T).T
             residuals.append(norm2(lost_left) + norm2(lost_right))
         return self.xp.stack(residuals)
 
@@ -271,8 +272,7 @@ class LowRankStack:
 
     def magnitude(self) -> float:
         """Largest entry of B times largest entry of A."""
-        largest = [self.xp.max(self.xp.abs(x)) for x in (self._left, self._right)]
-        return float(largest[0]) * float(largest[1])
+        return largest_entry(self._left) * largest_entry(self._right)
 
     def take(self, indices: Sequence[int]) -> LowRankStack:
         """Return the stack of the slices at ``indices``, in that order."""
