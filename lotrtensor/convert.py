@@ -26,7 +26,7 @@ from lotrtensor.core.ranks import (
 from lotrtensor.core.reduction import reduce_stack
 from lotrtensor.core.residual import relative_errors
 from lotrtensor.core.solve import Solution
-from lotrtensor.errors import LotrWarning, UnsupportedAdapterError
+from lotrtensor.errors import LotrWarning, RankError, UnsupportedAdapterError
 from lotrtensor.groups import SourceGroup, lora_groups, source_group, split_groups
 from lotrtensor.sizes import budget_parameters, check_dtype
 
@@ -107,21 +107,29 @@ def convert(
         raise UnsupportedAdapterError(
             "the adapter is in LoTR form already; expected a LoRA: truncate it, or export it first"
         )
-    if all(goal is None for goal in (rank, tolerance, energy, budget)):
+    unasked = all(goal is None for goal in (rank, tolerance, energy, budget))
+    if unasked:
         budget = DEFAULT_BUDGET
     members = lora_groups(adapter, group_by)
     if cluster is not None:
         pair = (rank, rank) if isinstance(rank, int) else rank
         members = split_groups(members, cluster, pair)
-    groups = fit_groups(
-        [source_group(name, group, adapter.dtype) for name, group in members],
-        rank=rank,
-        tolerance=tolerance,
-        energy=energy,
-        budget=budget,
-        dtype=check_dtype(dtype) if dtype is not None else adapter.dtype,
-        progress=progress,
-    )
+    try:
+        groups = fit_groups(
+            [source_group(name, group, adapter.dtype) for name, group in members],
+            rank=rank,
+            tolerance=tolerance,
+            energy=energy,
+            budget=budget,
+            dtype=check_dtype(dtype) if dtype is not None else adapter.dtype,
+            progress=progress,
+        )
+    except RankError as error:
+        if not unasked:
+            raise
+        raise RankError(
+            f"no rank is given, and {DEFAULT_BUDGET} of the bytes is too little: {error}"
+        ) from error
     config = {key: adapter.config[key] for key in COMMON_FIELDS if key in adapter.config}
     return LotrAdapter(groups, config, groups[0].left.dtype, adapter.extras)
 

@@ -768,8 +768,18 @@ def test_truncation_needs_a_goal(tmp_path):
     assert found.code == 0
     assert "25%" in found.out + found.err
     assert stored_bytes(tmp_path / "out") <= 0.25 * stored_bytes(source)
-    told = json.loads(lotr("convert", source, "-o", tmp_path / "two", "--json").out)
+    found = lotr("convert", source, "-o", tmp_path / "two", "--json")
+    told = json.loads(found.out)
     assert told["bytes"] <= 0.25 * told["source_bytes"]
+    assert "25%" in found.err
+
+
+def test_a_default_that_is_too_little(tmp_path):
+    """One module of rank 1 cannot be smaller: the message says that nothing was asked for."""
+    pairs = {"q": (np.ones((6, 1), np.float32), np.ones((1, 5), np.float32))}
+    source = write_lora(tmp_path / "source", pairs)
+    found = lotr("convert", source, "-o", tmp_path / "out")
+    assert_refused(found, "no rank is given", "25%", "needs 12")
 
 
 @quiet

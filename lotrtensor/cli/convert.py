@@ -71,12 +71,12 @@ def convert(
             progress=progress,
         )
     lotr.save(output, force=force)
+    if all(goal is None for goal in (rank, tolerance, energy, budget)):
+        typer.echo(f"no rank given: kept to {DEFAULT_BUDGET} of the bytes", err=True)
     document = lotr_document(lotr)
     if json:
         print_json(document)
         return
     console = output_console()
-    if all(goal is None for goal in (rank, tolerance, energy, budget)):
-        console.print(f"no rank given: kept to {DEFAULT_BUDGET} of the bytes")
     console.print(lotr_table(document))
     console.print(f"{output}: {size_line(document)}", markup=False)
