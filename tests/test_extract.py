@@ -960,6 +960,25 @@ def test_weights_of_other_forms_are_not_copied(tmp_path):
     assert read(tmp_path / "single")[0].keys() == base.keys()
 
 
+def test_the_modules_of_a_sentence_encoder_are_copied(tmp_path):
+    """Pooling and dense layers have directories of their own; no path leads elsewhere."""
+    base_dir, _, _, _ = pair(tmp_path, rank=2)
+    paths = ["", "1_Pooling", "2_Dense", "../tuned", "absent"]
+    (base_dir / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
+    for name in ("1_Pooling", "2_Dense", "onnx"):
+        (base_dir / name).mkdir()
+        (base_dir / name / "config.json").write_text(name)
+    merge(base_dir, full(tmp_path), tmp_path / "merged")
+    found = snapshot(tmp_path / "merged")
+    assert found["2_Dense/config.json"] == b"2_Dense"
+    assert {name for name, x in found.items() if x == b"(directory)"} == {"1_Pooling", "2_Dense"}
+    for text in ("{", "[1]", "3", '[{"name": "x"}]'):
+        (base_dir / "modules.json").write_text(text)
+        with pytest.raises(FormatError, match=r"modules\.json"):
+            merge(base_dir, full(tmp_path), tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
 def test_outputs_that_hold_an_input_are_refused(tmp_path):
     """The adapter that is merged, and the checkpoints that are compared, are not replaced."""
     base_dir, tuned_dir, _, _ = pair(tmp_path, rank=2)

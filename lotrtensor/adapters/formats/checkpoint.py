@@ -209,7 +209,8 @@ def rewrite_checkpoint(
     ----------
     source : Checkpoint
         The checkpoint. The files beside its weights are copied as they are: configuration,
-        tokenizer; weights in other forms are not, for they would be those of the base.
+        tokenizer, the further modules of a sentence encoder; weights in other forms are not, for
+        they would be those of the base.
     output : Path
         Directory to make.
     keys : iterable of str
@@ -237,6 +238,8 @@ def rewrite_checkpoint(
             fresh.mkdir()
             for path in _files_beside(source):
                 shutil.copy2(path, fresh / path.name)
+            for path in _module_directories(source):
+                shutil.copytree(path, fresh / path.name)
             for shard in sorted(changed):
                 target = fresh / (SINGLE_NAME if source.single else shard)
                 _rewrite_shard(source, shard, target, changed[shard], change)
@@ -292,6 +295,23 @@ def _files_beside(source: Checkpoint) -> list[Path]:
         if path.is_file()
         and path.suffix not in {".safetensors", *_OTHER_WEIGHTS}
         and (path.name == INDEX_NAME or not path.name.endswith(".index.json"))
+    ]
+
+
+def _module_directories(source: Checkpoint) -> list[Path]:
+    """Subdirectories that hold further modules of a sentence encoder: a pooling, a dense layer."""
+    listing = source.directory / "modules.json"
+    if source.single or not listing.is_file():
+        return []
+    try:
+        modules = json.loads(listing.read_text(encoding="utf-8"))
+        names = [str(module["path"]) for module in modules]
+    except (ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{listing} does not list modules and their paths: {error}") from error
+    return [
+        source.directory / name
+        for name in names
+        if name and Path(name).name == name and (source.directory / name).is_dir()
     ]
 
 
