@@ -22,7 +22,17 @@ from lotrtensor.core.ranks import (
     tucker2_parameters,
 )
 from tests import oracles
-from tests.strategies import EVERYWHERE, NONZERO, STACKS, factors, fits, make, noisy, seeds
+from tests.strategies import (
+    EVERYWHERE,
+    NONZERO,
+    STACKS,
+    UNTIED,
+    factors,
+    fits,
+    make,
+    noisy,
+    seeds,
+)
 
 everywhere = pytest.mark.parametrize(("xp", "kind"), EVERYWHERE, indirect=["xp"])
 unconverged = pytest.mark.filterwarnings("ignore::lotrtensor.errors.LotrWarning")
@@ -256,9 +266,12 @@ def test_a_budget_below_the_smallest_names_the_smallest(case, below):
         fit(smallest)
 
 
-@given(case=factors(NONZERO))
+@given(case=factors(UNTIED))
 def test_a_budget_buys_the_best_truncation(case):
-    """No pair within it has a smaller HOSVD error, by brute force on the dense slices."""
+    """No pair within it has a smaller HOSVD error, by brute force on the dense slices.
+
+    Where singular values tie, the leading vectors and with them that error are anyone's choice.
+    """
     slices, m, n = case.shape
     fit = tucker2(case.stack(), budget=2 * (m + n) + 4 * slices, method="hosvd")
     best = min(
