@@ -45,6 +45,7 @@ class Deltas:
         base = self.base.read(key)
         if base.dtype.itemsize > delta.dtype.itemsize:
             delta = delta.astype(base.dtype)
+        delta = np.require(delta, requirements="W")
         np.subtract(delta, base, out=delta, casting="unsafe")
         if key not in self._checked:
             if not np.isfinite(delta).all():

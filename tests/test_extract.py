@@ -199,6 +199,23 @@ def test_mixed_types(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["lotr", "lora"])
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_slices_of_unlike_precision_share_a_group(tmp_path, form, side):
+    """One layer in float64, one in bfloat16, the rest in float32."""
+    both = {"base": model(), "tuned": tune(model(), rank=2)}
+    for layer, dtype in ((0, "float64"), (1, "bfloat16")):
+        key = f"encoder.layer.{layer}.attention.self.query.weight"
+        both[side][key] = both[side][key].astype(DTYPES[dtype])
+    for name, tensors in both.items():
+        write(tmp_path / name, tensors)
+    adapter = extract(tmp_path / "base", tmp_path / "tuned", rank=12, dtype="float64", form=form)
+    if form == "lotr":
+        adapter = adapter.to_lora()
+    found = {m.name: m.B.astype(float) @ m.A for m in adapter.modules}
+    assert distance(found, deltas(both["base"], both["tuned"])) < 1e-6
+
+
+@pytest.mark.parametrize("form", ["lotr", "lora"])
 def test_the_command_line_goes_there_and_back(tmp_path, form):
     """extract, then merge; both tell what they did."""
     base_dir, tuned_dir, _, tuned = pair(tmp_path, rank=2, shards=2)

@@ -9,6 +9,7 @@ import typer
 
 from lotrtensor.adapters.formats.checkpoint import check_inputs_outside
 from lotrtensor.adapters.formats.directory import check_output
+from lotrtensor.adapters.formats.layout import output_form
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.cli.common import (
     Budget,
@@ -59,6 +60,8 @@ def extract(
     """
     check_output(output, force=force)
     check_inputs_outside(output, base, tuned)
+    if form == "lora":
+        output_form(output, {})
     with progress_bar() as progress:
         found = extract_adapter(
             base,
