@@ -57,8 +57,8 @@ def convert(
     Example: lotr convert my-lora -o my-lotr --rank 16
     """
     check_output(output, force=force)
-    source = load(adapter)
     with progress_bar() as progress:
+        source = load(adapter)
         lotr = convert_adapter(
             source,
             rank=rank,

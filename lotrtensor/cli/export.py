@@ -10,7 +10,15 @@ from lotrtensor.adapters.formats.directory import check_lora_output
 from lotrtensor.adapters.formats.layout import output_form
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.cli.common import AdapterPath, Force, Json, OutputPath, output_console, print_json
+from lotrtensor.cli.common import (
+    AdapterPath,
+    Force,
+    Json,
+    OutputPath,
+    output_console,
+    print_json,
+    progress_bar,
+)
 from lotrtensor.compare import compare
 from lotrtensor.errors import UnsupportedAdapterError
 from lotrtensor.report.documents import inspect_document
@@ -50,10 +58,11 @@ def export(
     if not isinstance(lotr, LotrAdapter):
         raise UnsupportedAdapterError(f"{adapter} is a LoRA already; expected a LoTR adapter")
     output_form(output, lotr.config, form)
-    lora = lotr.to_lora(rank)
-    lora.save(output, form=form, force=force, pad=pad)
-    written = load(output)
-    document = inspect_document(written) | {"relative_error": compare(lotr, written).relative_error}
+    with progress_bar("exporting"):
+        lotr.to_lora(rank).save(output, form=form, force=force, pad=pad)
+        written = load(output)
+        difference = compare(lotr, written).relative_error
+        document = inspect_document(written) | {"relative_error": difference}
     if json:
         print_json(document)
         return

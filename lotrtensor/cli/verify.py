@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lotrtensor.adapters.loading import load
-from lotrtensor.cli.common import Json, output_console, print_json
+from lotrtensor.cli.common import Json, output_console, print_json, progress_bar
 from lotrtensor.compare import compare
 from lotrtensor.report.documents import difference_document
 from lotrtensor.report.tables import difference_table, error
@@ -26,7 +26,8 @@ def verify(
 
     Example: lotr verify my-lora my-lotr
     """
-    document = difference_document(compare(load(a), load(b)))
+    with progress_bar("comparing"):
+        document = difference_document(compare(load(a), load(b)))
     if json:
         print_json(document)
         return
