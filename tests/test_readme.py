@@ -124,7 +124,7 @@ def test_the_commands_of_the_image_guide_run(tmp_path, monkeypatch):
     names = [f"down_blocks.{k}.attn1.to_q" for k in range(4)]
     pairs = {name: (rng.normal(size=(32, 4)), rng.normal(size=(4, 32))) for name in names}
     lt.convert(lt.load(write_lora(tmp_path / "unet", pairs)), rank=4).save("unet-lotr")
-    guide = (ROOT / "docs" / "howto-kohya.md").read_text()
+    guide = (ROOT / "docs" / "howto" / "image-models.md").read_text()
     lines = "".join(re.findall(r"^```sh\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)).splitlines()
     assert len(lines) > 5
     for line in lines:
