@@ -158,6 +158,20 @@ def extraction_error(
 
     √(Σ_k ‖ΔW_k − B_k A_k‖² / Σ_k ‖ΔW_k‖²) over all two-dimensional weights that differ, or those
     that ``modules`` matches; both checkpoints are read once, one slice of each in memory.
+
+    Parameters
+    ----------
+    base, tuned : path-like
+        Checkpoints, as for `extract`.
+    adapter : LoraAdapter
+        The LoRA; a module that it lacks counts as zero.
+    modules : str, optional
+        Regular expression, as for `extract`.
+
+    Returns
+    -------
+    float
+        The error.
     """
     deltas = compare_checkpoints(open_checkpoint(Path(base)), open_checkpoint(Path(tuned)), modules)
     found = {module.name: module for module in adapter.modules}
