@@ -80,3 +80,10 @@ def test_the_reference_shows_every_public_name(package):
         return
     shown = set(re.findall(r"^\.\. auto\w+:: (\w+)", page, flags=re.MULTILINE))
     assert {name.removeprefix(package + ".") for name in public_names(package)} <= shown
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_reference_shows_every_algorithm(module):
+    top = {path(getattr(lotrtensor, name)) for name in lotrtensor.__all__}
+    own = {path(parts(name)[0]) for name in public_names(module)}
+    assert own <= top or module in (PAGES / "core.md").read_text("utf-8")

@@ -1,0 +1,47 @@
+"""What the pages of the documentation show is run: as cells when it is built, or by a test."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "docs"
+PAGES = sorted(page for page in ROOT.rglob("*.md") if "_build" not in page.parts)
+
+OUTSIDE = (
+    "pip install",
+    "vllm serve",
+    "python -m sglang.launch_server",
+    "python convert_lora_to_gguf.py",
+    "llama-cli",
+)
+"""Commands that need a network, a server or another project."""
+OURS = ("make demo", "make test", "make lint docs", ".venv-test/bin/python -m pytest")
+RUN_BY_A_TEST = {"howto/image-models.md", "reference/cli.md"}
+"""Pages whose commands other tests run."""
+
+
+def blocks(page):
+    """Languages and lines of the fenced blocks of a page that are no cells."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [(language, text.strip().splitlines()) for language, text in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_is_run_or_needs_what_is_not_here(page):
+    name = str(page.relative_to(ROOT))
+    if name in RUN_BY_A_TEST:
+        return
+    languages = {language for language, _ in blocks(page)}
+    assert not languages & {"python", "pycon", "ipython3", "bash"}, "make it a code-cell"
+    for language, lines in blocks(page):
+        if language in ("sh", "console"):
+            assert all(line.startswith(OUTSIDE + OURS) for line in lines), lines
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_with_cells_have_a_kernel(page):
+    text = page.read_text("utf-8")
+    assert ("{code-cell}" in text) == text.startswith("---\nfile_format: mystnb\n")
