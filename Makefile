@@ -55,7 +55,7 @@ evidence: $(TEST)/installed ## Measure the tasks that the documentation reports 
 	@$(BIN)/python examples/evidence.py
 
 clean: ## Remove both environments, caches and build products
-	rm -rf $(DEMO) $(TEST) build dist docs/_build
+	rm -rf $(DEMO) $(TEST) build dist docs/_build docs/notebooks/*.ipynb docs/reference/cli.md
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
