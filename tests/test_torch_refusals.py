@@ -179,6 +179,15 @@ def test_a_directory_that_exists_is_not_overwritten(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_merged_layers_are_not_filled(tmp_path: Path) -> None:
+    model = adapted()
+    lotr.save_lotr(model, tmp_path / "out")
+    lotr.merge(model)
+    with pytest.raises(lt.FormatError, match=r"is merged.*unmerge"):
+        lotr.load_lotr(model, tmp_path / "out")
+    lotr.load_lotr(lotr.unmerge(model), tmp_path / "out")
+
+
 def test_a_lora_needs_a_rank() -> None:
     with pytest.raises(lt.UnsupportedAdapterError, match="give the rank"):
         lotr.load_lotr(Net(), lora(["layer.0.query"]))

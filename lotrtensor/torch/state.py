@@ -70,8 +70,8 @@ def load_lotr(
     Raises
     ------
     FormatError, ShapeError
-        If the adapter was made for another model: layers are missing, or have other shapes. The
-        model is as it was.
+        If the adapter was made for another model: layers are missing, or have other shapes; or if
+        layers to be filled are merged. The model is as it was.
     UnsupportedAdapterError
         If another source than a LoTR is given without ``rank``, or the adapter carries tensors
         besides its update.
@@ -188,8 +188,14 @@ def _fill(model: nn.Module, adapter: LotrAdapter) -> None:
 
 
 def _check_same(model: nn.Module, plans: tuple[GroupPlan, ...]) -> None:
-    """Refuse to fill layers that are grouped or shaped in another way."""
+    """Refuse to fill layers that are merged, or grouped or shaped in another way."""
     layers = dict(lotr_layers(model))
+    merged = next((name for name, layer in layers.items() if layer.merged), None)
+    if merged is not None:
+        raise FormatError(
+            f"{merged} is merged, and could not be unmerged once its core is another; call unmerge "
+            "first"
+        )
     found = {
         name: (
             {path for path, layer in layers.items() if layer.factors is factors},
