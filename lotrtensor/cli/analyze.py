@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from lotrtensor.adapters.loading import load
 from lotrtensor.analyze import analyze as analyze_adapter
-from lotrtensor.cli.common import AdapterPath, Json, output_console, print_json, progress_bar
-from lotrtensor.report.documents import analysis_document
-from lotrtensor.report.tables import analysis_table
+from lotrtensor.analyze import similarity
+from lotrtensor.cli.common import Json, output_console, print_json, progress_bar
+from lotrtensor.report.analysis import analysis_document
+from lotrtensor.report.page import check_page, page, plotly_source, write_page
+from lotrtensor.report.tables import analysis_table, similarity_table
 
 
-def analyze(adapter: AdapterPath, json: Json = False) -> None:
-    """Compare LoTR and truncated LoRA at several sizes: errors, bounds, bytes.
+def analyze(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter directories.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PAGE", help="Page to write, one HTML file."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a page that stands there.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Compare LoTR and truncated LoRA at every size, and adapters with one another.
 
-    Example: lotr analyze my-lora
+    With an output it writes one HTML page that opens from disk, needs no network, and lets you
+    choose a size by eye.
+
+    Example: lotr analyze my-lora -o report.html
     """
-    source = load(adapter)
+    drawing = None
+    if output is not None:
+        drawing = plotly_source()
+        check_page(output, force=force)
+    sources = [load(adapter) for adapter in adapters]
     with progress_bar() as progress:
-        document = analysis_document(analyze_adapter(source, progress=progress))
+        analyses = [analyze_adapter(source, progress=progress) for source in sources]
+        alike = similarity(sources) if len(sources) > 1 else None
+    document = analysis_document([str(path) for path in adapters], sources, analyses, alike)
+    if output is not None and drawing is not None:
+        write_page(output, page(document, drawing), force=force)
     if json:
         print_json(document)
         return
     console = output_console()
-    console.print(analysis_table(document))
-    console.print(document["recommendation"])
+    for entry in document["adapters"]:
+        console.print(analysis_table(entry))
+        console.print(entry["recommendation"], markup=False)
+    if document["similarity"]:
+        console.print(similarity_table(document["similarity"]))
+    if output is not None:
+        console.print(f"{output}: open it in a browser", markup=False)

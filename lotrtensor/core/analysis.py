@@ -10,8 +10,8 @@ import numpy as np
 
 from lotrtensor.core.hosvd import hosvd
 from lotrtensor.core.linalg import to_numpy
-from lotrtensor.core.problem import Problem
-from lotrtensor.core.reduction import Method, reduce_stack
+from lotrtensor.core.profile import profile
+from lotrtensor.core.reduction import Method
 from lotrtensor.core.stacks import LowRankStack, SliceStack
 from lotrtensor.core.truncate import rank_one_terms, slice_svds, truncation_error, uniform_ranks
 
@@ -75,18 +75,13 @@ def rate_distortion(
     In the bases of the HOSVD the energy that ranks (p, q) keep is the sum of Σ_k G_k² over the
     p × q corner, so that cumulative sums price all pairs at once.
     """
-    problem = Problem(
-        stack, None, reduce_stack(stack, None, method=method, tolerance=tolerance), stack.dtype
+    found = profile(stack, slice_ranks=slice_ranks, tolerance=tolerance, method=method)
+    return tuple(
+        RatePoint(p, q, parameters, *found.errors((p, q)))
+        for (p, q), parameters in zip(
+            found.curve.ranks.tolist(), found.curve.parameters.tolist(), strict=True
+        )
     )
-    curve = problem.curve(slice_ranks)
-    norm = math.sqrt(curve.norm2) or 1.0
-    points = []
-    for (p, q), parameters, error2 in zip(
-        curve.ranks.tolist(), curve.parameters.tolist(), curve.error2.tolist(), strict=True
-    ):
-        error = math.sqrt(error2) / norm
-        points.append(RatePoint(p, q, parameters, error, min(problem.lower_bound((p, q)), error)))
-    return tuple(points)
 
 
 def truncated_lora_curve(stacks: Sequence[LowRankStack], *, optimal: bool) -> tuple[SizePoint, ...]:
@@ -107,6 +102,13 @@ def truncated_lora_curve(stacks: Sequence[LowRankStack], *, optimal: bool) -> tu
     """
     spectra = [svd.values for stack in stacks for svd in slice_svds(stack)]
     costs = [stack.shape[1] + stack.shape[2] for stack in stacks for _ in range(stack.shape[0])]
+    return truncation_curve(spectra, costs, optimal=optimal)
+
+
+def truncation_curve(
+    spectra: Sequence[np.ndarray], costs: Sequence[int], *, optimal: bool
+) -> tuple[SizePoint, ...]:
+    """`truncated_lora_curve` from the slices' singular values and the cost m + n of a term each."""
     if not optimal:
         most = max(len(values) for values in spectra)
         points = []

@@ -11,6 +11,7 @@ from lotrtensor.core.fit import tucker2
 from lotrtensor.core.goals import Rank, check_rank
 from lotrtensor.core.linalg import as_working, orthonormal_basis, to_numpy
 from lotrtensor.core.problem import Tucker2Fit
+from lotrtensor.core.reduction import Method
 from lotrtensor.core.stacks import LowRankStack
 from lotrtensor.errors import DataError, RankError
 
@@ -47,6 +48,7 @@ def cluster(
     restarts: int = 4,
     seed: int = 0,
     max_rounds: int = 20,
+    method: Method = "auto",
 ) -> Clustering:
     """Split the slices among ``clusters`` bases (U_c, V_c) of one rank.
 
@@ -68,6 +70,8 @@ def cluster(
         Of the random starts.
     max_rounds : int
         Rounds of a start at most.
+    method : str
+        Of the fits, as for `tucker2`; ``"hosvd"`` finds much the same parts in far less time.
 
     Returns
     -------
@@ -95,7 +99,7 @@ def cluster(
     starts = [np.arange(slices) * clusters // slices]
     starts += [_random_labels(rng, slices, clusters) for _ in range(restarts)]
     norms2 = to_numpy(stack.norms2())
-    found = [_descend(stack, labels, pair, norms2, max_rounds) for labels in starts]
+    found = [_descend(stack, labels, pair, norms2, max_rounds, method) for labels in starts]
     return min(found, key=lambda clustering: clustering.relative_error)
 
 
@@ -105,13 +109,14 @@ def _descend(
     pair: tuple[int, int],
     norms2: np.ndarray,
     max_rounds: int,
+    method: Method,
 ) -> Clustering:
-    best = _refit(stack, labels, pair, norms2)
+    best = _refit(stack, labels, pair, norms2, method)
     for _ in range(max_rounds):
         labels = _reassign(stack, best)
         if np.array_equal(labels, best.labels):
             break
-        found = _refit(stack, labels, pair, norms2)
+        found = _refit(stack, labels, pair, norms2, method)
         if found.relative_error >= best.relative_error:
             break
         best = found
@@ -119,7 +124,11 @@ def _descend(
 
 
 def _refit(
-    stack: LowRankStack, labels: np.ndarray, pair: tuple[int, int], norms2: np.ndarray
+    stack: LowRankStack,
+    labels: np.ndarray,
+    pair: tuple[int, int],
+    norms2: np.ndarray,
+    method: Method,
 ) -> Clustering:
     # Numbered by first appearance; a cluster that lost all its slices is gone.
     order = list(dict.fromkeys(labels.tolist()))
@@ -129,7 +138,7 @@ def _refit(
         members = np.nonzero(labels == c)[0]
         part = stack.take(members.tolist())
         p, q = (min(r, most) for r, most in zip(pair, part.max_rank, strict=True))
-        fit = tucker2(part, (p, q))
+        fit = tucker2(part, (p, q), method=method)
         fits.append(fit)
         lost2 += fit.relative_error**2 * float(norms2[members].sum())
     total2 = float(norms2.sum())

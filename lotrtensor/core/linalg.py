@@ -195,6 +195,9 @@ def leading_left(x: Array, rank: int, *, squared: bool) -> tuple[Array, Array]:
     xp = namespace(x)
     a, c = x.shape
     if not squared:
+        if c > 2 * a:
+            x = triangular_factor(x.T).T  # the same singular values and left vectors, sooner
+            c = a
         if c < rank:
             padding = xp.zeros((a, rank - c), dtype=x.dtype, device=device(x))
             x = xp.concat([x, padding], axis=1)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from lotrtensor.core.allocation import cheapest_loss
+from lotrtensor.core.allocation import cheapest_loss, lower_hull
 from lotrtensor.core.hosvd import Hosvd
-from lotrtensor.core.linalg import Array, as_accumulator, namespace, to_numpy
-from lotrtensor.core.stacks import SliceStack
+from lotrtensor.core.linalg import as_accumulator, namespace, to_numpy
+from lotrtensor.core.stacks import LowRankStack, SliceStack
 from lotrtensor.errors import RankError
 
 Fit = TypeVar("Fit")
@@ -47,18 +49,19 @@ def tucker2_parameters(
     if slice_ranks is None:
         cores = slices * dense
     else:
-        cores = np.sum([np.minimum(dense, r * np.add(p, q)) for r in slice_ranks], axis=0)
+        cores = np.zeros_like(dense)
+        for r, count in Counter(slice_ranks).items():
+            cores = cores + count * np.minimum(dense, r * np.add(p, q))
     return np.asarray(np.multiply(m, p) + np.multiply(n, q) + cores)
 
 
-def truncation_errors2(core: Array) -> np.ndarray:
+def energies_outside(energy: np.ndarray) -> np.ndarray:
     """Squared error of keeping the leading (p, q) corner of every core, for all p and q at once.
 
-    Entry [p − 1, q − 1] is Σ_k of the entries of G_k² outside its p × q corner, as a sum of
-    energies that are left out: nothing cancels. With orthonormal factors this is the error of the
-    truncated decomposition.
+    ``energy`` (a × b) is Σ_k of the squared entries of the cores. Entry [p − 1, q − 1] of the
+    result is its sum outside the p × q corner, a sum of what is left out: nothing cancels. With
+    orthonormal factors this is the error of the truncated decomposition.
     """
-    energy = to_numpy(namespace(core).sum(core * core, axis=0))
     right_of = np.cumsum(energy[:, ::-1], axis=1)[:, ::-1]
     right_of = np.concatenate([right_of[:, 1:], np.zeros((energy.shape[0], 1))], axis=1)
     rows = energy.sum(axis=1)
@@ -90,9 +93,33 @@ def frontier(
     slice_ranks : sequence of int, optional
         Ranks r_k; see `tucker2_parameters`.
     """
-    core = as_accumulator(stack.core(full.left, full.right))
-    error2 = truncation_errors2(core) + lost2
-    norm2 = float(namespace(core).sum(core * core)) + lost2
+    energy = core_energy(stack, full)
+    error2 = energies_outside(energy) + lost2
+    return efficient_pairs(error2, float(energy.sum()) + lost2, shape, slice_ranks)
+
+
+def core_energy(stack: SliceStack, full: Hosvd) -> np.ndarray:
+    """Σ_k of the squared entries of the cores UᵀΔW_kV (a × b), U and V those of ``full``.
+
+    Thin factors give one core at a time: all K of them can be larger than the factors by far.
+    """
+    parts = [stack]
+    if isinstance(stack, LowRankStack):
+        parts = [stack.take([k]) for k in range(stack.shape[0])]
+    energy = np.zeros((full.left.shape[1], full.right.shape[1]))
+    for part in parts:
+        core = as_accumulator(part.core(full.left, full.right))
+        energy += to_numpy(namespace(core).sum(core * core, axis=0))
+    return energy
+
+
+def efficient_pairs(
+    error2: np.ndarray,
+    norm2: float,
+    shape: tuple[int, int, int],
+    slice_ranks: Sequence[int] | None,
+) -> Frontier:
+    """Return the pairs (p, q) that none beats, from the squared errors of all of them (a × b)."""
     p, q = np.meshgrid(*(np.arange(1, s + 1) for s in error2.shape), indexing="ij")
     parameters = tucker2_parameters(shape, p, q, slice_ranks)
     return _efficient(
@@ -167,6 +194,27 @@ def allocate_budget(curves: Sequence[Frontier], budget: int) -> list[int]:
         )
     prices = [curve.parameters.astype(np.float64) for curve in curves]
     return cheapest_loss(prices, [curve.error2 for curve in curves], budget)
+
+
+def allocation_walk(curves: Sequence[Frontier]) -> list[list[int]]:
+    """Indices into the curves at every breakpoint of `allocate_budget`, by rising parameters.
+
+    From the smallest pairs to the largest, one step of one group at a time: each has the smallest
+    total squared error of its size.
+    """
+    steps = []
+    for group, curve in enumerate(curves):
+        x, y = curve.parameters.astype(np.float64), curve.error2
+        for a, b in itertools.pairwise(lower_hull(x, y)):
+            steps.append((float((y[b] - y[a]) / (x[b] - x[a])), group, b))
+    # Steps of one hull get ever flatter: the stable sort keeps their order.
+    steps.sort(key=lambda step: step[0])
+    walk = [[0] * len(curves)]
+    for _, group, point in steps:
+        following = list(walk[-1])
+        following[group] = point
+        walk.append(following)
+    return walk
 
 
 def allocate_tolerance(curves: Sequence[Frontier], tolerance: float) -> list[int]:

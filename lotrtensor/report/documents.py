@@ -13,7 +13,6 @@ from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.analyze import Analysis
 from lotrtensor.compare import Difference, lora_factors
 
 Document = dict[str, Any]
@@ -21,7 +20,7 @@ Document = dict[str, Any]
 
 def dumps(document: Document) -> str:
     """Return one JSON document. A ratio to nothing, infinite in Python, is null."""
-    return json.dumps(_finite(document), indent=2, allow_nan=False)
+    return json.dumps(finite(document), indent=2, allow_nan=False)
 
 
 def lotr_document(adapter: LotrAdapter) -> Document:
@@ -77,16 +76,6 @@ def difference_document(difference: Difference) -> Document:
     }
 
 
-def analysis_document(analysis: Analysis) -> Document:
-    """Every representation at every size, and the recommendation."""
-    return {
-        "source_parameters": analysis.source_parameters,
-        "source_bytes": analysis.source_bytes,
-        "recommendation": analysis.recommendation,
-        "choices": [choice._asdict() for choice in analysis.choices],
-    }
-
-
 def _lora_document(adapter: LoraAdapter, group_by: str) -> Document:
     modules = {module.name: module for module in adapter.modules}
     slots = [Slot(m.name, m.shape, m.embedding) for m in adapter.modules]
@@ -107,11 +96,12 @@ def _lora_document(adapter: LoraAdapter, group_by: str) -> Document:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return the value with None for every number that JSON has no word for."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -29,7 +29,7 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         # Folded, not cut: what tells two groups apart is often the end of their names.
         table.add_column(
-            column, justify="left" if column in ("group", "module") else "right", overflow="fold"
+            column, justify="left" if column in ("group", "module", "adapter") else "right", overflow="fold"
         )
     return table
 
@@ -90,13 +90,17 @@ def difference_table(document: Document, limit: int = 10) -> Table:
 
 
 def analysis_table(document: Document) -> Table:
-    """Errors by size, one column a representation, the smallest error of a size in bold."""
-    names = list(dict.fromkeys(choice["representation"] for choice in document["choices"]))
-    table = _table("relative error at a size", "bytes at most", *names)
-    for budget in dict.fromkeys(choice["budget"] for choice in document["choices"]):
+    """Errors by size, one column a representation, the smallest error of a size in bold.
+
+    Errors of LoTR are predicted from one decomposition a group; converting reaches them or less.
+    """
+    choices = [choice for choice in document["choices"] if not choice["measured"]]
+    names = list(dict.fromkeys(choice["representation"] for choice in choices))
+    table = _table(f"{escape(document['name'])}: relative error at a size", "bytes at most", *names)
+    for budget in dict.fromkeys(choice["budget"] for choice in choices):
         errors = {
             choice["representation"]: choice["relative_error"]
-            for choice in document["choices"]
+            for choice in choices
             if choice["budget"] == budget
         }
         best = min(errors.values())
@@ -105,6 +109,15 @@ def analysis_table(document: Document) -> Table:
             for value in map(errors.get, names)
         ]
         table.add_row(f"{size(int(budget * document['source_bytes']))} ({budget:.0%})", *cells)
+    return table
+
+
+def similarity_table(document: Document) -> Table:
+    """Cosines between the updates of several adapters."""
+    names = [escape(name) for name in document["adapters"]]
+    table = _table("cosine of the updates ΔW", "adapter", *names)
+    for name, row in zip(names, document["cosine"], strict=True):
+        table.add_row(name, *("–" if value is None else f"{value:.3f}" for value in row))
     return table
 
 

@@ -1,0 +1,359 @@
+"""What an analysis says of an adapter: true, complete, honest about the better alternative."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from adapters_fixtures import (
+    assert_refused,
+    bert_pairs,
+    document,
+    lotr,
+    read_config,
+    write_adapter,
+    write_lora,
+)
+from lotrtensor import LoraAdapter, analyze, compare, convert, load, truncate
+from lotrtensor.analyze import Choice, similarity
+from lotrtensor.analyze.recommend import recommend
+from lotrtensor.analyze.representations import thinned
+from lotrtensor.sizes import budget_parameters
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """Twelve layers whose slices share most of their energy."""
+    return load(write_lora(tmp_path_factory.mktemp("adapter") / "lora"))
+
+
+@pytest.fixture(scope="module")
+def analysis(lora):
+    return analyze(lora)
+
+
+def rows(analysis, name, measured=False):
+    found = [c for c in analysis.choices if (c.representation, c.measured) == (name, measured)]
+    assert found
+    return found
+
+
+OPTIONS = {
+    "LoTR by type": {},
+    "LoTR by shape": {"group_by": "shape"},
+    "LoTR, layers in 2 clusters": {"cluster": 2},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_converting_reaches_what_is_predicted(lora, analysis, name):
+    """At most the predicted error, at most the size; not below the bound."""
+    for choice in rows(analysis, name):
+        made = convert(lora, budget=f"{100 * choice.budget:g}%", **OPTIONS[name])
+        assert choice.bytes <= lora.bytes * choice.budget
+        # convert looks for clusters of its own, which can be a little better or worse.
+        slack = 1.05 if "clusters" in name else 1 + 1e-6
+        assert made.relative_error <= choice.relative_error * slack
+        if "clusters" not in name:
+            assert made.relative_error >= choice.lower_bound * (1 - 1e-6)
+        assert choice.lower_bound <= choice.relative_error
+
+
+def test_truncated_lora_is_exact(lora, analysis):
+    """As truncate makes it, for the best ranks and for one."""
+    for choice in rows(analysis, "truncated LoRA, best ranks"):
+        made = truncate(lora, budget=f"{100 * choice.budget:g}%")
+        assert made.parameters == choice.parameters
+        found = compare(lora, made).relative_error
+        assert found == pytest.approx(choice.relative_error, rel=1e-4)
+    for choice in rows(analysis, "truncated LoRA, one rank"):
+        errors = {
+            made.parameters: compare(lora, made).relative_error
+            for made in (truncate(lora, rank=rank) for rank in (1, 2, 3))
+        }
+        assert errors[choice.parameters] == pytest.approx(choice.relative_error, rel=1e-4)
+        assert max(size for size in errors if size <= lora.parameters * choice.budget) == (
+            choice.parameters
+        )
+
+
+def test_a_lora_has_no_row_below_rank_1(lora, analysis):
+    """And LoTR goes on."""
+    smallest = sum(m + n for m, n in (module.shape for module in lora.modules))
+    for name in ("truncated LoRA, best ranks", "truncated LoRA, one rank"):
+        assert all(choice.parameters >= smallest for choice in rows(analysis, name))
+        assert {c.budget for c in rows(analysis, name)} < {
+            c.budget for c in rows(analysis, "LoTR by type")
+        }
+
+
+def test_measured_rows_are_converted_adapters(lora, analysis):
+    """At the recommended size, by type and the best LoTR there."""
+    (choice,) = rows(analysis, "LoTR by type", measured=True)
+    made = convert(lora, budget=f"{100 * choice.budget:g}%")
+    assert choice.bytes == made.bytes
+    assert choice.relative_error == pytest.approx(made.relative_error, rel=1e-9)
+    assert choice.lower_bound == pytest.approx(made.lower_bound, rel=1e-9)
+    assert choice.budget == analysis.recommended.budget
+
+
+def test_targets_are_met_and_nothing_smaller_meets_them(lora, analysis):
+    """By the representation's own curve."""
+    curves = {curve.representation: curve.points for curve in analysis.curves}
+    assert {target.representation for target in analysis.targets} == curves.keys()
+    for target in analysis.targets:
+        assert target.point.relative_error <= target.tolerance
+        smaller = [
+            p for p in curves[target.representation] if p.parameters < target.point.parameters
+        ]
+        assert all(p.relative_error > target.tolerance for p in smaller)
+        if target.representation == "LoTR by type":
+            made = convert(lora, tolerance=target.tolerance)
+            assert made.relative_error <= target.tolerance
+            assert made.parameters <= target.point.parameters
+
+
+def test_curves_rise_in_size_and_fall_in_error(analysis):
+    for curve in analysis.curves:
+        sizes = [point.parameters for point in curve.points]
+        errors = [point.relative_error for point in curve.points]
+        assert all(a < b for a, b in itertools.pairwise(sizes))
+        assert all(a >= b for a, b in itertools.pairwise(errors))
+        assert len(sizes) > 2
+
+
+def test_steps_agree_with_conversion_at_their_rank(lora, analysis):
+    """Parameters, groups and bounds; the same bytes shared out are never worse."""
+    ranks = [step.rank for step in analysis.steps]
+    assert ranks == sorted(set(ranks))
+    assert ranks[0] == 1
+    for step in analysis.steps[:3]:
+        made = convert(lora, rank=step.rank)
+        assert step.one_rank.parameters == made.parameters <= lora.parameters
+        for group, row in zip(step.one_rank.groups, made.summary, strict=True):
+            assert ((group.p, group.q), group.parameters) == (row.ranks, row.parameters)
+            assert row.relative_error <= group.relative_error * (1 + 1e-6)
+            assert group.lower_bound * (1 - 1e-6) <= row.relative_error
+    for step in analysis.steps:
+        assert step.shared.parameters <= step.one_rank.parameters
+        assert step.shared.relative_error <= step.one_rank.relative_error * (1 + 1e-9)
+        for point in (step.one_rank, step.shared):
+            whole = sum(
+                (error * module.norm) ** 2
+                for group, at in zip(analysis.groups, point.groups, strict=True)
+                for error, module in zip(at.slice_errors, group.modules, strict=True)
+            )
+            norm2 = sum(group.norm**2 for group in analysis.groups)
+            assert np.sqrt(whole / norm2) == pytest.approx(point.relative_error, rel=1e-6)
+
+
+def test_alternatives_of_a_step_are_of_its_size(lora, analysis):
+    """What truncate makes of the same number of parameters."""
+    step = analysis.steps[-1]
+    budget = f"{step.one_rank.parameters}p"
+    found = compare(lora, truncate(lora, budget=budget)).relative_error
+    name = "truncated LoRA, best ranks"
+    assert step.alternatives[name] == pytest.approx(found, rel=1e-4, abs=1e-6)
+    assert name not in analysis.steps[0].alternatives
+
+
+def test_groups_hold_the_dense_spectra(lora, analysis):
+    """Singular values of the unfoldings, and norms, by SVD of the dense tensor."""
+    for group in analysis.groups:
+        modules = {module.name: module for module in lora.modules}
+        dense = np.stack([modules[row.name].B @ modules[row.name].A for row in group.modules])
+        left = np.linalg.svd(np.concatenate(list(dense), axis=1), compute_uv=False)
+        right = np.linalg.svd(np.concatenate(list(dense), axis=0), compute_uv=False)
+        assert group.left_values[:3] == pytest.approx(left[:3], rel=1e-4)
+        assert group.right_values[:3] == pytest.approx(right[:3], rel=1e-4)
+        norms = [row.norm for row in group.modules]
+        assert norms == pytest.approx(np.linalg.norm(dense, axis=(1, 2)), rel=1e-4)
+        assert [row.layer for row in group.modules] == [str(k) for k in range(12)]
+
+
+def in_another_gauge(adapter):
+    """The same products from other factors."""
+    rng = np.random.default_rng(7)
+    modules = []
+    for module in adapter.modules:
+        mix = rng.normal(size=(module.rank,) * 2) + 3 * np.eye(module.rank)
+        b, a = module.B @ mix, np.linalg.solve(mix, module.A)
+        modules.append(type(module)(module.name, b, a))
+    return LoraAdapter(tuple(modules), adapter.config, adapter.dtype)
+
+
+def test_nothing_depends_on_the_gauge(lora, analysis):
+    """Errors, overlaps and similarity come from the products alone."""
+    again = in_another_gauge(lora)
+    other = analyze(again)
+    assert other.recommendation == analysis.recommendation
+    for a, b in zip(analysis.groups, other.groups, strict=True):
+        assert b.left_overlap == pytest.approx(a.left_overlap, abs=1e-4)
+        assert b.right_overlap == pytest.approx(a.right_overlap, abs=1e-4)
+    found = similarity([lora, again])
+    assert found.cosine == pytest.approx(1.0, abs=1e-6)
+
+
+def test_similarity_is_the_dense_cosine(tmp_path):
+    """Whole and by kind; a module that only one has counts as zero there."""
+    one, two = bert_pairs(3, 2, 0), bert_pairs(3, 2, 1)
+    two = {name: pair for name, pair in two.items() if "layer.2" not in name}
+    adapters = [load(write_lora(tmp_path / str(i), pairs)) for i, pairs in enumerate((one, two))]
+    dense = [{m.name: m.B @ m.A for m in adapter.modules} for adapter in adapters]
+    names = [name for name in dense[0] if name in dense[1]]
+    product = sum(np.sum(dense[0][name] * dense[1][name]) for name in names)
+    norms = [np.sqrt(sum(np.sum(x**2) for x in part.values())) for part in dense]
+    found = similarity(adapters)
+    assert found.cosine[0, 1] == pytest.approx(product / (norms[0] * norms[1]), rel=1e-5)
+    assert np.diag(found.cosine) == pytest.approx(1.0)
+    assert found.shared.tolist() == [[9, 6], [6, 6]]
+    assert len(found.by_kind) == 3
+
+
+def test_adapters_of_unlike_models_have_no_similarity(tmp_path):
+    """NaN, null in the document; never a number."""
+    one = {"a.0.q": (np.ones((4, 1), np.float32), np.ones((1, 3), np.float32))}
+    two = {"a.0.q": (np.ones((5, 1), np.float32), np.ones((1, 3), np.float32))}
+    paths = [write_lora(tmp_path / str(i), pairs) for i, pairs in enumerate((one, two))]
+    assert np.isnan(similarity([load(path) for path in paths]).cosine[0, 1])
+    found = document("analyze", *paths)
+    assert found["similarity"]["cosine"] == [[1.0, None], [None, 1.0]]
+
+
+def choice(name, budget, error, measured=False):
+    return Choice(name, budget, 100, int(1000 * budget), error, None, measured)
+
+
+def test_the_recommendation_never_hides_the_better_one():
+    """The smallest error first, whichever form it has, and the other form beside it."""
+    both = [choice("LoTR by type", 0.25, 0.45), choice("truncated LoRA, best ranks", 0.25, 0.41)]
+    found = recommend(both, 1000)
+    assert found.text == (
+        "truncated LoRA, best ranks: 4.0 × smaller, error 0.41; "
+        "LoTR by type reaches 0.45 at that size"
+    )
+    assert found.choice.representation == "truncated LoRA, best ranks"
+    better = recommend([*both, choice("LoTR by type", 0.25, 0.40, measured=True)], 1000)
+    assert better.text.startswith("LoTR by type: 4.0 × smaller, error 0.4; truncated LoRA")
+    alone = recommend([*both, choice("LoTR by type", 0.12, 0.49)], 1000)
+    assert "truncated LoRA does not get down to that size" in alone.text
+
+
+def test_an_adapter_that_is_not_redundant_is_told_so():
+    found = recommend([choice("LoTR by type", 0.5, 0.7)], 1000)
+    assert found.choice is None
+    assert "not redundant" in found.text
+    assert recommend([], 1000).choice is None
+
+
+@pytest.mark.parametrize("points", [2, 5, 96])
+def test_thinning_keeps_the_ends(points):
+    sizes = sorted({int(1.05**i) + i for i in range(300)})
+    kept = thinned(sizes, points)
+    assert kept[0] == 0
+    assert kept[-1] == len(sizes) - 1
+    assert len(kept) <= points
+    assert thinned(sizes[:2], points) == [0, 1]
+
+
+def test_a_single_module_can_be_analysed(tmp_path):
+    """One slice, rank 1: nothing to share, and no division by zero."""
+    rng = np.random.default_rng(0)
+    b, a = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 1), (1, 3)))
+    found = analyze(load(write_lora(tmp_path / "one", {"a.q": (b, a)})))
+    assert {c.representation for c in found.curves} == {
+        "LoTR by type",
+        "truncated LoRA, best ranks",
+        "truncated LoRA, one rank",
+    }
+    assert found.steps[0].rank == 1
+
+
+def test_an_update_of_zeros_can_be_analysed(tmp_path):
+    """No NaN in the document."""
+    pairs = {f"a.{k}.q": (np.zeros((4, 2), np.float32), np.ones((2, 3), np.float32)) for k in "01"}
+    text = lotr("analyze", write_lora(tmp_path / "zero", pairs), "--json")
+    assert text.code == 0
+    assert "NaN" not in text.out
+    (entry,) = json.loads(text.out)["adapters"]
+    assert {c["relative_error"] for c in entry["choices"]} <= {0.0}
+
+
+def test_a_lotr_is_analysed_as_the_lora_it_exports_to(lora, tmp_path):
+    made = convert(lora, rank=4)
+    made.save(tmp_path / "lotr")
+    found = document("analyze", tmp_path / "lotr")["adapters"][0]
+    assert found["type"] == "LOTR"
+    assert found["stored_bytes"] == made.bytes
+    assert found["source_bytes"] == made.to_lora().bytes
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_document_repeats_the_analysis(tmp_path):
+    """Every figure's numbers, to five digits."""
+    path = write_lora(tmp_path / "lora")
+    analysis, (entry,) = analyze(load(path)), document("analyze", path)["adapters"]
+    assert entry["name"] == str(path)
+    assert entry["recommendation"] == analysis.recommendation
+    assert len(entry["choices"]) == len(analysis.choices)
+    for row, choice_ in zip(entry["choices"], analysis.choices, strict=True):
+        assert row["relative_error"] == pytest.approx(choice_.relative_error, rel=1e-4)
+        assert row["bytes"] == choice_.bytes
+    for step, stop in zip(entry["steps"], analysis.steps, strict=True):
+        assert step["rank"] == stop.rank
+        for mode in ("one_rank", "shared"):
+            point = getattr(stop, mode)
+            assert step[mode]["parameters"] == point.parameters
+            assert step[mode]["bytes"] == point.parameters * 4
+            for group, at in zip(step[mode]["groups"], point.groups, strict=True):
+                assert (group["p"], group["q"]) == (at.p, at.q)
+                assert group["module_errors"] == pytest.approx(list(at.slice_errors), rel=1e-4)
+    for group, part in zip(entry["groups"], analysis.groups, strict=True):
+        assert group["spectrum"]["left"]["value"][0] == pytest.approx(part.left_values[0], rel=1e-4)
+        assert group["overlap"]["left"] == pytest.approx(part.left_overlap, abs=1e-3)
+        assert len(group["rates"]["p"]) == len(part.rates)
+
+
+def test_the_terminal_shows_every_form_and_the_recommendation(tmp_path):
+    path = write_lora(tmp_path / "lora")
+    found = lotr("analyze", path)
+    assert found.code == 0, found.err
+    for name in (*OPTIONS, "truncated LoRA, best ranks", "truncated LoRA, one rank"):
+        assert name in found.out
+    assert analyze(load(path)).recommendation in " ".join(found.out.split())
+
+
+def test_several_adapters_are_compared(tmp_path):
+    paths = [write_lora(tmp_path / name, bert_pairs(3, 2, k)) for k, name in enumerate("ab")]
+    found = document("analyze", *paths)
+    assert [entry["name"] for entry in found["adapters"]] == [str(path) for path in paths]
+    assert found["similarity"]["cosine"][0][0] == 1.0
+    assert "cosine" in lotr("analyze", *paths).out
+
+
+def test_names_from_files_are_text_in_the_terminal(tmp_path):
+    """Markup of the terminal's in a name is shown as it is."""
+    rng = np.random.default_rng(0)
+    b, a = (rng.normal(size=s).astype(np.float32) for s in ((4, 2), (2, 3)))
+    path = write_lora(tmp_path / "[bold]x[/]", {"a.0.q": (b, a), "a.1.q": (b, a)})
+    assert "[bold]x[/]" in "".join(lotr("analyze", path).out.split())
+
+
+def test_a_bad_adapter_among_good_ones_is_refused(tmp_path):
+    good = write_lora(tmp_path / "good")
+    assert_refused(lotr("analyze", good, tmp_path / "missing"), "missing")
+    config = read_config(good) | {"use_dora": True}
+    tensors = safetensors.numpy.load_file(good / "adapter_model.safetensors")
+    bad = write_adapter(tmp_path / "dora", config, tensors)
+    assert_refused(lotr("analyze", bad, good), "DoRA")
+
+
+def test_budgets_are_those_of_convert(lora, analysis):
+    """A share of the bytes means the same in both."""
+    for found in rows(analysis, "LoTR by type"):
+        share = f"{100 * found.budget:g}%"
+        assert found.parameters <= budget_parameters(share, lora.dtype.itemsize, lora.bytes)
