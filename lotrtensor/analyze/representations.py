@@ -155,17 +155,13 @@ class TruncatedLora:
         """The smallest error for at most so many parameters."""
         if parameters < sum(self.costs):
             return None
-        if not self.one_rank:
-            return self._point(ranks_for_budget(self.spectra, self.costs, parameters))
-        fitting = [point for point in self.curve().points if point.parameters <= parameters]
-        return fitting[-1]
+        found = ranks_for_budget(self.spectra, self.costs, parameters, uniform=self.one_rank)
+        return self._point(found)
 
-    def reaching(self, tolerance: float) -> CurvePoint | None:
+    def reaching(self, tolerance: float) -> CurvePoint:
         """The smallest size of at most that error."""
-        if not self.one_rank:
-            return self._point(ranks_for_tolerance(self.spectra, self.costs, tolerance))
-        points = self.curve().points
-        return next((point for point in points if point.relative_error <= tolerance), None)
+        found = ranks_for_tolerance(self.spectra, self.costs, tolerance, uniform=self.one_rank)
+        return self._point(found)
 
     def curve(self) -> Curve:
         """One point a rank, or one for each of the best terms, thinned out."""

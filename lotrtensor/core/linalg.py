@@ -196,7 +196,7 @@ def leading_left(x: Array, rank: int, *, squared: bool) -> tuple[Array, Array]:
     a, c = x.shape
     if not squared:
         if c > 2 * a:
-            x = triangular_factor(x.T).T  # the same singular values and left vectors, sooner
+            x = gram_root(x.T).T  # the same singular values and left vectors, sooner
             c = a
         if c < rank:
             padding = xp.zeros((a, rank - c), dtype=x.dtype, device=device(x))

@@ -27,10 +27,9 @@ def leading_subspaces(svd: SliceSvd, energy: float = LEADING) -> Subspaces:
     They belong to the product B_k A_k: another gauge of the factors has the same. A zero slice
     has no direction, d = 0.
     """
-    left, values, right = np.linalg.svd(svd.small, full_matrices=False)
-    held = np.cumsum(values**2)
+    held = np.cumsum(svd.values**2)
     count = int(np.searchsorted(held, energy * held[-1])) + 1 if held[-1] > 0 else 0
-    return Subspaces(to_numpy(svd.left) @ left[:, :count], to_numpy(svd.right) @ right[:count, :].T)
+    return Subspaces(to_numpy(svd.left[:, :count]), to_numpy(svd.right[:, :count]))
 
 
 def overlaps(bases: Sequence[np.ndarray]) -> np.ndarray:
