@@ -29,7 +29,9 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         # Folded, not cut: what tells two groups apart is often the end of their names.
         table.add_column(
-            column, justify="left" if column in ("group", "module", "adapter") else "right", overflow="fold"
+            column,
+            justify="left" if column in ("group", "module", "adapter") else "right",
+            overflow="fold",
         )
     return table
 
