@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ WIDEST = 512
 """Directions a side that are looked at where a group is too large for the exact problem."""
 
 POINTS = 96
-"""Points of a curve, at most."""
+"""Points of a curve, at most; a few more where it has gaps."""
+
+GAP = 1.3
+"""Ratio of two neighbouring sizes of a curve from which others are looked for between them."""
 
 Pair = tuple[int, int]
 
@@ -97,14 +101,24 @@ class Lotr:
         return self.point(self._pairs(chosen))
 
     def curve(self) -> Curve:
-        """Breakpoints of the allocation, thinned out."""
+        """Breakpoints of the allocation, thinned out, and what lies in the gaps between them."""
         walk = allocation_walk([profile.curve for profile in self.profiles])
         sizes = [
             sum(int(p.curve.parameters[i]) for p, i in zip(self.profiles, chosen, strict=True))
             for chosen in walk
         ]
         points = [self.point(self._pairs(walk[i])) for i in thinned(sizes)]
-        return Curve(self.name, tuple(points))
+        # A line across a gap would promise errors that no ranks have.
+        found = [points[0]]
+        for before, after in itertools.pairwise(points):
+            steps = math.ceil(math.log(after.parameters / before.parameters) / math.log(GAP))
+            sizes = np.geomspace(before.parameters, after.parameters, steps + 1)[1:-1].tolist()
+            between = (self.within(int(size)) for size in sizes)
+            found += [
+                point for point in between if point and point.parameters > found[-1].parameters
+            ]
+            found.append(after)
+        return Curve(self.name, tuple(found))
 
     def point(self, pairs: Sequence[Pair]) -> CurvePoint:
         """Size, error and bound at given ranks."""

@@ -57,7 +57,7 @@ function paperSize(box) {
 
 // Names that leave room for the picture on a narrow screen: the end of a path tells most.
 function fitting(names) {
-  const most = narrow() || printing ? 14 : 34;
+  const most = narrow() || printing ? 18 : 38;
   return names.map((name) => (name.length > most ? "…" + name.slice(1 - most) : name));
 }
 
@@ -68,7 +68,7 @@ function heatScale() {
 // A matrix with its numbers in the cells while there is room for them.
 function heatmap(id, label, matrix, columns, rows, options) {
   const cells = columns.length * rows.length;
-  const beside = 70 + (options.unnamed ? 0 : 7 * Math.max(...fitting(rows).map((name) => name.length)));
+  const beside = 70 + 7 * Math.max(...rows.map((name) => fitting([name])[0].length));
   const width = printing ? paperSize(byId(id)).width : byId(id).clientWidth;
   const room = (width - beside) / columns.length > 30 && cells <= 400;
   const trace = {
@@ -80,15 +80,15 @@ function heatmap(id, label, matrix, columns, rows, options) {
     colorbar: { thickness: 10, outlinewidth: 0, tickfont: { size: 11 }, len: 1 },
   };
   if (room) trace.texttemplate = "%{text}";
-  const every = (names) => Math.max(1, Math.ceil(names.length / 24));
+  const every = (names) => Math.max(1, Math.ceil(names.length / (narrow() || printing ? 12 : 24)));
   const ticks = (names) => {
     const kept = names.map((_, i) => i).filter((i) => i % every(names) === 0);
     return { tickvals: kept, ticktext: kept.map((i) => plain(fitting(names)[i])), showgrid: false, zeroline: false };
   };
   return draw(id, label, [trace], {
-    xaxis: axis(options.x || "", Object.assign(ticks(columns), { tickangle: options.tickangle || 0 })),
+    xaxis: axis(options.x || "", Object.assign(ticks(columns), { tickangle: 0 })),
     yaxis: axis(options.y || "", Object.assign(ticks(rows), {
-      autorange: "reversed", showticklabels: !options.unnamed,
+      autorange: "reversed",
     })),
     margin: { l: 20, r: 10, t: 12, b: 40 },
   });

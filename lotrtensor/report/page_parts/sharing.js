@@ -51,11 +51,20 @@ function offDiagonal(matrix) {
   return matrix.flatMap((row, r) => row.filter((value, c) => c !== r && value !== null));
 }
 
+// Long names stand beside their rows only; a column has its number.
+function numbered(names) {
+  const long = names.some((name) => name.length > 4);
+  return {
+    columns: long ? names.map((_, i) => String(i + 1)) : names,
+    rows: long ? names.map((name, i) => `${fitting([name])[0]}  ${i + 1}`) : names,
+  };
+}
+
 function drawOverlap(id, label, matrix, names, high, axisName, unnamed) {
   const shown = matrix.map((row, r) => row.map((value, c) => (r === c ? null : value)));
-  const longest = Math.max(...fitting(names).map((name) => name.length));
-  return heatmap(id, label, shown, names, names, {
-    high, x: axisName, y: axisName, tickangle: longest > 4 ? -40 : 0, unnamed,
+  const { columns, rows } = numbered(names);
+  return heatmap(id, label, shown, columns, unnamed ? columns : rows, {
+    high, x: axisName, y: axisName,
     hover: (r, c, value) => `${names[r]} and ${names[c]}: ${value === null ? "–" : value.toFixed(3)}`,
   });
 }
@@ -83,7 +92,7 @@ function drawKinds(adapter) {
   const names = adapter.groups.map((group) => group.name);
   const { left, right } = adapter.overlap;
   const high = Math.max(0.1, ...offDiagonal(left), ...offDiagonal(right));
-  for (const side of ["left", "right"]) byId("kinds-" + side).style.height = Math.max(22, 9 + 2.4 * names.length) + "rem";
+  for (const side of ["left", "right"]) byId("kinds-" + side).style.height = Math.max(18, 6 + 2.6 * names.length) + "rem";
   drawOverlap("kinds-left", "Overlap of output directions between kinds of modules.", left, names, high, "");
   drawOverlap("kinds-right", "Overlap of input directions between kinds of modules.", right, names, high, "", !narrow());
   onOpen("kinds-table", () => [overlapTable("Output directions", left, names), overlapTable("Input directions", right, names)]);
@@ -93,8 +102,9 @@ function drawSimilarity(document_, state) {
   const alike = document_.similarity;
   if (!alike) return;
   const names = alike.adapters, matrix = state.kind < 0 ? alike.cosine : alike.kinds[state.kind].cosine;
-  heatmap("similarity", "Cosine between every two adapters.", matrix, names, names, {
-    low: -1, high: 1, tickangle: -30,
+  const { columns, rows } = numbered(names);
+  heatmap("similarity", "Cosine between every two adapters.", matrix, columns, rows, {
+    low: -1, high: 1,
     scale: [[0, color("lora")], [0.5, color("heat-0")], [1, color("accent")]],
     hover: (r, c, value) => `${names[r]} and ${names[c]}: ${value === null ? "no module in common" : value.toFixed(3)}`,
   });

@@ -65,18 +65,18 @@ function rateTraces(adapter, state) {
     hovertemplate: "rank %{text}: %{x:.3g} %, error %{y:.3f}<extra>LoTR by type, one rank</extra>",
     text: adapter.steps.map((step) => step.rank),
   });
-  const measured = adapter.choices.filter((choice) => choice.measured);
-  traces.push({
-    name: "really converted", mode: "markers", text: measured.map((choice) => choice.representation), x: percentOf(adapter, measured.map((choice) => choice.bytes)),
-    y: measured.map((choice) => choice.relative_error),
-    marker: { symbol: "star", size: 15, color: color("accent"), line: { color: color("card"), width: 1.5 } },
-    hovertemplate: "%{text}, converted: %{x:.3g} %, error %{y:.4f}<extra></extra>",
-  });
   const now = point(adapter, state);
   traces.push({
     name: "chosen size", mode: "markers", x: percentOf(adapter, [now.bytes]), y: [now.relative_error],
     marker: { size: 17, color: color("accent"), line: { color: color("card"), width: 3 } },
     hovertemplate: "chosen: %{x:.3g} %, error %{y:.3f}<extra></extra>",
+  });
+  const measured = adapter.choices.filter((choice) => choice.measured);
+  traces.push({
+    name: "really converted", mode: "markers", text: measured.map((choice) => choice.representation), x: percentOf(adapter, measured.map((choice) => choice.bytes)),
+    y: measured.map((choice) => choice.relative_error),
+    marker: { symbol: "star", size: 14, color: color("ink"), line: { color: color("card"), width: 1.5 } },
+    hovertemplate: "%{text}, converted: %{x:.3g} %, error %{y:.4f}<extra></extra>",
   });
   return traces;
 }
