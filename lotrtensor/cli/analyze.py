@@ -18,7 +18,12 @@ from lotrtensor.report.tables import analysis_table, similarity_table
 
 def analyze(
     adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter directories.")
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...",
+            path_type=str,
+            help="Adapter directories, image models' LoRA files, or hf://owner/name.",
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -44,7 +49,7 @@ def analyze(
     with progress_bar() as progress:
         analyses = [analyze_adapter(source, progress=progress) for source in sources]
         alike = similarity(sources) if len(sources) > 1 else None
-    document = analysis_document([str(path) for path in adapters], sources, analyses, alike)
+    document = analysis_document(adapters, sources, analyses, alike)
     if output is not None and drawing is not None:
         write_page(output, page(document, drawing), force=force)
     if json:
