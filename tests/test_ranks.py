@@ -181,9 +181,12 @@ def test_a_tolerance_that_full_ranks_meet_is_met(dtype, seed):
     tail = {np.float16: 0.0005, ml_dtypes.bfloat16: 0.004}[dtype]
     sizes = np.concatenate([np.ones(20), np.full(40, tail)])
     stack = type(case)((case.B[0] * sizes,), case.A).stack()
-    tolerance = 1.15 * tucker2(stack, 60, dtype=dtype).relative_error
-    assert tucker2(stack, 58, dtype=dtype).relative_error < tolerance
-    assert tucker2(stack, tolerance=tolerance, dtype=dtype).relative_error <= tolerance
+    # Rounding is most of it; how it falls at tied singular values is not the same everywhere.
+    tolerance = 1.15 * max(tucker2(stack, r, dtype=dtype).relative_error for r in (58, 60))
+    fit = tucker2(stack, tolerance=tolerance, dtype=dtype)
+    assert fit.relative_error <= tolerance
+    unrounded = tucker2(stack, tolerance=tolerance, dtype=np.float64)
+    assert max(fit.tucker2.rank) > max(unrounded.tucker2.rank)
 
 
 def test_a_tolerance_below_the_rounding_of_the_type_is_refused():
