@@ -124,7 +124,7 @@ def common_dtype(arrays: list[Array]) -> Any:
 
 
 def largest_entry(x: Array) -> float:
-    """Largest |x_i|, without a second array of the size of ``x``."""
+    """Largest absolute entry of ``x``, without a second array of its size."""
     xp = namespace(x)
     return max(float(xp.max(x)), -float(xp.min(x)))
 

@@ -32,7 +32,8 @@ class Profile:
     slice_ranks : sequence of int, optional
         Ranks r_k of the slices: a core then costs min(p q, r_k (p + q)), as it is stored.
     sides : (int, int), optional
-        m and n that parameters are counted for, where ``stack`` is the small problem of another.
+        Sides m and n that parameters are counted for, where ``stack`` is the small problem of
+        another.
 
     Attributes
     ----------
@@ -141,7 +142,7 @@ def profile(
     ----------
     stack : SliceStack
         K slices ΔW_k.
-    slice_ranks, sides
+    slice_ranks, sides : optional
         See `Profile`.
     widest : int, optional
         Directions a side that are looked at where the exact problem is too large; the curve ends
