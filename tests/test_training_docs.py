@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,3 +42,13 @@ def test_every_block_runs_and_prints_what_follows_it(
         assert capsys.readouterr().out == printed
     made = {path.name for path in tmp_path.iterdir()}
     assert made == {"my-lotr", "plain-lotr", "from-all-processes"}
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    rows = json.loads(PAGE.with_name("bench-training.json").read_text())["times"]
+    assert len(rows) == 7
+    for row in rows:
+        seconds = " | ".join(f"{row[method]:.3f}" for method in ("base", "lora", "lotr"))
+        spread = f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})"
+        assert f"| {row['name']} | {seconds} | {spread} |" in text
