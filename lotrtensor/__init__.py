@@ -8,7 +8,7 @@ from importlib.metadata import version
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.analyze import Analysis, Choice, analyze
+from lotrtensor.analyze import Analysis, Choice, Similarity, analyze, similarity
 from lotrtensor.compare import compare
 from lotrtensor.convert import convert
 from lotrtensor.core.algebra import (
@@ -56,6 +56,7 @@ __all__ = [
     "RankError",
     "RatePoint",
     "ShapeError",
+    "Similarity",
     "SliceStack",
     "Tucker2",
     "Tucker2Fit",
@@ -73,6 +74,7 @@ __all__ = [
     "norm",
     "principal_angles",
     "rate_distortion",
+    "similarity",
     "subspace_overlap",
     "truncate",
     "tucker2",

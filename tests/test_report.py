@@ -167,7 +167,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     """Neither the page nor what it was written to first."""
     out = tmp_path / "new" / "report.html"
     with (
-        mock.patch("lotrtensor.report.page.os.fsync", side_effect=OSError(28, "No space left")),
+        mock.patch("os.fsync", side_effect=OSError(28, "No space left")),
         pytest.raises(FormatError, match="No space left"),
     ):
         write_page(out, MARK, force=False)

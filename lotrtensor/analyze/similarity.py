@@ -27,6 +27,11 @@ def similarity(adapters: Sequence[Adapter]) -> Similarity:
     ----------
     adapters : sequence of LoraAdapter or LotrAdapter
         At least one.
+
+    Returns
+    -------
+    Similarity
+        Cosines of every two, over all modules and by kind.
     """
     factors = [lora_factors(adapter) for adapter in adapters]
     norms2 = [_by_kind({n: float(s.norms2()[0]) for n, s in f.items()}) for f in factors]

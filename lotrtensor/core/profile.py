@@ -142,7 +142,9 @@ def profile(
     ----------
     stack : SliceStack
         K slices ΔW_k.
-    slice_ranks, sides : optional
+    slice_ranks : sequence of int, optional
+        See `Profile`.
+    sides : (int, int), optional
         See `Profile`.
     widest : int, optional
         Directions a side that are looked at where the exact problem is too large; the curve ends
@@ -151,6 +153,11 @@ def profile(
         Where the matrix-free method runs unlimited, the smallest relative error that matters.
     method : str
         As for `tucker2`.
+
+    Returns
+    -------
+    Profile
+        Of all sizes; of those up to ``widest`` where the exact problem is too large.
     """
     limit = None
     if widest is not None:

@@ -8,13 +8,11 @@ import hashlib
 import html
 import importlib.util
 import json
-import os
 import string
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 
-from lotrtensor.adapters.formats.directory import expand
+from lotrtensor.adapters.formats.directory import check_file_output, expand, write_file
 from lotrtensor.errors import FormatError, LotrError
 from lotrtensor.report.documents import Document, finite
 
@@ -82,26 +80,21 @@ def check_page(path: Path, *, force: bool) -> None:
         If ``path`` exists and ``force`` is not given, or is no page of ours, which ``force`` does
         not replace either.
     """
+    check_file_output(path, force=force)
     path = expand(path)
     try:
-        if not path.exists() and not path.is_symlink():
-            return
-        if not force:
-            raise FormatError(f"{path} exists; choose another output or add --force to replace it")
-        if path.is_file() and not path.is_symlink():
-            with path.open("rb") as file:
-                if MARK.encode() in file.read(4096):
-                    return
+        ours = not path.exists() or MARK.encode() in path.read_bytes()[:4096]
     except OSError as error:
-        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
-    raise FormatError(
-        f"{path} exists and is not a page of lotr analyze; it is not replaced: choose another "
-        "output"
-    )
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not ours:
+        raise FormatError(
+            f"{path} exists and is not a page of lotr analyze; it is not replaced: choose another "
+            "output"
+        )
 
 
 def write_page(path: Path, text: str, *, force: bool) -> None:
-    """Write a page, whole or not at all: written beside, synced, renamed.
+    """Write a page, whole or not at all.
 
     Raises
     ------
@@ -109,18 +102,7 @@ def write_page(path: Path, text: str, *, force: bool) -> None:
         If the output may not be replaced, or cannot be written; nothing has changed then.
     """
     check_page(path, force=force)
-    path = expand(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            fresh = Path(scratch) / path.name
-            with fresh.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(path)
-    except OSError as error:
-        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_file(expand(path), text.encode(), force=force)
 
 
 def _part(name: str) -> str:

@@ -20,11 +20,17 @@ function drawHead(adapter) {
   byId("facts").textContent = facts.join(" · ");
 }
 
+// The larger the error, the less the norm alone can promise.
+function verdict(adapter, choice) {
+  if (!choice) return "Do not compress it by its norm alone.";
+  const [form, ranks] = choice.representation.split(", ");
+  const what = `${smaller(adapter.source_bytes, choice.bytes)} with ${form}${ranks ? ` (${ranks})` : ""}`;
+  return choice.relative_error > 0.3 ? `Make it ${what}, if your task bears it.` : `Yes, compress it: ${what}.`;
+}
+
 function drawHero(adapter) {
   const choice = adapter.recommended;
-  byId("verdict").textContent = choice
-    ? `Yes, compress it: ${smaller(adapter.source_bytes, choice.bytes)} with ${choice.representation.replace(", ", " (")}${choice.representation.includes(", ") ? ")" : ""}.`
-    : "Do not compress it by its norm alone.";
+  byId("verdict").textContent = verdict(adapter, choice);
   const text = adapter.recommendation;
   byId("recommendation").textContent = text.charAt(0).toUpperCase() + text.slice(1) + ".";
   show("commands", ...(choice ? commandsFor(adapter, choice) : []));
