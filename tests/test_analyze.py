@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -357,3 +358,26 @@ def test_budgets_are_those_of_convert(lora, analysis):
     for found in rows(analysis, "LoTR by type"):
         share = f"{100 * found.budget:g}%"
         assert found.parameters <= budget_parameters(share, lora.dtype.itemsize, lora.bytes)
+
+
+@pytest.mark.parametrize("types_fit", [True, False], ids=["by type exact", "nothing exact"])
+@pytest.mark.filterwarnings("ignore::lotrtensor.errors.LotrWarning")
+def test_groups_too_large_for_the_exact_problem(lora, analysis, monkeypatch, types_fit):
+    """Looked at along leading directions: no better than it is, and no row beyond what was seen."""
+    # lotrtensor.analyze is the function; the package is found by its full name only.
+    representations = sys.modules["lotrtensor.analyze.representations"]
+    monkeypatch.setattr(representations, "EXACT_FLOPS", 0)
+    monkeypatch.setattr(representations, "JOINED", 12)
+    if not types_fit:
+        monkeypatch.setattr("lotrtensor.core.reduction.EXACT_FLOPS", 0)
+        monkeypatch.setattr(representations, "WIDEST", 4)
+    found = analyze(lora)
+    names = {curve.representation for curve in found.curves}
+    assert ("LoTR by shape" in names) == types_fit
+    name = "LoTR by shape" if types_fit else "LoTR by type"
+    exact = {choice.budget: choice for choice in rows(analysis, name)}
+    assert len(rows(found, name)) > 1
+    for choice_ in rows(found, name):
+        assert choice_.relative_error >= exact[choice_.budget].lower_bound * (1 - 1e-6)
+    for step in found.steps:
+        assert step.one_rank.lower_bound <= step.one_rank.relative_error
