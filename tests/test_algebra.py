@@ -159,7 +159,8 @@ def test_angles_are_those_of_scipy(m, p, q, seed):
     assert found.shape == (min(p, q, m),)
     assert np.all(np.diff(found) >= -1e-12)
     assert np.all((found >= 0) & (found <= math.pi / 2 + 1e-15))
-    assert found == pytest.approx(scipy.linalg.subspace_angles(a, b)[::-1], abs=1e-9)
+    # Where spaces share a direction SciPy has an angle of 1e-8 instead of 0.
+    assert found == pytest.approx(scipy.linalg.subspace_angles(a, b)[::-1], abs=1e-7)
     assert principal_angles(b, a) == pytest.approx(found, abs=1e-9)
     expected = np.mean(np.cos(found) ** 2)
     assert subspace_overlap(a, b) == pytest.approx(expected, abs=1e-12)

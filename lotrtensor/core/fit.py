@@ -63,7 +63,7 @@ def tucker2(
         Of the random start of the matrix-free method.
     max_passes : int, optional
         Passes of the matrix-free method at most: 30 over thin factors, 5 over slices read on
-        demand. The error takes one more.
+        demand, for every width that a tolerance tries. The error takes one more.
 
     Returns
     -------
@@ -121,6 +121,7 @@ def tucker2(
         target,
         goal.rank,
         method=method,
+        final=True,
         tolerance=goal.tolerance or 0.0,
         seed=seed,
         max_passes=max_passes,

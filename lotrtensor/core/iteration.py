@@ -7,7 +7,14 @@ from typing import NamedTuple
 import numpy as np
 from array_api_compat import device
 
-from lotrtensor.core.linalg import Array, as_accumulator, namespace, orthonormal_basis, to_numpy
+from lotrtensor.core.linalg import (
+    Array,
+    as_accumulator,
+    leading_eigenvectors,
+    namespace,
+    orthonormal_basis,
+    to_numpy,
+)
 from lotrtensor.core.stacks import SliceStack
 
 
@@ -45,6 +52,7 @@ def block_iteration(
     rtol: float = 1e-4,
     max_passes: int = 30,
     seed: int = 0,
+    start: tuple[Array, Array] | None = None,
 ) -> Iteration:
     """Find blocks U (m × b) and V (n × c) that capture nearly the most energy Σ_k ‖UᵀΔW_k V‖².
 
@@ -71,6 +79,8 @@ def block_iteration(
         Stop here in any case.
     seed : int
         Of the random start; the same seed gives the same result.
+    start : (array, array), optional
+        Narrower blocks to start from, beside random columns.
 
     Notes
     -----
@@ -79,8 +89,8 @@ def block_iteration(
     """
     _, m, n = stack.shape
     rng = np.random.default_rng(seed)
-    left = _random_block(stack, rng, m, width[0])
-    right = _random_block(stack, rng, n, width[1])
+    left = _random_block(stack, rng, m, width[0], start and start[0])
+    right = _random_block(stack, rng, n, width[1], start and start[1])
     captured: list[float] = []
     while True:
         left, right = orthonormal_basis(left), orthonormal_basis(right)
@@ -89,9 +99,9 @@ def block_iteration(
         captured.append(_leading_energy(core, rank or width))
         norms2 = to_numpy(sweep.norms2)
         floor = float(namespace(left).finfo(left.dtype).eps) * float(norms2.sum())
-        stalled = _stalled(captured, float(norms2.sum()), rtol, floor)
-        if stalled or len(captured) == max_passes:
-            return Iteration(left, right, core, norms2, tuple(captured), stalled)
+        done = stalled(captured, float(norms2.sum()), rtol, floor)
+        if done or len(captured) == max_passes:
+            return Iteration(left, right, core, norms2, tuple(captured), done)
         left, right = sweep.left, sweep.right
 
 
@@ -100,14 +110,14 @@ def _leading_energy(core: Array, rank: tuple[int, int]) -> float:
     xp, (_, b, c), (p, q) = namespace(core), core.shape, rank
     if p < b:
         gram = xp.sum(core @ xp.matrix_transpose(core), axis=0)
-        core = xp.linalg.eigh(gram)[1][:, b - p :].T @ core
+        core = leading_eigenvectors(gram, p).T @ core
     if q < c:
         gram = xp.sum(xp.matrix_transpose(core) @ core, axis=0)
         return float(xp.sum(xp.linalg.eigvalsh(gram)[c - q :]))
     return float(xp.sum(core * core))
 
 
-def _stalled(captured: list[float], norm2: float, rtol: float, floor: float) -> bool:
+def stalled(captured: list[float], norm2: float, rtol: float, floor: float) -> bool:
     """Whether further passes promise less than ``rtol`` of the error, or than rounding shows."""
     if len(captured) < 3:  # a random start says nothing, and one gain no rate
         return False
@@ -118,9 +128,13 @@ def _stalled(captured: list[float], norm2: float, rtol: float, floor: float) -> 
     return bool(gain <= floor or max(before, gain) * rate / (1 - rate) <= rtol * left)
 
 
-def _random_block(stack: SliceStack, rng: np.random.Generator, rows: int, columns: int) -> Array:
+def _random_block(
+    stack: SliceStack, rng: np.random.Generator, rows: int, columns: int, start: Array | None
+) -> Array:
     like = stack.empty()
     xp = namespace(like)
     drawn = np.float64 if like.dtype == xp.float64 else np.float32
-    block = rng.standard_normal((rows, columns), dtype=drawn)
-    return xp.asarray(block, dtype=like.dtype, device=device(like))
+    missing = columns - (0 if start is None else start.shape[1])
+    block = rng.standard_normal((rows, missing), dtype=drawn)
+    random = xp.asarray(block, dtype=like.dtype, device=device(like))
+    return random if start is None else xp.concat([start, random], axis=1)

@@ -170,6 +170,11 @@ def gram_root(x: Array) -> Array:
     return xp.astype(xp.sqrt(energies)[:, None] * vectors.T, x.dtype)
 
 
+def leading_eigenvectors(gram: Array, rank: int) -> Array:
+    """The ``rank`` leading eigenvectors (a × rank) of a small symmetric matrix (a × a)."""
+    return namespace(gram).linalg.eigh(gram)[1][:, gram.shape[0] - rank :]
+
+
 def leading_left(x: Array, rank: int, *, squared: bool) -> tuple[Array, Array]:
     """Leading left singular vectors and values of ``x`` (a × c).
 

@@ -37,11 +37,12 @@ class Tucker2Fit:
     method : str
         The algorithm that ran: exact, matrix-free, hosvd or st-hosvd.
     iterations : int
-        HOOI sweeps over the small problem.
+        HOOI sweeps, over the small problem or, two passes each, over the slices.
     passes : int
         Passes over the slices that the reduction took; 0 for the exact one.
     history : tuple of float
-        Relative (weighted) error after each sweep, as estimated from the captured energy.
+        Relative (weighted) error after each pass of block iteration, then after each sweep, as
+        estimated from the captured energy.
     converged : bool
         Whether the stopping rules were met; if not, `tucker2` also warned.
     weighted_error : float
@@ -126,7 +127,7 @@ class Problem:
             lower_bound=min(self.lower_bound(found.rank), weighted_error),
             slice_errors=slice_errors,
             method=self.reduction.method,
-            iterations=solution.sweeps,
+            iterations=self.reduction.sweeps + solution.sweeps,
             history=self.reduction.history + solution.history,
             converged=solution.converged and self.reduction.converged,
             passes=self.reduction.passes,

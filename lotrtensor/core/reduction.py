@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from lotrtensor.core.dense import DenseStack
 from lotrtensor.core.discarded import discarded_energy
+from lotrtensor.core.hosvd import hosvd
 from lotrtensor.core.iteration import Iteration, block_iteration
-from lotrtensor.core.linalg import Array, to_numpy
+from lotrtensor.core.linalg import Array, as_accumulator, namespace, to_numpy
+from lotrtensor.core.refinement import refine
 from lotrtensor.core.stacks import LowRankStack, SliceStack
 from lotrtensor.errors import DataError
 
@@ -29,6 +31,9 @@ FACTOR_PASSES = 30
 
 FACTOR_RTOL = 1e-4
 """Share of the squared error that a pass over thin factors must gain for another to follow."""
+
+REFINEMENT_RTOL = 1e-3
+"""The same for a round of refinement, two passes."""
 
 LAZY_RTOL = 3e-3
 """The same where a pass costs the reading of all slices."""
@@ -55,6 +60,7 @@ class Reduction:
     lost2: float = 0.0
     discarded2: float = 0.0
     passes: int = 0
+    sweeps: int = 0
     history: tuple[float, ...] = ()
     converged: bool = True
 
@@ -83,6 +89,7 @@ def reduce_stack(
     rank: tuple[int, int] | None,
     *,
     method: str,
+    final: bool = False,
     tolerance: float = 0.0,
     seed: int = 0,
     max_passes: int | None = None,
@@ -90,8 +97,10 @@ def reduce_stack(
     """Return an equal or nearly equal small problem.
 
     ``auto`` is exact while `exact_flops` stays below `EXACT_FLOPS`, and for stacks read on demand
-    never. Matrix-free, the block is the rank wanted and `OVERSAMPLE` more; where no rank is given
-    it doubles until the error outside is below half of ``tolerance``.
+    never. Matrix-free, the block is the rank wanted and some columns more; if the rank is
+    ``final``, no other being asked of the small problem, and the slices are in memory, it is
+    refined at just that rank. Where no rank is given the block doubles until the error outside is
+    below half of ``tolerance``; it then holds K b c numbers, which may be as many as the slices'.
     """
     if method not in METHODS:
         raise DataError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
@@ -101,21 +110,69 @@ def reduce_stack(
     if method != "matrix-free":
         left, small, right = stack.reduce()
         return Reduction("exact", left, small, right, to_numpy(small.norms2()))
-    max_passes = max_passes or (LAZY_PASSES if stack.lazy else FACTOR_PASSES)
-    rtol = LAZY_RTOL if stack.lazy else FACTOR_RTOL
-    width = rank or (32, 32)
+    options: dict[str, Any] = {
+        "rtol": LAZY_RTOL if stack.lazy else FACTOR_RTOL,
+        "max_passes": max_passes or (LAZY_PASSES if stack.lazy else FACTOR_PASSES),
+        "seed": seed,
+    }
+    if rank is None:
+        return _wide_enough(stack, tolerance, options)
+    found = block_iteration(stack, _block(stack, rank), rank, **options)
+    # Differences will do where the error is not used: what is returned is measured.
+    lost2 = max(found.norm2 - found.core_norm2, 0.0)
+    reduction = _reduction(found, lost2, discarded_energy(stack, rank), len(found.captured))
+    if final and not stack.lazy and found.norm2 > 0.0:
+        return _refined(stack, rank, reduction, options)
+    return reduction
+
+
+def _wide_enough(stack: SliceStack, tolerance: float, options: dict[str, Any]) -> Reduction:
+    """The small problem of blocks so wide that little of ``tolerance`` is lost outside."""
+    width, passes = (32, 32), 0
+    start: tuple[Array, Array] | None = None
     while True:
-        found = block_iteration(
-            stack, _block(stack, width), rank, rtol=rtol, max_passes=max_passes, seed=seed
-        )
-        if rank is not None:
-            # Differences will do where the error is not used: what is returned is measured.
-            lost2 = max(found.norm2 - found.core_norm2, 0.0)
-            return _reduction(found, lost2, discarded_energy(stack, rank))
+        found = block_iteration(stack, _block(stack, width), start=start, **options)
         lost2 = float(to_numpy(stack.residual_norms2(found.left, found.right)).sum())
+        passes += len(found.captured) + 1
         if lost2 <= (tolerance / 2) ** 2 * found.norm2 or width[0] >= max(stack.max_rank):
-            return _reduction(found, lost2, 0.0)
-        width = (2 * width[0], 2 * width[1])
+            return _reduction(found, lost2, 0.0, passes)
+        start, width = (found.left, found.right), (2 * width[0], 2 * width[1])
+
+
+def _refined(
+    stack: SliceStack, rank: tuple[int, int], wide: Reduction, options: dict[str, Any]
+) -> Reduction:
+    """The problem at just ``rank``, refined from the wider one; its bounds are kept."""
+    left, right = wide.left, wide.right
+    rounds = (options["max_passes"] - wide.passes - 1) // 2
+    if left is None or right is None or rank == (left.shape[1], right.shape[1]) or rounds < 1:
+        return wide
+    full = hosvd(wide.small)
+    xp = namespace(left)
+    start = tuple(
+        block @ xp.astype(turn[:, :r], block.dtype)
+        for block, turn, r in zip((left, right), (full.left, full.right), rank, strict=True)
+    )
+    found = refine(
+        stack,
+        (left, right),
+        (start[0], start[1]),
+        norm2=wide.norm2,
+        rtol=REFINEMENT_RTOL,
+        max_rounds=rounds,
+    )
+    return replace(
+        wide,
+        left=found.left,
+        small=DenseStack(as_accumulator(found.core)),
+        right=found.right,
+        lost2=max(wide.norm2 - found.captured[-1], 0.0),
+        discarded2=max(wide.discarded2, float(full.lower_bound2(rank))),
+        passes=wide.passes + found.passes,
+        sweeps=len(found.captured),
+        history=wide.history + tuple(_relative(wide.norm2 - c, wide.norm2) for c in found.captured),
+        converged=wide.converged and found.converged,
+    )
 
 
 def _block(stack: SliceStack, rank: tuple[int, int]) -> tuple[int, int]:
@@ -130,7 +187,7 @@ def _block(stack: SliceStack, rank: tuple[int, int]) -> tuple[int, int]:
     return width(rank[0], stack.max_rank[0]), width(rank[1], stack.max_rank[1])
 
 
-def _reduction(found: Iteration, lost2: float, discarded2: float) -> Reduction:
+def _reduction(found: Iteration, lost2: float, discarded2: float, passes: int) -> Reduction:
     return Reduction(
         method="matrix-free",
         left=found.left,
@@ -139,7 +196,7 @@ def _reduction(found: Iteration, lost2: float, discarded2: float) -> Reduction:
         norms2=found.norms2,
         lost2=lost2,
         discarded2=discarded2,
-        passes=len(found.captured),
+        passes=passes,
         history=tuple(_relative(found.norm2 - c, found.norm2) for c in found.captured),
         converged=found.converged,
     )
