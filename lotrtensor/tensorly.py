@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from array_api_compat import array_namespace, device
+from array_api_compat import device
 
+from lotrtensor.core.linalg import namespace
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import LotrError, ShapeError
 
@@ -62,7 +63,7 @@ def from_tensorly(tensor: Any) -> Tucker2:
             "(K, p, q) and three factors, or two for the modes 1 and 2"
         )
     if len(factors) == 3:
-        xp, first = array_namespace(core, *factors), factors.pop(0)
+        xp, first = namespace(core, *factors), factors.pop(0)
         if first.ndim != 2 or first.shape[1] != core.shape[0]:
             raise ShapeError(
                 f"the first factor is {tuple(first.shape)} and the core {tuple(core.shape)}; "

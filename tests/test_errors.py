@@ -7,13 +7,18 @@ import pytest
 
 from lotrtensor import (
     DataError,
+    DenseStack,
+    LazyStack,
     LotrError,
     LotrWarning,
     LowRankStack,
     RankError,
     ShapeError,
     Tucker2,
+    cluster,
     errors,
+    rate_distortion,
+    subspace_overlap,
     tucker2,
 )
 from tests.strategies import make
@@ -269,3 +274,64 @@ def test_products_beyond_the_type_are_refused(dtype, size):
     )
     with np.errstate(over="ignore"), pytest.raises(DataError):
         tucker2(stack, 4)
+
+
+# ---------------------------------------------------------------- the core's doors
+
+DECOMPOSITION = tucker2(LowRankStack(*arrays()), 2).tucker2
+
+
+@pytest.mark.parametrize(
+    ("attempt", "message"),
+    [
+        (lambda s: tucker2(np.ones((3, 5, 4)), 1), r"numpy\.ndarray.*DenseStack"),
+        (lambda s: tucker2(DECOMPOSITION, 1), "to_low_rank"),
+        (lambda s: rate_distortion(np.ones((3, 5, 4))), r"numpy\.ndarray"),
+        (lambda s: DECOMPOSITION + s, "no sum"),
+        (lambda s: DenseStack(np.ones((3, 5, 4))) + np.ones((3, 5, 4)), r"numpy\.ndarray"),
+        (lambda s: tucker2(s, 1, dtype="whatever"), "dtype is 'whatever'"),
+        (lambda s: tucker2(s, 1, dtype=int), "dtype has dtype int"),
+        (lambda s: tucker2(s, 1, seed=-1), "seed is -1"),
+        (lambda s: tucker2(s, 1, weights=[1e-200] * 3), "1e-100"),
+        (lambda s: tucker2(s, 1, weights=[1.0, 1.0, 1e200]), "1e-100"),
+        (lambda s: tucker2(s * 1e6, 1, dtype=np.float16), "float16.*wider"),
+        (lambda s: s.scaled([1.0, 2.0]), "found 2 weights; expected 3"),
+        (lambda s: DenseStack(np.ones((3, 5, 4))).scaled([1.0]), "found 1 weights; expected 3"),
+        (lambda s: cluster(s, 1.5, 1), "clusters is 1.5"),
+        (lambda s: cluster(s, "2", 1), "clusters is '2'"),
+        (lambda s: subspace_overlap(np.zeros((5, 2)), np.eye(5)[:, :2]), "dependent"),
+        (lambda s: subspace_overlap(np.ones((5, 2)), np.eye(5)[:, :2]), "dependent"),
+        (lambda s: tucker2(LazyStack(lambda k: np.full((5, 4), 1e200), (3, 5, 4)), 1), "slice 0"),
+    ],
+)
+def test_the_core_refuses_in_one_sentence(attempt, message):
+    """What is no stack, no dtype, no seed, no weights; nothing raw, nothing silent."""
+    stack = LowRankStack(*arrays())
+    with pytest.raises(LotrError, match=message) as caught:
+        attempt(stack)
+    assert "\n" not in str(caught.value)
+
+
+def test_libraries_do_not_mix():
+    """Sums of NumPy and PyTorch are refused, not a TypeError of either."""
+    torch = pytest.importorskip("torch")
+    lefts, rights = arrays()
+    ours = LowRankStack(lefts, rights)
+    theirs = LowRankStack([torch.tensor(b) for b in lefts], [torch.tensor(a) for a in rights])
+    with pytest.raises(DataError, match="one array library"):
+        ours + theirs
+    with pytest.raises(DataError, match="one array library"):
+        DECOMPOSITION + tucker2(theirs, 2).tucker2
+    with pytest.raises(DataError, match="dtype is 'float16'"):
+        tucker2(theirs, 1, dtype="float16")
+
+
+def test_a_lazy_stack_is_off_the_gradient_tape():
+    """Slices of a parameter: the decomposition is no part of its graph."""
+    torch = pytest.importorskip("torch")
+    weight = torch.nn.Parameter(torch.randn(3, 12, 10, dtype=torch.float64))
+    stack = LazyStack(lambda k: weight[k] * 2, (3, 12, 10), like=weight)
+    found = tucker2(stack, 12 - 2, method="exact").tucker2
+    assert not any(x.requires_grad for x in (found.left, found.core, found.right))
+    trained = Tucker2(*(torch.nn.Parameter(x) for x in (found.left, found.core, found.right)))
+    assert not trained.truncate(2).left.requires_grad

@@ -7,7 +7,7 @@ import math
 from lotrtensor.core.linalg import Array, as_accumulator, namespace, orthonormal_basis
 from lotrtensor.core.stacks import LowRankStack, SliceStack
 from lotrtensor.core.tucker2 import Tucker2
-from lotrtensor.errors import ShapeError
+from lotrtensor.errors import DataError, ShapeError
 
 Operand = SliceStack | Tucker2
 
@@ -95,6 +95,8 @@ def principal_angles(a: Array, b: Array) -> Array:
     ------
     ShapeError
         If the two have different numbers of rows.
+    DataError
+        If the columns of one are dependent.
 
     Notes
     -----
@@ -109,7 +111,15 @@ def principal_angles(a: Array, b: Array) -> Array:
     if a.shape[1] < b.shape[1]:
         a, b = b, a
     xp = namespace(a, b)
-    first, second = (orthonormal_basis(as_accumulator(x)) for x in (a, b))
+    a, b = as_accumulator(a), as_accumulator(b)
+    for x in (a, b):
+        values = xp.linalg.svdvals(x)
+        if x.shape[1] > x.shape[0] or not bool(values[-1] > 1e-12 * values[0]):
+            raise DataError(
+                f"a basis of shape {tuple(x.shape)} has dependent columns; expected full column "
+                "rank: take the factors of orthogonalised() or of a truncation"
+            )
+    first, second = orthonormal_basis(a), orthonormal_basis(b)
     inside = first.T @ second
     cosines = xp.linalg.svdvals(inside)
     sines = xp.flip(xp.linalg.svdvals(second - first @ inside), axis=0)

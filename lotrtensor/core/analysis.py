@@ -12,7 +12,7 @@ from lotrtensor.core.hosvd import hosvd
 from lotrtensor.core.linalg import to_numpy
 from lotrtensor.core.profile import profile
 from lotrtensor.core.reduction import Method
-from lotrtensor.core.stacks import LowRankStack, SliceStack
+from lotrtensor.core.stacks import LowRankStack, SliceStack, check_stack
 from lotrtensor.core.truncate import rank_one_terms, slice_svds, truncation_error, uniform_ranks
 
 
@@ -75,6 +75,7 @@ def rate_distortion(
     In the bases of the HOSVD the energy that ranks (p, q) keep is the sum of Σ_k G_k² over the
     p × q corner, so that cumulative sums price all pairs at once.
     """
+    check_stack(stack)
     found = profile(stack, slice_ranks=slice_ranks, tolerance=tolerance, method=method)
     return tuple(
         RatePoint(p, q, parameters, *found.errors((p, q)))

@@ -92,8 +92,8 @@ def cluster(
     if not isinstance(stack, LowRankStack):
         raise DataError(f"the stack is a {type(stack).__name__}; clusters need a LowRankStack")
     slices = stack.shape[0]
-    if not 1 <= clusters <= slices:
-        raise RankError(f"clusters is {clusters}; expected between 1 and the {slices} slices")
+    if not isinstance(clusters, int | np.integer) or not 1 <= clusters <= slices:
+        raise RankError(f"clusters is {clusters!r}; expected between 1 and the {slices} slices")
     pair = check_rank(rank, stack.max_rank)
     rng = np.random.default_rng(seed)
     starts = [np.arange(slices) * clusters // slices]

@@ -20,7 +20,7 @@ from lotrtensor.core.linalg import (
     namespace,
     norm2,
 )
-from lotrtensor.core.stacks import SliceStack, Sweep, check_one_shape
+from lotrtensor.core.stacks import SliceStack, Sweep, check_one_shape, check_stack
 from lotrtensor.errors import DataError, ShapeError
 
 
@@ -81,7 +81,7 @@ class LazyStack:
 
     def slice(self, k: int) -> Array:
         """Read slice ``k`` (m × n), in the working type of ``like``."""
-        found = self._read(k)
+        found = constant(self._read(k))
         if not is_array_api_obj(found) or namespace(found) is not namespace(self._empty):
             raise DataError(
                 f"slice {k} is a {type(found).__module__}.{type(found).__name__}; expected an "
@@ -92,16 +92,28 @@ class LazyStack:
                 f"slice {k} is {tuple(found.shape)}; expected (m, n) = {self.shape[1:]}"
             )
         check_real_floating(found, f"slice {k}")
-        found = namespace(found).astype(found, self._empty.dtype, copy=False)
+        with np.errstate(over="ignore"):  # what overflows is refused below, by number
+            found = namespace(found).astype(found, self._empty.dtype, copy=False)
         if k not in self._norms2:
             # The first reading takes the norm, which tells at once whether all entries are finite.
-            self._norms2[k] = norm2(found)
+            with np.errstate(over="ignore"):
+                self._norms2[k] = norm2(found)
             if not math.isfinite(self._norms2[k]):
                 check_finite(found, f"slice {k}")
+                self._check_magnitude(found, k)
         return found
+
+    def _check_magnitude(self, found: Array, k: int) -> None:
+        if self.lazy:
+            raise DataError(
+                f"slice {k} has entries up to {largest_entry(found):.3g}, whose squares no type "
+                "holds; divide the slices by that"
+            )
 
     def scaled(self, weights: Sequence[float]) -> LazyStack:
         """Return the stack of w_k ΔW_k, formed slice by slice."""
+        if len(weights) != self.shape[0]:
+            raise ShapeError(f"found {len(weights)} weights; expected {self.shape[0]}, one a slice")
         weights = [float(w) for w in weights]
         return self._formed(lambda k: self.slice(k) * weights[k])
 
@@ -190,6 +202,7 @@ class LazyStack:
 
     def __add__(self, other: SliceStack) -> LazyStack:
         """Slice-wise sum, formed slice by slice."""
+        check_stack(other)
         check_one_shape(self, other)
         return self._formed(lambda k: self.slice(k) + other.slice(k), other)
 

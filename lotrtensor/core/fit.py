@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 
 from lotrtensor.core.goals import Goal, Rank, check_goal
-from lotrtensor.core.linalg import to_numpy
+from lotrtensor.core.linalg import check_real_floating, namespace, to_numpy
 from lotrtensor.core.problem import Problem, Tucker2Fit
 from lotrtensor.core.ranks import best_within, pair_at
 from lotrtensor.core.reduction import Method, reduce_stack
-from lotrtensor.core.stacks import SliceStack
+from lotrtensor.core.stacks import SliceStack, check_stack
 from lotrtensor.errors import DataError, LotrWarning
 
 Weights = Sequence[float] | Literal["equal"]
@@ -90,9 +90,11 @@ def tucker2(
     Exact, for thin factors: QR of the factors side by side gives an equal problem of size
     ρ × K × ρ, ρ = Σ r_k; there HOSVD starts HOOI and its discarded energies bound the error from
     below (De Lathauwer, De Moor, Vandewalle, SIAM J. Matrix Anal. 21 (2000)). Matrix-free, blocks
-    come from subspace iteration (Halko, Martinsson, Tropp, SIAM Review 53 (2011)), and the bound
-    from the energies that the block captured beyond the ranks wanted, which are no larger than the
-    discarded ones: valid, and less sharp.
+    come from subspace iteration (Halko, Martinsson, Tropp, SIAM Review 53 (2011)). Slices in memory
+    are then refined at the very ranks wanted; those read on demand keep the best directions inside
+    the blocks, which costs a per cent where the spectrum is flat. The bound is the exact one where
+    ρ ≤ 512; else it comes from the energies that the blocks captured beyond the ranks wanted, which
+    are no larger than the discarded ones: valid, and less sharp.
 
     Examples
     --------
@@ -103,6 +105,11 @@ def tucker2(
     >>> fit.tucker2.rank, bool(fit.relative_error < 1e-12)
     ((8, 8), True)
     """
+    check_stack(stack)
+    if dtype is not None:
+        _check_dtype(stack, dtype)
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise DataError(f"seed is {seed!r}; expected an integer of at least 0")
     goal = check_goal(rank, tolerance, energy, budget, stack.max_rank)
     if max_passes is not None and not (isinstance(max_passes, int) and max_passes >= 1):
         raise DataError(f"max_passes is {max_passes!r}; expected an integer of at least 1")
@@ -172,4 +179,17 @@ def slice_weights(stack: SliceStack, weights: Weights | None) -> np.ndarray | No
         raise DataError(f"weights are {weights!r}; expected {slices} numbers or 'equal'") from error
     if scales.shape != (slices,) or not (np.isfinite(scales).all() and (scales > 0).all()):
         raise DataError(f"weights are {weights!r}; expected {slices} positive finite numbers")
+    if not (scales.min() > 1e-100 and scales.max() < 1e100):
+        raise DataError("weights are outside 1e-100 … 1e100, where their squares lose their range")
     return scales
+
+
+def _check_dtype(stack: SliceStack, dtype: Any) -> None:
+    like = stack.empty()
+    try:
+        cast = namespace(like).astype(like, dtype)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"dtype is {dtype!r}; expected a real floating dtype of {namespace(like).__name__}"
+        ) from error
+    check_real_floating(cast, "dtype")

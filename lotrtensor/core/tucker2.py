@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from array_api_compat import device
 
 from lotrtensor.core.dense import DenseStack
@@ -16,12 +17,14 @@ from lotrtensor.core.linalg import (
     as_working,
     check_finite,
     check_real_floating,
+    constant,
+    largest_entry,
     namespace,
 )
 from lotrtensor.core.ranks import best_within, frontier, pair_at, settle
 from lotrtensor.core.solve import solve
 from lotrtensor.core.stacks import LowRankStack
-from lotrtensor.errors import ShapeError
+from lotrtensor.errors import DataError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +101,23 @@ class Tucker2:
         return self.left @ self.core[k, :, :] @ self.right.T
 
     def astype(self, dtype: object) -> Tucker2:
-        """Return the same decomposition rounded to ``dtype``."""
+        """Return the same decomposition rounded to ``dtype``.
+
+        Raises
+        ------
+        DataError
+            If ``dtype`` does not hold the entries.
+        """
         xp = self.xp
-        return Tucker2(*(xp.astype(x, dtype) for x in (self.left, self.core, self.right)))
+        with np.errstate(over="ignore"):
+            cast = [xp.astype(x, dtype) for x in (self.left, self.core, self.right)]
+        for x, y in zip((self.left, self.core, self.right), cast, strict=True):
+            if not bool(xp.all(xp.isfinite(as_working(y)))):
+                raise DataError(
+                    f"entries go up to {largest_entry(as_working(x)):.3g}, which {dtype} does not "
+                    "hold; choose a wider dtype"
+                )
+        return Tucker2(*cast)
 
     def __add__(self, other: Tucker2) -> Tucker2:
         """The sum: factors side by side, cores block-diagonal; ranks add up.
@@ -110,6 +127,11 @@ class Tucker2:
         ShapeError
             If K, m or n differ.
         """
+        if not isinstance(other, Tucker2):
+            raise DataError(
+                f"a Tucker2 and a {type(other).__name__} have no sum; to_low_rank() makes a stack"
+            )
+        namespace(self.core, other.core)
         if self.shape != other.shape:
             raise ShapeError(
                 f"decompositions of (K, m, n) = {self.shape} and {other.shape} have no sum"
@@ -219,4 +241,4 @@ class Tucker2:
 
     def accumulated(self) -> Tucker2:
         """The same decomposition in the widest type of its library."""
-        return Tucker2(*(as_accumulator(x) for x in (self.left, self.core, self.right)))
+        return Tucker2(*(as_accumulator(constant(x)) for x in (self.left, self.core, self.right)))
