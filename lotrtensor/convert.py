@@ -264,12 +264,13 @@ def _share_out(jobs: list[_Job], tolerance: float) -> list[tuple[int, int]]:
         pairs = [pair_at(curve, i) for curve, i in zip(curves, chosen, strict=True)]
         errors2 = [job.error2(pair) for job, pair in zip(jobs, pairs, strict=True)]
         price = sum(int(curve.parameters[i]) for curve, i in zip(curves, chosen, strict=True))
-        if sum(errors2) <= limit2:
+        # The first round always counts: HOOI is never worse than the HOSVD that met the tolerance,
+        # but an error that equals it may be summed to a last digit more. What is stored decides.
+        if not held or sum(errors2) <= limit2:
             held[price] = pairs
         curves = [
             _calibrated(job.curve, i, e) for job, i, e in zip(jobs, chosen, errors2, strict=True)
         ]
-    # The first round is among them: HOOI is never worse than the HOSVD that met the tolerance.
     return held[min(held)]
 
 

@@ -29,12 +29,14 @@ from adapters_fixtures import (
 from lotrtensor import (
     DataError,
     FormatError,
+    LoraAdapter,
     LotrAdapter,
     LotrError,
     RankError,
     ShapeError,
     UnsupportedAdapterError,
 )
+from lotrtensor.adapters.modules import LoraModule
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +178,26 @@ def test_error_falls_with_rank(source):
     assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors))
     assert errors[0] > 0.3
     assert errors[-1] < errors[0] / 2
+
+
+def one_module(seed, m=30, n=40, r=6):
+    """A LoRA of one module in float64, and its stack."""
+    rng = np.random.default_rng(seed)
+    b, a = rng.standard_normal((m, r)), rng.standard_normal((r, n))
+    module = LoraModule("model.layers.0.self_attn.q_proj", b, a)
+    return LoraAdapter((module,), {}, np.dtype(np.float64)), lt.LowRankStack([b], [a])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tolerance_that_is_attained_to_the_last_digit(seed):
+    """Errors read off the library's own curve are tolerances like any other."""
+    adapter, stack = one_module(seed)
+    for point in lt.rate_distortion(stack, slice_ranks=[6]):
+        if point.p < 6:
+            found = lt.convert(adapter, tolerance=point.relative_error)
+            assert found.relative_error <= point.relative_error
+            # One module: the smaller rank decides, and rounding may cost one more.
+            assert min(found.groups[0].rank) - min(point.p, point.q) in {0, 1}
 
 
 def test_only_products_count(tmp_path):
