@@ -20,11 +20,11 @@ from lotrtensor.core.ranks import (
     Frontier,
     allocate_budget,
     allocate_tolerance,
+    frontier,
     pair_at,
     settle,
 )
 from lotrtensor.core.reduction import reduce_stack
-from lotrtensor.core.residual import relative_errors
 from lotrtensor.core.solve import Solution
 from lotrtensor.errors import LotrWarning, RankError, UnsupportedAdapterError
 from lotrtensor.groups import SourceGroup, lora_groups, source_group, split_groups
@@ -149,7 +149,7 @@ def fit_groups(
     if budget is not None:
         whole = sum(source.bytes for source in sources)
         parameters = budget_parameters(budget, dtype.itemsize, whole)
-    limits = [source.stack.max_rank for source in sources]
+    limits = [source.max_rank for source in sources]
     largest = max(p for p, _ in limits), max(q for _, q in limits)
     goal = check_goal(rank, tolerance, energy, parameters, largest)
     jobs = []
@@ -170,26 +170,44 @@ def fit_groups(
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """A group on its way: its small problem and its rate–distortion curve."""
+    """A group on its way: its small problem and its rate–distortion curve.
+
+    At the ranks of a group that is in LoTR form already it is kept as it is.
+    """
 
     source: SourceGroup
     problem: Problem
     curve: Frontier
     solutions: dict[tuple[int, int], Solution] = field(default_factory=dict)
 
+    @property
+    def full(self) -> tuple[int, int]:
+        """The ranks of the smallest error in reach."""
+        return self.source.kept.rank if self.source.kept else pair_at(self.curve, -1)
+
+    def keeps(self, pair: tuple[int, int]) -> bool:
+        """Whether the group is at ``pair`` as it was."""
+        return self.source.kept is not None and pair == self.source.kept.rank
+
     def solve(self, pair: tuple[int, int]) -> Solution:
         """Decompose at ``pair``, once."""
+        p, q = self.source.stack.max_rank
+        pair = min(pair[0], p), min(pair[1], q)
         if pair not in self.solutions:
             self.solutions[pair] = self.problem.solve(pair)
         return self.solutions[pair]
 
     def error2(self, pair: tuple[int, int]) -> float:
         """Squared error at ``pair``, refined."""
-        return self.problem.error2(self.solve(pair))
+        return 0.0 if self.keeps(pair) else self.problem.error2(self.solve(pair))
 
     def store(self, pair: tuple[int, int], dtype: np.dtype) -> LotrGroup:
         """Decompose at ``pair``, round to ``dtype``, and measure what is stored."""
         source = self.source
+        norm = math.sqrt(self.problem.reduction.norm2)
+        if source.kept and self.keeps(pair):
+            record = FitRecord(0.0, 0.0, norm, source.parameters, source.bytes)
+            return replace(source.kept, fit=record)
         fit = self.problem.finish(self.solve(pair))
         if not fit.converged:
             warnings.warn(
@@ -199,7 +217,7 @@ class _Job:
                 stacklevel=2,
             )
         stored = store_group(
-            fit.tucker2,
+            source.expand(fit.tucker2),
             name=source.name,
             modules=source.modules,
             slice_ranks=source.slice_ranks or (min(pair),) * len(source.modules),
@@ -208,11 +226,11 @@ class _Job:
         )
         relative_error = fit.relative_error
         if source.slice_ranks is not None or dtype != self.problem.dtype:
-            relative_error, _ = relative_errors(source.stack, stored.tucker2())
+            relative_error = source.relative_error(stored.tucker2())
         record = FitRecord(
             relative_error=relative_error,
             lower_bound=min(fit.lower_bound, relative_error),
-            norm=math.sqrt(self.problem.reduction.norm2),
+            norm=norm,
             parameters=source.parameters,
             bytes=source.bytes,
         )
@@ -229,14 +247,38 @@ def _start(source: SourceGroup, goal: Goal) -> _Job:
         rank = (min(rank[0], p), min(rank[1], q))
     reduction = reduce_stack(stack, rank, method="auto", tolerance=goal.tolerance or 0.0)
     problem = Problem(stack, None, reduction, stack.dtype)
-    return _Job(source, problem, problem.curve(source.slice_ranks))
+    curve = frontier(
+        reduction.small,
+        problem.full,
+        source.shape,
+        lost2=reduction.lost2,
+        slice_ranks=source.slice_ranks,
+    )
+    return _Job(source, problem, _with_kept(curve, source))
+
+
+def _with_kept(curve: Frontier, source: SourceGroup) -> Frontier:
+    """The curve with the group as it is for its last point, and without any larger one."""
+    if source.kept is None:
+        return curve
+    smaller = curve.parameters < source.parameters
+    ranks, parameters, error2 = (
+        curve.ranks[smaller],
+        curve.parameters[smaller],
+        curve.error2[smaller],
+    )
+    if not error2.size or error2[-1] > 0.0:
+        ranks = np.concatenate([ranks, [source.kept.rank]])
+        parameters = np.append(parameters, source.parameters)
+        error2 = np.append(error2, 0.0)
+    return Frontier(ranks, parameters, error2, curve.norm2)
 
 
 def _within(jobs: list[_Job], tolerance: float, dtype: np.dtype) -> tuple[LotrGroup, ...]:
     """Groups of few parameters whose error as stored is at most ``tolerance`` over all of them."""
     norm2 = sum(job.problem.reduction.norm2 for job in jobs)
     reachable2 = sum(float(job.curve.error2[-1]) for job in jobs)
-    full = [pair_at(job.curve, -1) for job in jobs]
+    full = [job.full for job in jobs]
 
     def attempt(target2: float) -> tuple[tuple[LotrGroup, ...], float, float, bool]:
         pairs = full

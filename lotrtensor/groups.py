@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,12 @@ import numpy as np
 
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.modules import LoraModule, LotrGroup
 from lotrtensor.core.cluster import cluster
+from lotrtensor.core.dense import DenseStack
+from lotrtensor.core.residual import relative_errors
 from lotrtensor.core.stacks import LowRankStack, SliceStack
+from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import RankError
 
 
@@ -33,6 +37,10 @@ class SourceGroup:
         Whether the modules are embeddings.
     parameters, bytes : int
         Size of the updates as stored in the source.
+    bases : (ndarray (m, a), ndarray (n, b)) or None
+        Orthonormal Q and P with ΔW_k = Q · stack_k · Pᵀ; None for the identity.
+    kept : LotrGroup or None
+        The group as it was: what full rank gives back, without another rounding.
     """
 
     name: str
@@ -42,6 +50,34 @@ class SourceGroup:
     embedding: bool
     parameters: int
     bytes: int
+    bases: tuple[np.ndarray, np.ndarray] | None = None
+    kept: LotrGroup | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of slices and the shape of one: (K, m, n)."""
+        if self.bases is None:
+            return self.stack.shape
+        return self.stack.shape[0], self.bases[0].shape[0], self.bases[1].shape[0]
+
+    @property
+    def max_rank(self) -> tuple[int, int]:
+        """Largest left and right rank that the group can need."""
+        return self.stack.max_rank if self.kept is None else self.kept.rank
+
+    def expand(self, found: Tucker2) -> Tucker2:
+        """Return a decomposition of ``stack`` as one of the updates."""
+        if self.bases is None:
+            return found
+        return Tucker2(self.bases[0] @ found.left, found.core, self.bases[1] @ found.right)
+
+    def relative_error(self, stored: Tucker2) -> float:
+        """Relative Frobenius error of ``stored``, from its residual."""
+        if self.bases is None:
+            return relative_errors(self.stack, stored)[0]
+        whole = Tucker2(self.bases[0], self.stack.to_dense(), self.bases[1])
+        norm2 = float(np.sum(self.stack.norms2()))
+        return math.sqrt((whole - stored).norm2() / norm2) if norm2 else 0.0
 
 
 def lora_groups(adapter: LoraAdapter, group_by: str) -> list[tuple[str, list[LoraModule]]]:
@@ -66,6 +102,26 @@ def source_group(name: str, modules: Sequence[LoraModule], dtype: np.dtype) -> S
         embedding=modules[0].embedding,
         parameters=parameters,
         bytes=sum(module.bytes_in(dtype) for module in modules),
+    )
+
+
+def lotr_source(group: LotrGroup, dtype: np.dtype) -> SourceGroup:
+    """Return a group of a LoTR; ``dtype`` is the type that it is stored in.
+
+    The stack are the cores between the orthonormal bases of the group's own factors, K × p × q:
+    no larger rank can be needed, and m and n cost two QRs.
+    """
+    whole = group.tucker2().orthogonalised()
+    return SourceGroup(
+        name=group.name,
+        modules=group.modules,
+        stack=DenseStack(whole.core),
+        slice_ranks=tuple(min(r, *whole.rank) for r in group.slice_ranks),
+        embedding=group.embedding,
+        parameters=group.parameters,
+        bytes=group.parameters * dtype.itemsize,
+        bases=(whole.left, whole.right),
+        kept=group,
     )
 
 

@@ -16,7 +16,7 @@ from lotrtensor.convert import Progress, fit_groups
 from lotrtensor.core.goals import check_goal
 from lotrtensor.core.stacks import LowRankStack
 from lotrtensor.core.truncate import slice_svds
-from lotrtensor.groups import source_group
+from lotrtensor.groups import lotr_source
 from lotrtensor.low_rank import Allocation, Update, lower_ranks
 from lotrtensor.sizes import budget_parameters
 
@@ -56,7 +56,8 @@ def truncate(
     LoraAdapter or LotrAdapter
         A LoRA whose modules have the leading singular values of their ΔW, exactly the best of
         their ranks; with a tolerance, energy or budget the ranks differ, and no others of that
-        size have a smaller error. A LoTR with the same groups.
+        size have a smaller error. A LoTR with the same groups. A module or group that keeps its
+        full rank is kept as it is.
 
     Raises
     ------
@@ -66,20 +67,13 @@ def truncate(
     Notes
     -----
     For a LoRA, QRs of B and Aᵀ leave an r × r matrix, whose SVD is that of ΔW: the product is
-    never built (Eckart and Young, Psychometrika 1 (1936)).
+    never built (Eckart and Young, Psychometrika 1 (1936)). For a LoTR, QRs of U and V leave a
+    K × p × q tensor, which is decomposed in its place.
     """
     if isinstance(adapter, LoraAdapter):
         return _truncate_lora(adapter, rank, tolerance, energy, budget, allocation)
-    source = {module.name: module for module in adapter.to_lora().modules}
     groups = fit_groups(
-        [
-            replace(
-                source_group(group.name, [source[name] for name in group.modules], adapter.dtype),
-                parameters=group.parameters,
-                bytes=group.parameters * adapter.dtype.itemsize,
-            )
-            for group in adapter.groups
-        ],
+        [lotr_source(group, adapter.dtype) for group in adapter.groups],
         rank=rank,
         tolerance=tolerance,
         energy=energy,

@@ -9,7 +9,18 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotrtensor import LotrError, LowRankStack, RankError, Tucker2, convert, load, truncate, tucker2
+from lotrtensor import (
+    LotrAdapter,
+    LotrError,
+    LowRankStack,
+    RankError,
+    Tucker2,
+    convert,
+    load,
+    truncate,
+    tucker2,
+)
+from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.core.truncate import (
     dense_svd,
     ranks_for_budget,
@@ -717,6 +728,69 @@ def test_a_lotr_at_its_own_rank_is_itself(tmp_path):
     for command, of, out in (("convert", "lora", "a"), ("truncate", "a", "b")):
         assert lotr(command, tmp_path / of, "-o", tmp_path / out, "--rank", 5).code == 0
     assert distance(dense_lotr(tmp_path / "b"), dense_lotr(tmp_path / "a")) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "goal",
+    [{"rank": 5}, {"tolerance": 1e-9}, {"budget": "100%"}, {"energy": 1 - 1e-12}],
+    ids=lambda goal: next(iter(goal)),
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_lotr_that_keeps_its_ranks_is_left_as_it_is(tmp_path, goal, dtype):
+    """Nothing rounds it anew, and nothing makes it larger."""
+    source = convert(load(write_lora(tmp_path / "lora", decaying_pairs(), dtype=dtype)), rank=5)
+    found = truncate(source, **goal)
+    assert found.bytes == source.bytes
+    assert found.relative_error == found.lower_bound == 0.0
+    for group, before in zip(found.groups, source.groups, strict=True):
+        np.testing.assert_array_equal(group.left, before.left)
+        np.testing.assert_array_equal(group.right, before.right)
+        np.testing.assert_array_equal(group.tucker2().core, before.tucker2().core)
+    with pytest.raises(RankError, match=r"\(5, 5\)"):
+        truncate(source, rank=6)
+
+
+@pytest.mark.parametrize("goal", [{"rank": 2}, {"tolerance": 0.2}, {"budget": "40%"}])
+@pytest.mark.parametrize("group_by", ["type", "query"])
+def test_a_lotr_is_rounded_as_its_tucker2s_are(tmp_path, goal, group_by):
+    """The error told is that of the dense slices, near that of `Tucker2.truncate`."""
+    lora = load(write_lora(tmp_path / "lora", decaying_pairs(1 if group_by == "query" else 4)))
+    source = convert(lora, rank=(6, 4), group_by=group_by)
+    found = truncate(source, **goal)
+    assert found.bytes < source.bytes
+    lost2 = norm2 = 0.0
+    for group, before in zip(found.groups, source.groups, strict=True):
+        true, written = before.tucker2().to_dense(), group.tucker2().to_dense()
+        error = np.linalg.norm(true - written) / np.linalg.norm(true)
+        assert group.fit.relative_error == pytest.approx(error, rel=1e-6, abs=1e-12)
+        best = before.tucker2().truncate(group.rank).to_dense()
+        assert error <= 1.001 * np.linalg.norm(true - best) / np.linalg.norm(true) + 1e-6
+        lost2 += np.sum((true - written) ** 2)
+        norm2 += np.sum(true**2)
+    assert found.relative_error == pytest.approx(np.sqrt(lost2 / norm2), rel=1e-6)
+    assert found.relative_error <= goal.get("tolerance", 1.0)
+    assert found.source_bytes == source.bytes
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 1e-3, 1e-12])
+def test_a_trained_lotr_is_rounded(tolerance):
+    """Factors that are not orthonormal, more columns than rows, a scale beside the cores."""
+    rng = np.random.default_rng(0)
+    group = LotrGroup(
+        name="q",
+        modules=("layer.0.q", "layer.1.q"),
+        left=rng.standard_normal((5, 7)),
+        right=rng.standard_normal((9, 4)),
+        cores=tuple(rng.standard_normal((2, 7, 4))),
+        slice_ranks=(4, 4),
+        scale=0.5,
+    )
+    found = truncate(LotrAdapter((group,), {}, np.dtype(float)), tolerance=tolerance)
+    true, written = group.tucker2().to_dense(), found.groups[0].tucker2().to_dense()
+    error = np.linalg.norm(true - written) / np.linalg.norm(true)
+    assert found.relative_error == pytest.approx(error, abs=1e-14)
+    assert error <= tolerance
+    assert found.parameters < group.parameters
 
 
 @pytest.mark.parametrize("command", ["truncate", "convert"])
