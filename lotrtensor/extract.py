@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +30,21 @@ from lotrtensor.groups import SourceGroup
 from lotrtensor.low_rank import Allocation, Update, lower_ranks
 from lotrtensor.sizes import budget_parameters, check_dtype
 
-_EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)$")
+EMBEDDINGS = frozenset(
+    {
+        *("embed_tokens", "embed_positions", "embed_in", "embedding", "embeddings"),
+        *("word_embedding", "word_embeddings", "token_embedding", "tok_embeddings"),
+        *("tokens_embed", "positions_embed", "wte", "wpe", "shared"),
+        *("position_embedding", "position_embeddings", "token_type_embeddings"),
+        *("x_position_embeddings", "y_position_embeddings"),
+        *("h_position_embeddings", "w_position_embeddings"),
+        *("entity_embeddings", "lang_embeddings", "relative_attention_bias"),
+    }
+)
+"""Last names of modules that are embeddings in every model of transformers that has them.
+
+A part of a name does not tell: ``embed_out`` and ``embeddings_project`` are linear layers.
+"""
 
 
 def extract(
@@ -100,6 +113,10 @@ def extract(
     LoTR: every pass reads the two checkpoints slice by slice; one slice of each is in memory.
     LoRA: every module is read once, its leading singular vectors are found by block iteration, at
     most `WIDEST` of them where a budget decides, and once more to measure what a tolerance allows.
+
+    Checkpoints do not tell what a weight belongs to: modules whose last name is one of
+    `EMBEDDINGS` are taken for embeddings, whose weight is the transpose of ΔW, all others for
+    linear layers.
     """
     deltas = compare_checkpoints(open_checkpoint(Path(base)), open_checkpoint(Path(tuned)), modules)
     if deltas.others:
@@ -114,7 +131,7 @@ def extract(
     store = check_dtype(dtype) if dtype is not None else deltas.tuned.dtype(deltas.names[0])
     slots = []
     for name in sorted((key.removesuffix(WEIGHT) for key in deltas.names), key=layer_order):
-        embedding = bool(_EMBEDDING.search(name))
+        embedding = name.rpartition(".")[2] in EMBEDDINGS
         m, n = deltas.base.tensors[name + WEIGHT].shape
         slots.append(Slot(name, (n, m) if embedding or fan_in_fan_out else (m, n), embedding))
     alone = form == "lora" or group_by == "none"

@@ -399,6 +399,37 @@ def test_embeddings_are_transposed(tmp_path):
     assert read(tmp_path / "merged")[0][key] == pytest.approx(tuned[key], abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "embedding"),
+    [
+        ("embed_out", False),  # GPT-NeoX
+        ("electra.embeddings_project", False),
+        ("albert.encoder.embedding_hidden_mapping_in", False),
+        ("vision.patch_embedding_projection", False),
+        ("gpt_neox.embed_in", True),
+        ("model.embed_tokens", True),
+        ("transformer.wpe", True),
+        ("bert.embeddings.token_type_embeddings", True),
+        ("shared", True),
+        ("tokens_embed", True),
+    ],
+)
+@pytest.mark.parametrize("form", ["lotr", "lora"])
+def test_embeddings_are_told_by_their_whole_last_name(tmp_path, name, embedding, form):
+    """A linear layer is none because its name speaks of embeddings: ΔW is then out × in."""
+    base = {f"{name}.weight": np.zeros((V, D), np.float32)}
+    tuned = {f"{name}.weight": np.random.default_rng(0).standard_normal((V, D)).astype("float32")}
+    write(tmp_path / "base", base)
+    write(tmp_path / "tuned", tuned)
+    adapter = extract(tmp_path / "base", tmp_path / "tuned", rank=D, form=form)
+    lora = adapter if form == "lora" else adapter.to_lora()
+    (module,) = lora.modules
+    assert (module.name, module.embedding) == (name, embedding)
+    assert module.shape == ((D, V) if embedding else (V, D))
+    delta, product = tuned[f"{name}.weight"], module.B @ module.A
+    assert product == pytest.approx(delta.T if embedding else delta, abs=1e-5)
+
+
 def test_weights_stored_in_by_out(tmp_path):
     """fan_in_fan_out: ΔW is transposed, the config says so, merging transposes back."""
     rng = np.random.default_rng(0)
