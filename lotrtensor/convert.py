@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import FitRecord, LotrGroup, store_group
-from lotrtensor.core.goals import Goal, Rank, check_goal
+from lotrtensor.core.goals import Goal, Rank, check_goal, check_rank
 from lotrtensor.core.problem import Problem
 from lotrtensor.core.ranks import (
     Frontier,
@@ -112,7 +113,7 @@ def convert(
         budget = DEFAULT_BUDGET
     members = lora_groups(adapter, group_by)
     if cluster is not None:
-        pair = (rank, rank) if isinstance(rank, int) else rank
+        pair = None if rank is None else check_rank(rank, (sys.maxsize, sys.maxsize))
         members = split_groups(members, cluster, pair)
     try:
         groups = fit_groups(
@@ -151,7 +152,12 @@ def fit_groups(
         parameters = budget_parameters(budget, dtype.itemsize, whole)
     limits = [source.max_rank for source in sources]
     largest = max(p for p, _ in limits), max(q for _, q in limits)
-    goal = check_goal(rank, tolerance, energy, parameters, largest)
+    goal = check_goal(rank, tolerance, energy, parameters, (sys.maxsize, sys.maxsize))
+    if goal.rank and (goal.rank[0] > largest[0] or goal.rank[1] > largest[1]):
+        raise RankError(
+            f"rank is (p, q) = {goal.rank}; no group needs more than {largest}: choose no more "
+            "than that"
+        )
     jobs = []
     for done, source in enumerate(sources):
         if progress:

@@ -20,14 +20,14 @@ from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.convert import WIDEST, Progress, fit_groups
 from lotrtensor.core.dense import LazyStack
-from lotrtensor.core.goals import Goal, Rank, check_goal
+from lotrtensor.core.goals import Goal, Rank
 from lotrtensor.core.residual import error_norms2
 from lotrtensor.core.truncate import dense_svd
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.deltas import WEIGHT, Deltas, compare_checkpoints
-from lotrtensor.errors import FormatError, LotrWarning
+from lotrtensor.errors import DataError, FormatError, LotrWarning
 from lotrtensor.groups import SourceGroup
-from lotrtensor.low_rank import Allocation, Update, lower_ranks
+from lotrtensor.low_rank import Allocation, Update, check_allocation, lora_goal, lower_ranks
 from lotrtensor.sizes import budget_parameters, check_dtype
 
 EMBEDDINGS = frozenset(
@@ -98,9 +98,11 @@ def extract(
     FormatError
         If a checkpoint cannot be read, no weight matches or none differs.
     DataError
-        If a weight that differs is quantised, or holds NaN or infinite values.
+        If a weight that differs is quantised, or holds NaN or infinite values, or ``form`` is
+        unknown.
     RankError
-        If the goal is out of range, or not exactly one is given.
+        If the goal is out of range, or not exactly one is given, or ``allocation`` is unknown or
+        ``"uniform"`` for a LoTR.
 
     Warns
     -----
@@ -118,6 +120,9 @@ def extract(
     `EMBEDDINGS` are taken for embeddings, whose weight is the transpose of ΔW, all others for
     linear layers.
     """
+    if form not in ("lotr", "lora"):
+        raise DataError(f"form is {form!r}; expected 'lotr' or 'lora'")
+    check_allocation(allocation, lora=form == "lora")
     deltas = compare_checkpoints(open_checkpoint(Path(base)), open_checkpoint(Path(tuned)), modules)
     if deltas.others:
         warnings.warn(
@@ -143,12 +148,12 @@ def extract(
         "target_modules": sorted(slot.name for slot in slots),
     }
     if form == "lora":
-        most = max(min(slot.shape) for slot in slots)
         numbers = None
         if budget is not None:
             whole = sum(source.bytes for source in sources)
             numbers = budget_parameters(budget, store.itemsize, whole)
-        goal = check_goal(rank, tolerance, energy, numbers, (most, most))
+        largest = {slot.name: min(slot.shape) for slot in slots}
+        goal = lora_goal(rank, tolerance, energy, numbers, largest)
         updates = _updates(sources, goal, progress)
         return LoraAdapter(lower_ranks(updates, goal, store, allocation), config, store)
     groups = fit_groups(

@@ -144,8 +144,10 @@ def split_groups(
     Raises
     ------
     RankError
-        If ``clusters`` is below 1.
+        If ``clusters`` is no integer, or below 1.
     """
+    if not isinstance(clusters, int | np.integer) or isinstance(clusters, bool):
+        raise RankError(f"cluster is {clusters!r}; expected an integer")
     if clusters < 1:
         raise RankError(f"cluster is {clusters}; expected at least 1")
     found: list[tuple[str, list[LoraModule]]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.rounding import rounded
-from lotrtensor.core.goals import Goal
+from lotrtensor.core.goals import Goal, Rank, check_goal
 from lotrtensor.core.ranks import settle
 from lotrtensor.core.truncate import (
     SliceSvd,
@@ -73,6 +73,45 @@ class Update:
         return LoraModule(self.name, b, a, self.embedding)
 
 
+def check_allocation(allocation: str, *, lora: bool) -> None:
+    """Refuse an allocation that is unknown, or that is not for what is made.
+
+    Raises
+    ------
+    RankError
+        If it is neither ``"optimal"`` nor ``"uniform"``, or ``"uniform"`` for a LoTR.
+    """
+    if allocation not in ("optimal", "uniform"):
+        raise RankError(f"allocation is {allocation!r}; expected 'optimal' or 'uniform'")
+    if allocation == "uniform" and not lora:
+        raise RankError("allocation is 'uniform', which a LoRA can have; expected 'optimal'")
+
+
+def lora_goal(
+    rank: Rank | None,
+    tolerance: float | None,
+    energy: float | None,
+    budget: int | None,
+    largest: Mapping[str, int],
+) -> Goal:
+    """Return the one goal given for a LoRA; ``largest`` has the rank that each module can have.
+
+    Raises
+    ------
+    RankError
+        As `check_goal` does; if ``rank`` is a pair, or more than any module can have.
+    """
+    if rank is not None and (not isinstance(rank, int | np.integer) or isinstance(rank, bool)):
+        raise RankError(f"rank is {rank!r}; expected one integer, for a LoRA has one rank a module")
+    name, most = max(largest.items(), key=lambda item: item[1])
+    if rank is not None and rank > most:
+        raise RankError(
+            f"rank is {rank}; the largest that a module can have is {most}, {name}'s: choose no "
+            "more than that"
+        )
+    return check_goal(rank, tolerance, energy, budget, (most, most))
+
+
 def lower_ranks(
     updates: Sequence[Update], goal: Goal, dtype: np.dtype, allocation: Allocation = "optimal"
 ) -> tuple[LoraModule, ...]:
@@ -93,10 +132,8 @@ def lower_ranks(
     Raises
     ------
     RankError
-        If the goal is out of reach, or ``allocation`` is neither of the two.
+        If the goal is out of reach.
     """
-    if allocation not in ("optimal", "uniform"):
-        raise RankError(f"allocation is {allocation!r}; expected 'optimal' or 'uniform'")
     uniform = allocation == "uniform"
     spectra = [update.svd.values for update in updates]
     costs = [update.cost for update in updates]

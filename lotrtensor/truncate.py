@@ -13,18 +13,18 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.convert import Progress, fit_groups
-from lotrtensor.core.goals import check_goal
+from lotrtensor.core.goals import Rank
 from lotrtensor.core.stacks import LowRankStack
 from lotrtensor.core.truncate import slice_svds
 from lotrtensor.groups import lotr_source
-from lotrtensor.low_rank import Allocation, Update, lower_ranks
+from lotrtensor.low_rank import Allocation, Update, check_allocation, lora_goal, lower_ranks
 from lotrtensor.sizes import budget_parameters
 
 
 def truncate(
     adapter: Adapter,
     *,
-    rank: int | None = None,
+    rank: Rank | None = None,
     tolerance: float | None = None,
     energy: float | None = None,
     budget: int | str | None = None,
@@ -37,8 +37,9 @@ def truncate(
     ----------
     adapter : LoraAdapter or LotrAdapter
         The adapter.
-    rank : int, optional
-        LoRA: rank of every module at most. LoTR: left and right rank of every group at most.
+    rank : int or (int, int), optional
+        LoRA: rank of every module at most. LoTR: left and right rank (p, q) of every group at
+        most.
     tolerance : float, optional
         Relative Frobenius error, in (0, 1), against ``adapter`` that is not exceeded.
     energy : float, optional
@@ -62,7 +63,8 @@ def truncate(
     Raises
     ------
     RankError
-        If the goal is out of range, or not exactly one is given.
+        If the goal is out of range, or not exactly one is given, or ``allocation`` is unknown or
+        ``"uniform"`` for a LoTR.
 
     Notes
     -----
@@ -70,6 +72,7 @@ def truncate(
     never built (Eckart and Young, Psychometrika 1 (1936)). For a LoTR, QRs of U and V leave a
     K × p × q tensor, which is decomposed in its place.
     """
+    check_allocation(allocation, lora=isinstance(adapter, LoraAdapter))
     if isinstance(adapter, LoraAdapter):
         return _truncate_lora(adapter, rank, tolerance, energy, budget, allocation)
     groups = fit_groups(
@@ -86,7 +89,7 @@ def truncate(
 
 def _truncate_lora(
     adapter: LoraAdapter,
-    rank: int | None,
+    rank: Rank | None,
     tolerance: float | None,
     energy: float | None,
     budget: int | str | None,
@@ -95,8 +98,8 @@ def _truncate_lora(
     parameters = None
     if budget is not None:
         parameters = budget_parameters(budget, adapter.dtype.itemsize, adapter.bytes)
-    most = max(module.rank for module in adapter.modules)
-    goal = check_goal(rank, tolerance, energy, parameters, (most, most))
+    ranks = {module.name: module.rank for module in adapter.modules}
+    goal = lora_goal(rank, tolerance, energy, parameters, ranks)
     modules = lower_ranks(_updates(adapter), goal, adapter.dtype, allocation)
     return replace(adapter, modules=modules)
 

@@ -430,6 +430,25 @@ def test_embeddings_are_told_by_their_whole_last_name(tmp_path, name, embedding,
     assert product == pytest.approx(delta.T if embedding else delta, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"form": "LoRA"}, "form is 'LoRA'; expected 'lotr' or 'lora'"),
+        ({"form": "foo"}, "form is 'foo'"),
+        ({"allocation": "x"}, "allocation is 'x'; expected 'optimal' or 'uniform'"),
+        ({"allocation": "uniform"}, "allocation is 'uniform', which a LoRA can have"),
+        ({"form": "lora", "allocation": "x"}, "allocation is 'x'"),
+        ({"form": "lora", "rank": (4, 6)}, r"rank is \(4, 6\); expected one integer"),
+        ({"form": "lora", "rank": 100}, f"rank is 100; .* is {D}, .*query's"),
+    ],
+)
+def test_options_that_nothing_answers_to(tmp_path, options, named):
+    """A misspelled option is refused before the checkpoints are compared."""
+    base, tuned, _, _ = pair(tmp_path, pattern="query")
+    with pytest.raises(LotrError, match=named):
+        extract(base, tuned, **{"rank": 2} | options)
+
+
 def test_weights_stored_in_by_out(tmp_path):
     """fan_in_fan_out: ΔW is transposed, the config says so, merging transposes back."""
     rng = np.random.default_rng(0)

@@ -877,6 +877,35 @@ def test_one_rank_for_all_on_request(tmp_path, goal):
         truncate(load(source), rank=2, allocation="best")
 
 
+def test_options_that_nothing_answers_to(tmp_path):
+    """A pair of ranks for a LoRA, an allocation for a LoTR, a rank beyond every module."""
+    source = load(write_lora(tmp_path / "source", decaying_pairs()))
+    for rank, named in (((2, 3), "one integer"), ("2", "one integer"), (True, "one integer")):
+        with pytest.raises(RankError, match=named):
+            truncate(source, rank=rank)
+    with pytest.raises(RankError, match=r"rank is 100; .* is 6, encoder\.layer\.0.*'s"):
+        truncate(source, rank=100)
+    shared = convert(source, rank=4)
+    assert {group.rank for group in truncate(shared, rank=(2, 3)).groups} == {(2, 3)}
+    for allocation in ("uniform", "x"):
+        with pytest.raises(RankError, match=f"allocation is '{allocation}'"):
+            truncate(shared, rank=2, allocation=allocation)
+    with pytest.raises(RankError, match="no group needs more than"):
+        convert(source, rank=100)
+
+
+@pytest.mark.parametrize("number", [1.5, "2", True, 0])
+def test_clusters_are_counted(tmp_path, number):
+    """No TypeError from deep inside."""
+    source = load(write_lora(tmp_path / "source", decaying_pairs()))
+    with pytest.raises(RankError, match="cluster is"):
+        convert(source, rank=2, cluster=number)
+    with pytest.raises(RankError, match="pair"):
+        convert(source, rank=(1, 2, 3), cluster=2)
+    two = convert(source, rank=np.int64(2), cluster=np.int64(2))
+    assert len(two.groups) == 2 * len(convert(source, rank=2).groups)
+
+
 def test_truncation_needs_a_goal(tmp_path):
     """Unlike convert, which has a default and says so."""
     source = write_lora(tmp_path / "source", decaying_pairs())
