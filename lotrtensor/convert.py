@@ -149,7 +149,8 @@ def fit_groups(
     parameters = None
     if budget is not None:
         whole = sum(source.bytes for source in sources)
-        parameters = budget_parameters(budget, dtype.itemsize, whole)
+        smallest = sum(source.smallest for source in sources)
+        parameters = budget_parameters(budget, dtype.itemsize, whole, smallest)
     limits = [source.max_rank for source in sources]
     largest = max(p for p, _ in limits), max(q for _, q in limits)
     goal = check_goal(rank, tolerance, energy, parameters, (sys.maxsize, sys.maxsize))

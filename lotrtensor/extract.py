@@ -151,7 +151,8 @@ def extract(
         numbers = None
         if budget is not None:
             whole = sum(source.bytes for source in sources)
-            numbers = budget_parameters(budget, store.itemsize, whole)
+            smallest = sum(sum(slot.shape) for slot in slots)
+            numbers = budget_parameters(budget, store.itemsize, whole, smallest)
         largest = {slot.name: min(slot.shape) for slot in slots}
         goal = lora_goal(rank, tolerance, energy, numbers, largest)
         updates = _updates(sources, goal, progress)

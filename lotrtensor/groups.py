@@ -65,6 +65,11 @@ class SourceGroup:
         """Largest left and right rank that the group can need."""
         return self.stack.max_rank if self.kept is None else self.kept.rank
 
+    @property
+    def smallest(self) -> int:
+        """Stored numbers of the group at ranks (1, 1)."""
+        return sum(self.shape)
+
     def expand(self, found: Tucker2) -> Tucker2:
         """Return a decomposition of ``stack`` as one of the updates."""
         if self.bases is None:

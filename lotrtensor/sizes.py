@@ -36,7 +36,9 @@ def check_dtype(dtype: np.dtype | str) -> np.dtype:
     return found
 
 
-def budget_parameters(budget: int | str, itemsize: int, source_bytes: int) -> int:
+def budget_parameters(
+    budget: int | str, itemsize: int, source_bytes: int, smallest: int = 1
+) -> int:
     """Return a budget as a number of parameters.
 
     Parameters
@@ -48,11 +50,13 @@ def budget_parameters(budget: int | str, itemsize: int, source_bytes: int) -> in
         Bytes of a stored number.
     source_bytes : int
         Bytes of the adapter that a share refers to.
+    smallest : int
+        Parameters of the smallest result possible.
 
     Raises
     ------
     RankError
-        If it is none of these, or not above 0.
+        If it is none of these, or below ``smallest``.
 
     Examples
     --------
@@ -73,6 +77,9 @@ def budget_parameters(budget: int | str, itemsize: int, source_bytes: int) -> in
         parameters = number / 100 * source_bytes / itemsize
     else:
         parameters = number * _UNITS[unit] / itemsize
-    if parameters < 1:
-        raise RankError(f"budget is {budget!r}; expected room for at least one parameter")
+    if parameters < smallest:
+        raise RankError(
+            f"budget is {budget!r}; the smallest result, of rank 1 throughout, needs {smallest} "
+            f"parameters, {smallest * itemsize} bytes"
+        )
     return int(parameters)

@@ -97,11 +97,33 @@ def _truncate_lora(
 ) -> LoraAdapter:
     parameters = None
     if budget is not None:
-        parameters = budget_parameters(budget, adapter.dtype.itemsize, adapter.bytes)
+        parameters = _numbers(adapter, budget)
     ranks = {module.name: module.rank for module in adapter.modules}
     goal = lora_goal(rank, tolerance, energy, parameters, ranks)
     modules = lower_ranks(_updates(adapter), goal, adapter.dtype, allocation)
     return replace(adapter, modules=modules)
+
+
+def padded_rank(adapter: LoraAdapter, budget: int | str) -> int:
+    """Largest rank of all modules that ``budget`` pays where each is padded to it.
+
+    Raises
+    ------
+    RankError
+        If rank 1 needs more.
+    """
+    most = max(module.rank for module in adapter.modules)
+    return min(most, _numbers(adapter, budget) // _smallest(adapter))
+
+
+def _numbers(adapter: LoraAdapter, budget: int | str) -> int:
+    """The budget in parameters."""
+    return budget_parameters(budget, adapter.dtype.itemsize, adapter.bytes, _smallest(adapter))
+
+
+def _smallest(adapter: LoraAdapter) -> int:
+    """Parameters of the adapter at rank 1: Σ (m + n)."""
+    return sum(sum(module.shape) for module in adapter.modules)
 
 
 def _updates(adapter: LoraAdapter) -> list[Update]:

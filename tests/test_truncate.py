@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -689,14 +690,15 @@ def test_the_document_tells_what_was_written(tmp_path):
 
 
 def test_uniform_ranks_are_padded_on_request(tmp_path):
-    """One rank for all, the same ΔW; no patterns."""
+    """One rank for all, the ΔW of that allocation; no patterns."""
     source = write_lora(tmp_path / "source", decaying_pairs())
-    for name, more in (("own", []), ("uniform", ["--uniform"])):
+    one = ["--allocation", "uniform"]
+    for name, more in (("own", []), ("one", one), ("uniform", ["--uniform"])):
         assert lotr("truncate", source, "-o", tmp_path / name, "--tolerance", 0.2, *more).code == 0
     config = read_config(tmp_path / "uniform")
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert len({x.shape[0] for k, x in read_arrays(tmp_path / "uniform").items() if "A" in k}) == 1
-    assert distance(written_deltas(tmp_path / "uniform"), written_deltas(tmp_path / "own")) == 0
+    assert distance(written_deltas(tmp_path / "uniform"), written_deltas(tmp_path / "one")) == 0
     assert read_config(tmp_path / "own")["rank_pattern"]
 
 
@@ -875,6 +877,63 @@ def test_one_rank_for_all_on_request(tmp_path, goal):
         assert errors["uniform"] <= {"--tolerance": 0.2, "--energy": np.sqrt(0.1)}[goal[0]]
     with pytest.raises(RankError, match="allocation"):
         truncate(load(source), rank=2, allocation="best")
+
+
+def mixed_pairs():
+    """Modules of ranks 6 and 3."""
+    return {
+        name: (b, a) if "query" in name else (b[:, :3].copy(), a[:3].copy())
+        for name, (b, a) in decaying_pairs().items()
+    }
+
+
+@pytest.mark.parametrize("make_pairs", [decaying_pairs, mixed_pairs])
+@pytest.mark.parametrize("goal", [("--budget", "50%"), ("--tolerance", 0.3), ("--energy", 0.9)])
+def test_padding_keeps_the_goal(tmp_path, goal, make_pairs):
+    """--uniform: the file that is written is within the budget, zeros included."""
+    pairs = make_pairs()
+    ranks = {f"{name}$": b.shape[1] for name, (b, _) in pairs.items()}
+    patterns = {"rank_pattern": ranks, "alpha_pattern": ranks, "lora_alpha": 6}
+    source = write_lora(tmp_path / "source", pairs, **patterns)
+    out = tmp_path / "out"
+    found = lotr("truncate", source, "-o", out, *goal, "--uniform")
+    assert found.code == 0, found.err
+    written = read_arrays(out)
+    assert len({x.shape[0] for k, x in written.items() if "lora_A" in k}) == 1
+    error = distance(dense_lora(out, 1.0), dense_lora(source, 1.0))
+    if goal[0] == "--budget":
+        assert stored_bytes(out) <= 0.5 * stored_bytes(source)
+        rank = read_config(out)["r"]
+        assert stored_bytes(out) * (rank + 1) / rank > 0.5 * stored_bytes(source)
+    else:
+        assert error <= {"--tolerance": 0.3, "--energy": np.sqrt(0.1)}[goal[0]]
+
+
+def test_padding_is_for_a_lora(tmp_path):
+    """A LoTR has nothing to pad, and two goals are two goals."""
+    source = write_lora(tmp_path / "source", decaying_pairs())
+    convert(load(source), rank=2).save(tmp_path / "lotr")
+    found = lotr("truncate", tmp_path / "lotr", "-o", tmp_path / "out", "--rank", 1, "--uniform")
+    assert_refused(found, "--uniform is for a LoRA")
+    goals = ("--rank", 1, "--budget", "50%", "--uniform")
+    assert_refused(lotr("truncate", source, "-o", tmp_path / "out", *goals), "rank and budget")
+
+
+@pytest.mark.parametrize("budget", ["1", "0", "1p", "0.1%"])
+def test_a_budget_that_pays_nothing_names_the_smallest_size(tmp_path, budget):
+    """The size that it names is one that can be had, and no smaller one is."""
+    source = write_lora(tmp_path / "source", decaying_pairs(), dtype="bfloat16")
+    assert lotr("convert", source, "-o", tmp_path / "shared", "--rank", 2).code == 0
+    for command, of in (("truncate", source), ("convert", source), ("truncate", "shared")):
+        found = lotr(command, tmp_path / of, "-o", tmp_path / "out", "--budget", budget)
+        named = re.search(r"needs (\d+) parameters, (\d+) bytes", found.err)
+        assert found.code == 1
+        assert int(named[2]) == 2 * int(named[1])
+        out = tmp_path / f"{command}-{named[1]}"
+        assert lotr(command, tmp_path / of, "-o", out, "--budget", named[2]).code == 0
+        assert stored_bytes(out) == int(named[2])
+        less = f"{int(named[1]) - 1}p"
+        assert lotr(command, tmp_path / of, "-o", tmp_path / "no", "--budget", less).code == 1
 
 
 def test_options_that_nothing_answers_to(tmp_path):

@@ -23,8 +23,10 @@ from lotrtensor.cli.common import (
     progress_bar,
 )
 from lotrtensor.compare import compare
+from lotrtensor.errors import RankError
 from lotrtensor.report.documents import inspect_document
 from lotrtensor.report.tables import error, lora_table, lotr_table, size_line
+from lotrtensor.truncate import padded_rank
 from lotrtensor.truncate import truncate as truncate_adapter
 
 
@@ -42,7 +44,7 @@ def truncate(
     uniform: Annotated[
         bool,
         typer.Option(
-            "--uniform", help="Pad a LoRA to one rank, as vLLM and llama.cpp need; larger."
+            "--uniform", help="One rank for all of a LoRA, zero-padded: vLLM and llama.cpp need it."
         ),
     ] = False,
     force: Force = False,
@@ -58,6 +60,13 @@ def truncate(
         output_form(output, source.config)
     else:
         check_output(output, force=force)
+        if uniform:
+            raise RankError(f"--uniform is for a LoRA; {adapter} is a LoTR")
+    if isinstance(source, LoraAdapter) and uniform:
+        # Padding is paid for: one rank is chosen for all, and a budget buys it for every module.
+        allocation = "uniform"
+        if budget is not None and rank is None and tolerance is None and energy is None:
+            rank, budget = padded_rank(source, budget), None
     with progress_bar() as progress:
         found = truncate_adapter(
             source,
