@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lotrtensor as lt
-from adapters_fixtures import bert_pairs, nth_call, snapshot, write_lora
+from adapters_fixtures import assert_refused, bert_pairs, lotr, nth_call, snapshot, write_lora
 from lotrtensor import FormatError
 from lotrtensor.adapters.formats.directory import check_output, write_directory
 
@@ -223,3 +223,19 @@ def test_files_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
     )
     write_directory(tmp_path / "out", NEW)
     assert events == ["sync", "sync", "sync", "rename", "sync"]
+
+
+@pytest.mark.parametrize("command", ["convert", "truncate", "export"])
+def test_an_output_that_holds_the_input_is_refused(tmp_path, command):
+    """--force would delete what is read; onto the input itself it is a change in place."""
+    outer = write_lora(tmp_path / "outer", bert_pairs(2))
+    inner = write_lora(outer / "inner", bert_pairs(2))
+    if command == "export":
+        lt.convert(lt.load(inner), rank=2).save(inner, force=True)
+    before = snapshot(outer)
+    goal = [] if command == "export" else ["--rank", 1]
+    found = lotr(command, inner, "-o", outer, *goal, "--force")
+    assert_refused(found, str(inner), "would delete")
+    assert snapshot(outer) == before
+    assert lotr(command, inner, "-o", inner, *goal, "--force").code == 0
+    assert lt.load(inner).parameters

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lotrtensor.adapters.formats.directory import check_output
+from lotrtensor.adapters.formats.directory import check_inputs_outside, check_output
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import (
     AdapterPath,
@@ -57,6 +57,7 @@ def convert(
     Example: lotr convert my-lora -o my-lotr --rank 16
     """
     check_output(output, force=force)
+    check_inputs_outside(output, adapter, in_place=True)
     with progress_bar() as progress:
         source = load(adapter)
         lotr = convert_adapter(

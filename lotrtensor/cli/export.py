@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lotrtensor.adapters.formats.directory import check_lora_output
+from lotrtensor.adapters.formats.directory import check_inputs_outside, check_lora_output
 from lotrtensor.adapters.formats.layout import output_form
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lotr import LotrAdapter
@@ -54,6 +54,7 @@ def export(
     Example: lotr export image-lotr -o image-lora.safetensors --format kohya
     """
     check_lora_output(output, force=force)
+    check_inputs_outside(output, adapter, in_place=True)
     lotr = load(adapter)
     if not isinstance(lotr, LotrAdapter):
         raise UnsupportedAdapterError(f"{adapter} is a LoRA already; expected a LoTR adapter")

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lotrtensor.adapters.formats.checkpoint import check_inputs_outside
-from lotrtensor.adapters.formats.directory import check_output
+from lotrtensor.adapters.formats.directory import check_inputs_outside, check_output
 from lotrtensor.adapters.formats.layout import output_form
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.cli.common import (

@@ -6,7 +6,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from lotrtensor.adapters.formats.directory import check_lora_output, check_output
+from lotrtensor.adapters.formats.directory import (
+    check_inputs_outside,
+    check_lora_output,
+    check_output,
+)
 from lotrtensor.adapters.formats.layout import output_form
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
@@ -55,6 +59,7 @@ def truncate(
     Example: lotr truncate my-lora -o small-lora --budget 25%
     """
     check_lora_output(output, force=force)
+    check_inputs_outside(output, adapter, in_place=True)
     source = load(adapter)
     if isinstance(source, LoraAdapter):
         output_form(output, source.config)

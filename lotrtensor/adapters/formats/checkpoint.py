@@ -15,7 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lotrtensor.adapters.formats.directory import expand, replace_directory
+from lotrtensor.adapters.formats.directory import (
+    check_inputs_outside,
+    expand,
+    replace_directory,
+)
 from lotrtensor.adapters.formats.tensors import BFLOAT16, read_json_object
 from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
 
@@ -267,22 +271,6 @@ def check_checkpoint_output(path: Path, *, force: bool) -> None:
     holds_weights = (path / SINGLE_NAME).is_file() or (path / INDEX_NAME).is_file()
     if path.is_symlink() or not holds_weights:
         raise FormatError(f"{path} exists and is no checkpoint directory; it is not replaced")
-
-
-def check_inputs_outside(output: Path, *inputs: str | os.PathLike[str]) -> None:
-    """Refuse an output directory that is, or holds, what is read: to replace it would delete that.
-
-    Raises
-    ------
-    FormatError
-        Naming the input.
-    """
-    resolved = expand(output).resolve()
-    for path in inputs:
-        if expand(path).resolve().is_relative_to(resolved):
-            raise FormatError(
-                f"{output} holds {path}, which replacing it would delete; choose another output"
-            )
 
 
 def _files_beside(source: Checkpoint) -> list[Path]:

@@ -83,6 +83,34 @@ def check_lora_output(path: Path, *, force: bool) -> None:
     check(path, force=force)
 
 
+def check_inputs_outside(
+    output: Path, *inputs: str | os.PathLike[str], in_place: bool = False
+) -> None:
+    """Refuse an output directory that is, or holds, what is read: to replace it would delete that.
+
+    Parameters
+    ----------
+    output : Path
+        What is to be written.
+    *inputs : path-like
+        What is read.
+    in_place : bool
+        The output may be the input itself, which is read to the end before it is replaced.
+
+    Raises
+    ------
+    FormatError
+        Naming the input.
+    """
+    resolved = expand(output).resolve()
+    for path in inputs:
+        found = expand(path).resolve()
+        if found.is_relative_to(resolved) and not (in_place and found == resolved):
+            raise FormatError(
+                f"{output} holds {path}, which replacing it would delete; choose another output"
+            )
+
+
 def _stands(path: Path, *, force: bool) -> bool:
     try:
         if not path.exists() and not path.is_symlink():
