@@ -40,6 +40,9 @@ DEFAULT_BUDGET = "25%"
 WIDEST = 256
 """Directions a side that a budget may choose from where slices are read on demand."""
 
+NAMED = 3
+"""Groups that a warning names; it counts the others."""
+
 CALIBRATIONS = 4
 """Rounds in which the curves learn how far HOOI is below the HOSVD that priced them."""
 
@@ -165,14 +168,32 @@ def fit_groups(
             progress(source.name, done, len(sources))
         jobs.append(_start(source, goal))
     if goal.tolerance is not None:
-        return _within(jobs, goal.tolerance, dtype)
-    if goal.budget is not None:
-        chosen = allocate_budget([job.curve for job in jobs], goal.budget)
-        pairs = [pair_at(job.curve, i) for job, i in zip(jobs, chosen, strict=True)]
+        groups = _within(jobs, goal.tolerance, dtype)
     else:
-        p, q = goal.rank or largest
-        pairs = [(min(p, a), min(q, b)) for a, b in limits]
-    return tuple(job.store(pair, dtype) for job, pair in zip(jobs, pairs, strict=True))
+        if goal.budget is not None:
+            chosen = allocate_budget([job.curve for job in jobs], goal.budget)
+            pairs = [pair_at(job.curve, i) for job, i in zip(jobs, chosen, strict=True)]
+        else:
+            p, q = goal.rank or largest
+            pairs = [(min(p, a), min(q, b)) for a, b in limits]
+        groups = tuple(job.store(pair, dtype) for job, pair in zip(jobs, pairs, strict=True))
+    open_ends = [
+        group.name for job, group in zip(jobs, groups, strict=True) if not job.converged(group.rank)
+    ]
+    if open_ends:
+        warn_unconverged("groups", open_ends, len(jobs))
+    return groups
+
+
+def warn_unconverged(kind: str, names: Sequence[str], total: int) -> None:
+    """Warn once of all fits that stopped before they converged; the first are named."""
+    more = ", …" if len(names) > NAMED else ""
+    warnings.warn(
+        f"{len(names)} of {total} {kind} did not converge ({', '.join(names[:NAMED])}{more}); "
+        "errors are exact for the factors found, which more passes may improve",
+        LotrWarning,
+        stacklevel=4,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,6 +229,10 @@ class _Job:
         """Squared error at ``pair``, refined."""
         return 0.0 if self.keeps(pair) else self.problem.error2(self.solve(pair))
 
+    def converged(self, pair: tuple[int, int]) -> bool:
+        """Whether the iterations that lead to ``pair`` met their stopping rules."""
+        return self.keeps(pair) or (self.problem.reduction.converged and self.solve(pair).converged)
+
     def store(self, pair: tuple[int, int], dtype: np.dtype) -> LotrGroup:
         """Decompose at ``pair``, round to ``dtype``, and measure what is stored."""
         source = self.source
@@ -216,13 +241,6 @@ class _Job:
             record = FitRecord(0.0, 0.0, norm, source.parameters, source.bytes)
             return replace(source.kept, fit=record)
         fit = self.problem.finish(self.solve(pair))
-        if not fit.converged:
-            warnings.warn(
-                f"the fit of {source.name} did not converge; its error is exact for the factors "
-                "found, which more passes may improve",
-                LotrWarning,
-                stacklevel=2,
-            )
         stored = store_group(
             source.expand(fit.tucker2),
             name=source.name,

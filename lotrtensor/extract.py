@@ -18,7 +18,7 @@ from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup
-from lotrtensor.convert import WIDEST, Progress, fit_groups
+from lotrtensor.convert import WIDEST, Progress, fit_groups, warn_unconverged
 from lotrtensor.core.dense import LazyStack
 from lotrtensor.core.goals import Goal, Rank
 from lotrtensor.core.residual import error_norms2
@@ -237,7 +237,7 @@ def _source(name: str, slots: Sequence[Slot], deltas: Deltas, fan_in_fan_out: bo
 def _updates(sources: Sequence[SourceGroup], goal: Goal, progress: Progress | None) -> list[Update]:
     """The leading singular vectors of every module's delta, as many as the goal can need."""
     costs = [sum(source.stack.shape[1:]) for source in sources]
-    updates = []
+    updates, open_ends = [], []
     for done, (source, cost) in enumerate(zip(sources, costs, strict=True)):
         if progress:
             progress(source.name, done, len(sources))
@@ -247,14 +247,11 @@ def _updates(sources: Sequence[SourceGroup], goal: Goal, progress: Progress | No
             width = min(WIDEST, max(1, (goal.budget - sum(costs)) // cost + 1))
         found = dense_svd(source.stack.slice(0), width, goal.tolerance or 0.0)
         if not found.converged:
-            warnings.warn(
-                f"the singular vectors of {source.name} did not converge; its factors are near the "
-                "best of their rank",
-                LotrWarning,
-                stacklevel=3,
-            )
+            open_ends.append(source.name)
         error2 = partial(_error2, source)
         updates.append(Update(source.name, source.embedding, found.svd, error2, found.lost2))
+    if open_ends:
+        warn_unconverged("modules", open_ends, len(sources))
     return updates
 
 

@@ -23,6 +23,7 @@ from lotrtensor import (
     load,
     merge,
 )
+from lotrtensor.core import reduction
 from tests.adapters_fixtures import (
     DTYPES,
     Peft,
@@ -447,6 +448,20 @@ def test_options_that_nothing_answers_to(tmp_path, options, named):
     base, tuned, _, _ = pair(tmp_path, pattern="query")
     with pytest.raises(LotrError, match=named):
         extract(base, tuned, **{"rank": 2} | options)
+
+
+@pytest.mark.parametrize("form", ["lotr", "lora"])
+def test_fits_that_did_not_converge_are_told_once(tmp_path, monkeypatch, form):
+    """One warning for all, with their number and the first names."""
+    monkeypatch.setattr(reduction, "EXACT_FLOPS", 0)
+    monkeypatch.setattr(reduction, "LAZY_PASSES", 1)
+    monkeypatch.setattr(reduction, "FACTOR_PASSES", 1)
+    base, tuned, _, _ = pair(tmp_path, pattern="query|value|intermediate")
+    with pytest.warns(LotrWarning) as told:
+        extract(base, tuned, rank=1, form=form, group_by="none")
+    (message,) = [str(w.message) for w in told if "converge" in str(w.message)]
+    assert "9 of 9" in message
+    assert message.count("encoder.layer") == 3
 
 
 def test_weights_stored_in_by_out(tmp_path):
