@@ -52,3 +52,8 @@ def test_the_page_shows_what_was_measured() -> None:
         seconds = " | ".join(f"{row[method]:.3f}" for method in ("base", "lora", "lotr"))
         spread = f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})"
         assert f"| {row['name']} | {seconds} | {spread} |" in text
+    runs = json.loads(PAGE.with_name("finetune.json").read_text())["rows"]
+    assert len(runs) == 9
+    for run in runs:
+        mean = sum(run["accuracies"]) / len(run["accuracies"])
+        assert f"| {run['name']} | {run['parameters']:,} | {mean:.3f} |" in text
