@@ -330,3 +330,27 @@ def test_products_stay_on_their_device():
         basis_right,
     )
     assert [x.device for x in products] == [device] * len(products)
+
+
+@pytest.mark.parametrize("entries", [1, 40, 10**6])
+def test_batches_change_nothing(entries, monkeypatch):
+    """Slices one by one or many at once: the same products, ragged ranks included."""
+    case = make("generic", 3, 9, 7, [2, 2, 2, 1, 3, 3, 2])
+    monkeypatch.setattr("lotrtensor.core.batches.ENTRIES", entries)
+    stack, dense = case.stack(), case.dense()
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((s, 4)))[0] for s in (9, 7))
+    core = u.T @ dense @ v
+    assert stack.core(u, v) == pytest.approx(core, abs=1e-12)
+    assert stack.norms2() == pytest.approx(np.sum(dense**2, axis=(1, 2)), rel=1e-12)
+    lost = np.sum((dense - u @ core @ v.T) ** 2, axis=(1, 2))
+    assert stack.residual_norms2(u, v) == pytest.approx(lost, rel=1e-10)
+    sweep = stack.sweep(u, v)
+    assert sweep.left == pytest.approx(sum(x @ v @ (x @ v).T @ u for x in dense), abs=1e-10)
+    assert sweep.right == pytest.approx(sum(x.T @ u @ (x.T @ u).T @ v for x in dense), abs=1e-10)
+    for factor, gram in (
+        (stack.left_factor(v), sum(x @ v @ v.T @ x.T for x in dense)),
+        (stack.right_factor(u), sum(x.T @ u @ u.T @ x for x in dense)),
+        (stack.left_factor(), sum(x @ x.T for x in dense)),
+    ):
+        assert factor @ factor.T == pytest.approx(gram, abs=1e-10)

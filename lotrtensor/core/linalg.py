@@ -137,6 +137,12 @@ def norm2(x: Array) -> Array:
     return xp.sum(xp.stack([xp.sum(xp.vecdot(block, block)) for block in blocks]))
 
 
+def norms2(x: Array) -> Array:
+    """Squared Frobenius norms of the matrices of ``x`` (K × a × b), summed in the widest type."""
+    wide, xp = as_accumulator(x), namespace(x)
+    return xp.sum(xp.vecdot(wide, wide), axis=-1)
+
+
 _BLOCK = 2**18
 """Entries that are widened at once, so that no second copy of a large slice is made."""
 
@@ -155,7 +161,7 @@ the cores that the other one wants, so that a small call to the one after the ot
 
 
 def gram_root(x: Array) -> Array:
-    """Return R (b × b, or a × b where that is lower) with RᵀR = xᵀx for a tall ``x`` (a × b).
+    """Return R (b × b, or a × b where that is lower) with RᵀR = xᵀx for tall ``x`` (… × a × b).
 
     In the widest type from the QR of ``x``. A narrower type takes the eigenvectors of xᵀx in the
     widest one instead: its products of two are exact there, so that the root is as good as a QR in
@@ -165,9 +171,9 @@ def gram_root(x: Array) -> Array:
     wide = as_accumulator(x)
     if wide.dtype == x.dtype:
         return np.linalg.qr(x, mode="r") if is_numpy_namespace(xp) else xp.linalg.qr(x)[1]
-    energies, vectors = xp.linalg.eigh(wide.T @ wide)
+    energies, vectors = xp.linalg.eigh(xp.matrix_transpose(wide) @ wide)
     energies = xp.where(energies > 0, energies, xp.zeros_like(energies))
-    return xp.astype(xp.sqrt(energies)[:, None] * vectors.T, x.dtype)
+    return xp.astype(xp.sqrt(energies)[..., :, None] * xp.matrix_transpose(vectors), x.dtype)
 
 
 def leading_eigenvectors(gram: Array, rank: int) -> Array:

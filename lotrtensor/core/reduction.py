@@ -157,6 +157,7 @@ def _refined(
         stack,
         (left, right),
         (start[0], start[1]),
+        energy=(1.0 - wide.history[-1] ** 2) * wide.norm2,
         norm2=wide.norm2,
         rtol=REFINEMENT_RTOL,
         max_rounds=rounds,

@@ -38,6 +38,7 @@ def refine(
     blocks: tuple[Array, Array],
     start: tuple[Array, Array],
     *,
+    energy: float,
     norm2: float,
     rtol: float,
     max_rounds: int,
@@ -59,6 +60,8 @@ def refine(
         Orthonormal U_b and V_c.
     start : array (m, p), array (n, q)
         Orthonormal U and V to start from.
+    energy : float
+        What ``start`` captures, Σ_k ‖UᵀΔW_k V‖².
     norm2 : float
         Σ_k ‖ΔW_k‖².
     rtol : float
@@ -72,7 +75,7 @@ def refine(
     """
     (left_block, right_block), (left, right) = blocks, start
     floor = float(namespace(left).finfo(left.dtype).eps) * norm2
-    captured: list[float] = []
+    captured = [energy]
     while True:
         sweep = stack.sweep(left_block, right)
         left = left_block @ _leading(sweep.core, left.shape[1])
@@ -85,8 +88,8 @@ def refine(
         kept = as_accumulator(sweep.core @ turn)
         captured.append(float(namespace(kept).sum(kept * kept)))
         converged = stalled(captured, norm2, rtol, floor)
-        if converged or len(captured) >= max_rounds:
-            return Refinement(left, right, stack.core(left, right), tuple(captured), converged)
+        if converged or len(captured) > max_rounds:
+            return Refinement(left, right, stack.core(left, right), tuple(captured[1:]), converged)
 
 
 def _leading(core: Array, rank: int) -> Array:

@@ -13,18 +13,18 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from array_api_compat import device
 
+from lotrtensor.core.batches import batches, one_below_another, side_by_side
+from lotrtensor.core.factors import check_factors, listed
 from lotrtensor.core.linalg import (
     Array,
     as_accumulator,
     as_working,
     check_finite,
-    check_real_floating,
     common_dtype,
-    constant,
     gram_root,
     largest_entry,
     namespace,
-    norm2,
+    norms2,
     orthonormal_basis,
 )
 from lotrtensor.errors import DataError, ShapeError
@@ -146,18 +146,32 @@ class LowRankStack:
     lazy = False
 
     def __init__(self, B: Sequence[Array] | Array, A: Sequence[Array] | Array) -> None:
-        lefts, rights = _listed(B, "B"), _listed(A, "A")
-        _check_factors(lefts, rights)
+        lefts, rights = listed(B, "B"), listed(A, "A")
+        check_factors(lefts, rights)
         self.xp = xp = namespace(*lefts, *rights)
         self.dtype = common_dtype([*lefts, *rights])
         lefts, rights = [as_working(x) for x in lefts], [as_working(x) for x in rights]
         working = xp.result_type(*lefts, *rights)
         lefts, rights = [[xp.astype(x, working, copy=False) for x in xs] for xs in (lefts, rights)]
-        self.ranks = tuple(int(x.shape[1]) for x in lefts)
-        ends = list(accumulate(self.ranks))
-        self._spans = [slice(b - r, b) for b, r in zip(ends, self.ranks, strict=True)]
-        self._left = self.xp.concat(lefts, axis=1)
-        self._right = self.xp.concat(rights, axis=0)
+        ranks = tuple(int(x.shape[1]) for x in lefts)
+        self._hold(xp.concat(lefts, axis=1), xp.concat(rights, axis=0), ranks)
+        if not bool(xp.all(xp.isfinite(self._left)) & xp.all(xp.isfinite(self._right))):
+            for k in range(len(ranks)):
+                for x, name in zip(self.factors(k), "BA", strict=True):
+                    check_finite(x, f"{name} of slice {k}")
+
+    def _hold(self, left: Array, right: Array, ranks: tuple[int, ...]) -> None:
+        self._left, self._right, self.ranks = left, right, ranks
+        ends = accumulate(ranks)
+        self._spans = [slice(b - r, b) for b, r in zip(ends, ranks, strict=True)]
+        self._batches = batches(ranks, left.shape[0] + right.shape[1])
+
+    def _with(self, left: Array, right: Array, ranks: tuple[int, ...], dtype: Any) -> LowRankStack:
+        """A stack of factors side by side, whose decompositions come back in ``dtype``."""
+        made = object.__new__(LowRankStack)
+        made.xp, made.dtype = self.xp, dtype
+        made._hold(left, right, ranks)
+        return made
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -180,13 +194,17 @@ class LowRankStack:
 
     @cached_property
     def _norms2(self) -> Array:
-        blocks = zip(self._spans, self._roots, strict=True)
-        return self.xp.stack([norm2(self._left[:, span] @ root.T) for span, root in blocks])
+        transpose = self.xp.matrix_transpose
+        pairs = zip(self._batches, self._roots, strict=True)
+        return self.xp.concat(
+            [norms2(batch.columns(self._left) @ transpose(root)) for batch, root in pairs]
+        )
 
     @cached_property
     def _roots(self) -> list[Array]:
-        """R_k (r_k × r_k) with R_kᵀR_k = A_k A_kᵀ: ‖X A_k‖ = ‖X R_kᵀ‖ for any X."""
-        return [gram_root(self._right[span, :].T) for span in self._spans]
+        """R_k (r_k × r_k) with R_kᵀR_k = A_k A_kᵀ, batch by batch: ‖X A_k‖ = ‖X R_kᵀ‖."""
+        transpose = self.xp.matrix_transpose
+        return [gram_root(transpose(batch.rows(self._right))) for batch in self._batches]
 
     def left_factor(self, right: Array | None = None) -> Array:
         """Return F (m × c) with F Fᵀ = Σ_k ΔW_k V Vᵀ ΔW_kᵀ; V is the identity if not given.
@@ -195,24 +213,29 @@ class LowRankStack:
         narrower.
         """
         if right is None:
-            roots = [root.T for root in self._roots]
+            roots = [self.xp.matrix_transpose(root) for root in self._roots]
         else:
             projected = self._right @ right
-            roots = [_narrow(projected[span, :]) for span in self._spans]
-        blocks = zip(self._spans, roots, strict=True)
-        return self.xp.concat([self._left[:, span] @ root for span, root in blocks], axis=1)
+            roots = [_narrow(batch.rows(projected)) for batch in self._batches]
+        pairs = zip(self._batches, roots, strict=True)
+        return self.xp.concat(
+            [side_by_side(batch.columns(self._left) @ root) for batch, root in pairs], axis=1
+        )
 
     def right_factor(self, left: Array | None = None) -> Array:
         """Return F (n × c) with F Fᵀ = Σ_k ΔW_kᵀ U Uᵀ ΔW_k; U is the identity if not given."""
         projected = self._left.T if left is None else self._left.T @ left
-        return self.xp.concat(
-            [self._right[span, :].T @ _narrow(projected[span, :]) for span in self._spans], axis=1
+        transpose = self.xp.matrix_transpose
+        blocks = (
+            transpose(batch.rows(self._right)) @ _narrow(batch.rows(projected))
+            for batch in self._batches
         )
+        return self.xp.concat([side_by_side(block) for block in blocks], axis=1)
 
     def core(self, left: Array, right: Array) -> Array:
         """Cores (Uᵀ B_k)(A_k V) (K × p × q)."""
         lefts, rights = left.T @ self._left, self._right @ right
-        return self.xp.stack([lefts[:, span] @ rights[span, :] for span in self._spans])
+        return self.xp.concat([b.columns(lefts) @ b.rows(rights) for b in self._batches])
 
     def residual_norms2(self, left: Array, right: Array) -> Array:
         """Squared norms ‖ΔW_k − U Uᵀ ΔW_k V Vᵀ‖², one a slice (K).
@@ -220,27 +243,29 @@ class LowRankStack:
         The sum of ‖(I − UUᵀ) B_k A_k‖² and ‖UᵀB_k A_k (I − VVᵀ)‖²: each is formed from what is
         left of thin factors, so that an error of 1e-12 is seen as such.
         """
-        residuals = []
-        # Slice by slice: what is left of all factors at once would be a second copy of them.
-        for k, root in enumerate(self._roots):
-            b, a = self.factors(k)
+        transpose, residuals = self.xp.matrix_transpose, []
+        for batch, root in zip(self._batches, self._roots, strict=True):
+            b, a = batch.columns(self._left), batch.rows(self._right)
             inside = left.T @ b
-            lost_left = (b - left @ inside) @ root.T
-            lost_right = inside @ gram_root((a - (a @ right) @ right.T).T).T
-            residuals.append(norm2(lost_left) + norm2(lost_right))
-        return self.xp.stack(residuals)
+            lost_left = (b - left @ inside) @ transpose(root)
+            root_outside = gram_root(transpose(a - (a @ right) @ right.T))
+            residuals.append(norms2(lost_left) + norms2(inside @ transpose(root_outside)))
+        return self.xp.concat(residuals)
 
     def sweep(self, left: Array, right: Array) -> Sweep:
         """The products of one pass: about 4 ρ (m + n) b flops."""
         lefts, rights = left.T @ self._left, self._right @ right
-        cores = [lefts[:, span] @ rights[span, :] for span in self._spans]
-        pairs = list(zip(self._spans, cores, strict=True))
-        inner_left = self.xp.concat([rights[span, :] @ c.T for span, c in pairs], axis=0)
-        inner_right = self.xp.concat([lefts[:, span].T @ c for span, c in pairs], axis=0)
+        transpose, cores, inner_left, inner_right = self.xp.matrix_transpose, [], [], []
+        for batch in self._batches:
+            b, a = batch.columns(lefts), batch.rows(rights)
+            core = b @ a
+            inner_left.append(one_below_another(a @ transpose(core)))
+            inner_right.append(one_below_another(transpose(b) @ core))
+            cores.append(core)
         return Sweep(
-            self._left @ inner_left,
-            self._right.T @ inner_right,
-            self.xp.stack(cores),
+            self._left @ self.xp.concat(inner_left),
+            self._right.T @ self.xp.concat(inner_right),
+            self.xp.concat(cores),
             self.norms2(),
         )
 
@@ -258,9 +283,7 @@ class LowRankStack:
         basis_right = orthonormal_basis(self._right.T)
         lefts = as_accumulator(basis_left.T @ self._left)
         rights = as_accumulator(self._right @ basis_right)
-        small = LowRankStack(
-            [lefts[:, span] for span in self._spans], [rights[span, :] for span in self._spans]
-        )
+        small = self._with(lefts, rights, self.ranks, lefts.dtype)
         return basis_left, small, basis_right
 
     def empty(self) -> Array:
@@ -279,21 +302,18 @@ class LowRankStack:
     def take(self, indices: Sequence[int]) -> LowRankStack:
         """Return the stack of the slices at ``indices``, in that order."""
         pairs = [self.factors(k) for k in indices]
-        return self._kept([b for b, _ in pairs], [a for _, a in pairs])
+        left = self.xp.concat([b for b, _ in pairs], axis=1)
+        right = self.xp.concat([a for _, a in pairs], axis=0)
+        return self._with(left, right, tuple(self.ranks[k] for k in indices), self.dtype)
 
     def scaled(self, weights: Sequence[float]) -> LowRankStack:
         """Return the stack of (w_k B_k) A_k."""
         if len(weights) != self.shape[0]:
             raise ShapeError(f"found {len(weights)} weights; expected {self.shape[0]}, one a slice")
-        pairs = [self.factors(k) for k in range(self.shape[0])]
-        scaled = [b * float(w) for (b, _), w in zip(pairs, weights, strict=True)]
-        return self._kept(scaled, [a for _, a in pairs])
-
-    def _kept(self, lefts: list[Array], rights: list[Array]) -> LowRankStack:
-        """A stack of other factors whose decompositions come back in the type of this one."""
-        made = LowRankStack(lefts, rights)
-        made.dtype = self.dtype
-        return made
+        repeated = [float(w) for w, r in zip(weights, self.ranks, strict=True) for _ in range(r)]
+        place = {"dtype": self._left.dtype, "device": device(self._left)}
+        left = self._left * self.xp.asarray(repeated, **place)
+        return self._with(left, self._right, self.ranks, self.dtype)
 
     def __add__(self, other: SliceStack) -> Any:
         """Slice-wise sum; with another of thin factors, kept as factors of rank r_k + r'_k."""
@@ -351,43 +371,8 @@ def check_one_shape(a: SliceStack, b: SliceStack) -> None:
 
 
 def _narrow(x: Array) -> Array:
-    """Return Y (r × c) with Y Yᵀ = x xᵀ and c the smaller of the sides of ``x`` (r × b)."""
-    return x if x.shape[1] <= x.shape[0] else gram_root(x.T).T
-
-
-def _listed(factors: Sequence[Array] | Array, name: str) -> list[Array]:
-    """The factors one by one: of a sequence, or of an array (K, ., .)."""
-    if isinstance(factors, Sequence):
-        return [constant(x) for x in factors]
-    if getattr(factors, "ndim", 0) != 3:
-        shape = tuple(getattr(factors, "shape", ()))
-        raise ShapeError(f"{name} has shape {shape}; expected (K, ., .) or a sequence of matrices")
-    return [constant(factors)[k, :, :] for k in range(factors.shape[0])]
-
-
-def _check_factors(lefts: list[Array], rights: list[Array]) -> None:
-    """Refuse factors that make no stack; the message names the slice."""
-    if not lefts:
-        raise ShapeError("the stack is empty; expected at least one slice B_k A_k")
-    if len(lefts) != len(rights):
-        raise ShapeError(
-            f"found {len(lefts)} factors B and {len(rights)} factors A; expected pairs"
-        )
-    namespace(*lefts, *rights)
-    for k, (b, a) in enumerate(zip(lefts, rights, strict=True)):
-        if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0] or 0 in (*b.shape, *a.shape):
-            raise ShapeError(
-                f"slice {k}: B is {tuple(b.shape)} and A is {tuple(a.shape)}; "
-                "expected (m, r) and (r, n) with r at least 1"
-            )
-        expected = (lefts[0].shape[0], rights[0].shape[1])
-        if (b.shape[0], a.shape[1]) != expected:
-            raise ShapeError(
-                f"slice {k} is {b.shape[0]} × {a.shape[1]} but slice 0 is "
-                f"{expected[0]} × {expected[1]}; slices of one stack have one shape"
-            )
-        for x, name in ((b, f"B of slice {k}"), (a, f"A of slice {k}")):
-            check_real_floating(x, name)
-            check_finite(as_working(x), name)
-            if device(x) != device(lefts[0]):
-                raise ShapeError(f"{name} is on {device(x)}, slice 0 on {device(lefts[0])}")
+    """Return Y (… × r × c) with Y Yᵀ = x xᵀ and c the smaller side of ``x`` (… × r × b)."""
+    if x.shape[-1] <= x.shape[-2]:
+        return x
+    transpose = namespace(x).matrix_transpose
+    return transpose(gram_root(transpose(x)))
