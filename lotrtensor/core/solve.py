@@ -51,7 +51,7 @@ def solve(
     history: tuple[float, ...] = ()
     if method == "st-hosvd":
         right, _ = leading_left(small.right_factor(left), rank[1], squared=False)
-    elif method != "hosvd" and norm2 > 0.0 and rank != small.shape[1:]:
+    elif method != "hosvd" and norm2 > 0.0 and not rank == small.shape[1:] == small.max_rank:
         # Eigenvectors of a Gram matrix lose energies of 1e-16 of the whole: far below this error.
         squared = float(full.lower_bound2(rank)) > 1e-8 * norm2
         found = _refine(small, left, right, rank, norm2, squared)
