@@ -157,10 +157,11 @@ def fit_groups(
     limits = [source.max_rank for source in sources]
     largest = max(p for p, _ in limits), max(q for _, q in limits)
     goal = check_goal(rank, tolerance, energy, parameters, (sys.maxsize, sys.maxsize))
-    if goal.rank and (goal.rank[0] > largest[0] or goal.rank[1] > largest[1]):
+    # One number stands for both sides, of which a group may need less on one.
+    limit = largest if isinstance(rank, Sequence) else (max(largest), max(largest))
+    if goal.rank and (goal.rank[0] > limit[0] or goal.rank[1] > limit[1]):
         raise RankError(
-            f"rank is (p, q) = {goal.rank}; no group needs more than {largest}: choose no more "
-            "than that"
+            f"rank is {rank}; no group needs more than (p, q) = {largest}: choose no more than that"
         )
     jobs = []
     for done, source in enumerate(sources):
