@@ -53,6 +53,7 @@ bench: $(TEST)/installed ## Measure speed and memory
 
 evidence: $(TEST)/installed ## Measure the tasks that the documentation reports on; fetches their data
 	@$(BIN)/python examples/evidence.py
+	@$(BIN)/python examples/finetune.py --out docs/finetune.json
 
 clean: ## Remove both environments, caches and build products
 	rm -rf $(DEMO) $(TEST) build dist docs/_build docs/notebooks/*.ipynb docs/reference/cli.md

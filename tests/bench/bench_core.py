@@ -54,25 +54,21 @@ def against_tensorly(slices: int, side: int, r: int) -> Row:
     }
 
 
-def growth() -> list[Row]:
-    """Log–log slopes of the matrix-free time in K, r and m + n up to 80 slices of 8192², r = 64."""
-    rows = []
-    base = {"slices": 80, "m": 8192, "n": 8192, "r": 64}
-    for axis, halves in (
-        ("slices", (20, 40, 80)),
-        ("r", (16, 32, 64)),
-        ("m + n", (2048, 4096, 8192)),
-    ):
-        times = []
-        for value in halves:
-            size = dict(base)
-            size.update({"m": value, "n": value} if axis == "m + n" else {axis: value})
-            stack = planted_stack(size["slices"], size["m"], size["n"], size["r"])
-            # One number of passes for all, so that the slope is that of the cost of a pass.
-            times.append(seconds(lambda s=stack: _few_passes(s), 3))
-        slope = np.polyfit(np.log(halves), np.log(times), 1)[0]
-        rows.append({"case": f"growth in {axis}", "seconds": times[-1], "slope": float(slope)})
-    return rows
+AXES = {"slices": (20, 40, 80), "r": (16, 32, 64), "m + n": (2048, 4096, 8192)}
+"""Sizes along which the others are as large as they get: 80 slices of 8192 × 8192, r = 64."""
+
+
+def growth(axis: str) -> Row:
+    """Log–log slope of the matrix-free time along one axis."""
+    times = []
+    for value in AXES[axis]:
+        size = {"slices": 80, "m": 8192, "n": 8192, "r": 64}
+        size.update({"m": value, "n": value} if axis == "m + n" else {axis: value})
+        stack = planted_stack(size["slices"], size["m"], size["n"], size["r"])
+        # One number of passes for all, so that the slope is that of the cost of a pass.
+        times.append(seconds(lambda s=stack: _few_passes(s), 3))
+    slope = np.polyfit(np.log(AXES[axis]), np.log(times), 1)[0]
+    return {"case": f"growth in {axis}", "seconds": times[-1], "slope": float(slope)}
 
 
 def lazy(slices: int = 32, side: int = 4096) -> Row:
@@ -119,7 +115,7 @@ def run() -> list[Row]:
     """All measurements, each in a process of its own."""
     rows = [in_own_process(large_group, method) for method in ("exact", "matrix-free")]
     rows += [in_own_process(against_tensorly, *case) for case in DENSE]
-    rows += growth()
+    rows += [in_own_process(growth, axis) for axis in AXES]
     rows.append(in_own_process(lazy))
     return rows
 
