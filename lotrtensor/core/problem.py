@@ -12,7 +12,7 @@ from array_api_compat import device
 
 from lotrtensor.core.hosvd import hosvd
 from lotrtensor.core.linalg import as_accumulator, namespace, to_numpy
-from lotrtensor.core.ranks import Frontier, frontier, pair_at, settle
+from lotrtensor.core.ranks import Frontier, cheapest_within, frontier, pair_at, settle
 from lotrtensor.core.reduction import Reduction
 from lotrtensor.core.residual import error_norms2, relate_errors
 from lotrtensor.core.solve import Solution, solve
@@ -157,10 +157,9 @@ class Problem:
 
     def _cheapest(self, curve: Frontier, target2: float) -> tuple[int, Solution]:
         """Index and solution of the smallest pair found within ``target2``; else the full ranks."""
-        within = np.nonzero(curve.error2 <= target2)[0]
-        high = int(within[0]) if within.size else len(curve.parameters) - 1
+        high = cheapest_within(curve, target2)
         best = self.solve(pair_at(curve, high))
-        low = -1 if within.size else high - 1
+        low = -1 if curve.error2[high] <= target2 else high - 1
         while high - low > 1:
             middle = (low + high) // 2
             found, pair = None, pair_at(curve, middle)

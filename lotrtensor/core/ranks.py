@@ -142,19 +142,10 @@ def pair_at(curve: Frontier, index: int) -> tuple[int, int]:
     return int(p), int(q)
 
 
-def cheapest_within(curve: Frontier, tolerance: float) -> int:
-    """Index of the smallest pair whose relative error is at most ``tolerance``.
-
-    Raises
-    ------
-    RankError
-        If even full ranks have a larger error.
-    """
-    within = np.nonzero(curve.error2 <= tolerance**2 * curve.norm2)[0]
-    if not within.size:
-        reached = float(np.sqrt(curve.error2[-1] / curve.norm2))
-        raise RankError(f"tolerance is {tolerance}; the smallest error in reach is {reached:.3g}")
-    return int(within[0])
+def cheapest_within(curve: Frontier, error2: float) -> int:
+    """Index of the smallest pair whose squared error is at most ``error2``; else the last."""
+    within = np.nonzero(curve.error2 <= error2)[0]
+    return int(within[0]) if within.size else len(curve.error2) - 1
 
 
 def best_within(curve: Frontier, budget: int) -> int:

@@ -21,7 +21,7 @@ from lotrtensor.core.linalg import (
     largest_entry,
     namespace,
 )
-from lotrtensor.core.ranks import best_within, frontier, pair_at, settle
+from lotrtensor.core.ranks import best_within, cheapest_within, frontier, pair_at, settle
 from lotrtensor.core.solve import solve
 from lotrtensor.core.stacks import LowRankStack
 from lotrtensor.errors import DataError, ShapeError
@@ -216,8 +216,7 @@ class Tucker2:
             return at(pair_at(curve, best_within(curve, goal.budget)))
 
         def attempt(target2: float) -> tuple[Tucker2, float, float, bool]:
-            within = (curve.error2 <= target2).nonzero()[0]
-            index = int(within[0]) if within.size else len(curve.error2) - 1
+            index = cheapest_within(curve, target2)
             found = at(pair_at(curve, index))
             stored2 = (whole - found.accumulated()).norm2()
             return found, float(curve.error2[index]), stored2, index == len(curve.error2) - 1
