@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -45,3 +46,18 @@ def test_code_is_run_or_needs_what_is_not_here(page):
 def test_pages_with_cells_have_a_kernel(page):
     text = page.read_text("utf-8")
     assert ("{code-cell}" in text) == text.startswith("---\nfile_format: mystnb\n")
+
+
+def test_the_table_of_speed_is_what_was_measured():
+    """Row by row, as ``make bench`` left it in bench.json."""
+    page = (ROOT / "benchmarks.md").read_text("utf-8")
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    header, rows = lines[0][:-1], lines[2:]
+    measured = json.loads((ROOT / "bench.json").read_text("utf-8"))
+    assert len(rows) == len(measured)
+    for row, values in zip(rows, measured, strict=True):
+        for name, cell in zip(header, row, strict=False):
+            value = values.get(name)
+            text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+            assert cell.strip() == text
+        assert row[-1] == f"{values['peak_bytes'] / 2**20:.0f}"
