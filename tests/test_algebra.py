@@ -241,3 +241,10 @@ def test_bases_of_unlike_spaces_are_refused(a, b):
             function(a, b)
         assert str(a.shape) in str(caught.value)
         assert str(b.shape) in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-100, 1.0, 1e100, 1e200])
+def test_similarity_does_not_see_size(size):
+    """Squares of very large and very small entries stay in range."""
+    stack = make("generic", 2, 6, 5, [2, 3]).stack()
+    assert cosine_similarity(stack * size, stack) == pytest.approx(1.0, rel=1e-12)

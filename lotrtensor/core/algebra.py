@@ -74,8 +74,9 @@ def cosine_similarity(a: Operand, b: Operand) -> float:
     float
         Between −1 and 1, but for rounding.
     """
-    scale = norm(a) * norm(b)
-    return inner(a, b) / scale if scale else 0.0
+    first, second = _in_range(_as_stack(a)), _in_range(_as_stack(b))
+    scale = norm(first) * norm(second)
+    return inner(first, second) / scale if scale else 0.0
 
 
 def principal_angles(a: Array, b: Array) -> Array:
@@ -147,6 +148,12 @@ def subspace_overlap(a: Array, b: Array) -> float:
 
 def _as_stack(a: Operand) -> SliceStack:
     return a.to_low_rank() if isinstance(a, Tucker2) else a
+
+
+def _in_range(stack: SliceStack) -> SliceStack:
+    """The stack, brought to size 1 where squares would leave the range of float64."""
+    size = stack.magnitude()
+    return stack if not size or 1e-60 < size < 1e60 else stack * (1.0 / size)
 
 
 def _slice_inner(a: SliceStack, b: SliceStack, k: int) -> float:
