@@ -8,22 +8,21 @@ from importlib.metadata import version
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.analyze import Analysis, Choice, Similarity, analyze, similarity
-from lotrtensor.compare import compare
-from lotrtensor.convert import convert
-from lotrtensor.core.algebra import (
+from lotrtensor.analysis import Analysis, Choice, Similarity, analyze, similarity
+from lotrtensor.core.clusters import Clustering, cluster
+from lotrtensor.core.fit.problem import Tucker2Fit
+from lotrtensor.core.fit.tucker2_fit import tucker2
+from lotrtensor.core.rates import RatePoint, rate_distortion
+from lotrtensor.core.similarity import (
     cosine_similarity,
     inner,
     norm,
     principal_angles,
     subspace_overlap,
 )
-from lotrtensor.core.analysis import RatePoint, rate_distortion
-from lotrtensor.core.cluster import Clustering, cluster
-from lotrtensor.core.dense import DenseStack, LazyStack
-from lotrtensor.core.fit import tucker2
-from lotrtensor.core.problem import Tucker2Fit
-from lotrtensor.core.stacks import LowRankStack, SliceStack
+from lotrtensor.core.stacks.dense import DenseStack, LazyStack
+from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.core.stacks.protocol import SliceStack
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import (
     DataError,
@@ -34,9 +33,11 @@ from lotrtensor.errors import (
     ShapeError,
     UnsupportedAdapterError,
 )
-from lotrtensor.extract import extract, extraction_error
-from lotrtensor.merge import merge
-from lotrtensor.truncate import truncate
+from lotrtensor.verbs._compare import compare
+from lotrtensor.verbs._convert import convert
+from lotrtensor.verbs._extract import extract, extraction_error
+from lotrtensor.verbs._merge import merge
+from lotrtensor.verbs._truncate import truncate
 
 __version__ = version("lotrtensor")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from array_api_compat import device
 
-from lotrtensor.core.linalg import namespace
+from lotrtensor.core.arrays import namespace
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import LotrError, ShapeError
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from lotrtensor import LotrError, RatePoint, rate_distortion, tucker2
-from lotrtensor.core.analysis import spectra, truncated_lora_curve
+from lotrtensor.core.rates import spectra, truncated_lora_curve
 from tests import oracles
 from tests.strategies import EVERYWHERE, NONZERO, STACKS, UNTIED, factors, make, noisy
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -18,10 +17,10 @@ from adapters_fixtures import (
     write_lora,
 )
 from lotrtensor import LoraAdapter, analyze, compare, convert, load, truncate
-from lotrtensor.analyze import Choice, similarity
-from lotrtensor.analyze.recommend import recommend
-from lotrtensor.analyze.representations import thinned
-from lotrtensor.sizes import budget_parameters
+from lotrtensor.adapters.sizes import budget_parameters
+from lotrtensor.analysis import Choice, representations, similarity
+from lotrtensor.analysis.recommend import recommend
+from lotrtensor.analysis.representations import thinned
 
 
 @pytest.fixture(scope="module")
@@ -364,12 +363,10 @@ def test_budgets_are_those_of_convert(lora, analysis):
 @pytest.mark.filterwarnings("ignore::lotrtensor.errors.LotrWarning")
 def test_groups_too_large_for_the_exact_problem(lora, analysis, monkeypatch, types_fit):
     """Looked at along leading directions: no better than it is, and no row beyond what was seen."""
-    # lotrtensor.analyze is the function; the package is found by its full name only.
-    representations = sys.modules["lotrtensor.analyze.representations"]
     monkeypatch.setattr(representations, "EXACT_FLOPS", 0)
     monkeypatch.setattr(representations, "JOINED", 12)
     if not types_fit:
-        monkeypatch.setattr("lotrtensor.core.reduction.EXACT_FLOPS", 0)
+        monkeypatch.setattr("lotrtensor.core.fit.reduction.EXACT_FLOPS", 0)
         monkeypatch.setattr(representations, "WIDEST", 4)
     found = analyze(lora)
     names = {curve.representation for curve in found.curves}

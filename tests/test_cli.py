@@ -542,14 +542,13 @@ def test_what_is_no_adapter_is_told_apart(workshop, monkeypatch):
 
 
 INTERRUPT = """
-import os, signal, sys
-import lotrtensor.convert
-convert = sys.modules["lotrtensor.convert"]  # the attribute is the function of that name
-start = convert._start
+import os, signal
+from lotrtensor.verbs import _fit_groups
+start = _fit_groups._start
 def interrupted(*args):
     os.kill(os.getpid(), signal.SIGINT)
     return start(*args)
-convert._start = interrupted
+_fit_groups._start = interrupted
 """
 
 

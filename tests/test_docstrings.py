@@ -14,7 +14,11 @@ from numpydoc.validate import validate
 import lotrtensor.core
 
 PUBLIC = ("lotrtensor", "lotrtensor.torch", "lotrtensor.peft", "lotrtensor.tensorly")
-CORE = tuple(m.name for m in pkgutil.iter_modules(lotrtensor.core.__path__, "lotrtensor.core."))
+CORE = tuple(
+    m.name
+    for m in pkgutil.walk_packages(lotrtensor.core.__path__, "lotrtensor.core.")
+    if not m.ispkg
+)
 PAGES = Path(__file__).parent.parent / "docs" / "reference"
 
 NOT_ASKED = {

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 
 from lotrtensor import LotrError, LotrWarning, LowRankStack, Tucker2, tucker2
-from lotrtensor.core.hooi import hooi
-from lotrtensor.core.hosvd import hosvd
+from lotrtensor.core.fit.hooi import hooi
+from lotrtensor.core.fit.hosvd import hosvd
 from tests import oracles
 from tests.strategies import (
     KINDS,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lotrtensor import LotrError, RankError, rate_distortion, tucker2
-from lotrtensor.core.goals import Goal, check_goal, check_rank
-from lotrtensor.sizes import budget_parameters
+from lotrtensor.adapters.sizes import budget_parameters
+from lotrtensor.core.fit.goal import Goal, check_goal, check_rank
 from tests.strategies import STACKS, make
 
 CASE = make("generic", 2, 9, 7, [2, 3, 1])

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotrtensor.core.hooi import hooi
-from lotrtensor.core.hosvd import hosvd
+from lotrtensor.core.fit.hooi import hooi
+from lotrtensor.core.fit.hosvd import hosvd
 from tests import oracles
 from tests.strategies import NONZERO, UNTIED, fits, make, noisy
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from lotrtensor.core.hosvd import hosvd
+from lotrtensor.core.fit.hosvd import hosvd
 from lotrtensor.core.linalg import leading_left
 from tests import oracles
 from tests.strategies import (

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lotrtensor import DenseStack, LotrError, LotrWarning, LowRankStack, tucker2
-from lotrtensor.core.iteration import block_iteration
+from lotrtensor.core.fit.iteration import block_iteration
 from tests import oracles
 from tests.strategies import STACKS, UNTIED, factors, fits, lazy, make, noisy, orthogonal, seeds
 

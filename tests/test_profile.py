@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 
 from lotrtensor import subspace_overlap
-from lotrtensor.core.overlap import chance, leading_subspaces, overlaps
-from lotrtensor.core.profile import Profile, profile, profile_between
-from lotrtensor.core.ranks import allocate_budget, allocation_walk
-from lotrtensor.core.truncate import slice_svds
+from lotrtensor.core.fit.profile import Profile, profile, profile_between
+from lotrtensor.core.ranks.allocation import allocate_budget, allocation_walk
+from lotrtensor.core.slice_svd import slice_svds
+from lotrtensor.core.subspaces import chance, leading_subspaces, overlaps
 from tests import oracles
 from tests.strategies import NONZERO, UNTIED, factors, make, noisy
 

@@ -9,15 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lotrtensor import LazyStack, RankError, tucker2
-from lotrtensor.core.hosvd import hosvd
-from lotrtensor.core.ranks import (
+from lotrtensor.core.fit.frontier import frontier
+from lotrtensor.core.fit.hosvd import hosvd
+from lotrtensor.core.ranks.allocation import allocate_budget, allocate_tolerance
+from lotrtensor.core.ranks.curve import (
     Frontier,
-    allocate_budget,
-    allocate_tolerance,
     best_within,
     cheapest_within,
     energies_outside,
-    frontier,
     pair_at,
     tucker2_parameters,
 )

@@ -336,7 +336,7 @@ def test_products_stay_on_their_device():
 def test_batches_change_nothing(entries, monkeypatch):
     """Slices one by one or many at once: the same products, ragged ranks included."""
     case = make("generic", 3, 9, 7, [2, 2, 2, 1, 3, 3, 2])
-    monkeypatch.setattr("lotrtensor.core.batches.ENTRIES", entries)
+    monkeypatch.setattr("lotrtensor.core.stacks.batches.ENTRIES", entries)
     stack, dense = case.stack(), case.dense()
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.standard_normal((s, 4)))[0] for s in (9, 7))

@@ -22,15 +22,13 @@ from lotrtensor import (
     tucker2,
 )
 from lotrtensor.adapters.modules import LotrGroup
-from lotrtensor.core.truncate import (
-    dense_svd,
+from lotrtensor.core.ranks.terms import (
     ranks_for_budget,
     ranks_for_tolerance,
-    slice_svds,
-    truncate_slices,
     truncation_error,
     uniform_ranks,
 )
+from lotrtensor.core.slice_svd import dense_svd, slice_svds, truncate_slices
 from tests import oracles
 from tests.adapters_fixtures import (
     DTYPES,
@@ -498,7 +496,7 @@ def test_the_svd_of_a_whole_matrix(shape, seed, width):
 @pytest.mark.parametrize(("width", "tolerance"), [(6, 0.0), (None, 0.1)])
 def test_the_svd_of_a_whole_matrix_by_block_iteration(monkeypatch, width, tolerance):
     """Where a full one would take too long: the same leading values."""
-    monkeypatch.setattr("lotrtensor.core.reduction.EXACT_FLOPS", 0.0)
+    monkeypatch.setattr("lotrtensor.core.fit.reduction.EXACT_FLOPS", 0.0)
     rng = np.random.default_rng(0)
     u, v = orthogonal(rng, 120), orthogonal(rng, 90)
     values = 0.7 ** np.arange(90)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lotrtensor import ShapeError, Tucker2
-from lotrtensor.core.residual import error_norms2
+from lotrtensor.core.fit.residual import error_norms2
 from tests import oracles
 from tests.strategies import NONZERO, factors, fits, make, orthogonal, seeds
 

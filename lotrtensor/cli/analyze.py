@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from lotrtensor.adapters.loading import load
-from lotrtensor.analyze import analyze as analyze_adapter
-from lotrtensor.analyze import similarity
+from lotrtensor.analysis import analyze as analyze_adapter
+from lotrtensor.analysis import similarity
 from lotrtensor.cli.common import Json, output_console, print_json, progress_bar
 from lotrtensor.report.analysis import analysis_document
 from lotrtensor.report.page import check_page, page, plotly_source, write_page

@@ -25,8 +25,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from lotrtensor.convert import Progress as ProgressHook
 from lotrtensor.report.documents import Document, dumps
+from lotrtensor.verbs._fit_groups import Progress as ProgressHook
 
 # A string that is completed like a path: a Path would turn hf://owner/name into hf:/owner/name.
 AdapterPath = Annotated[

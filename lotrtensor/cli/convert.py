@@ -20,10 +20,10 @@ from lotrtensor.cli.common import (
     print_json,
     progress_bar,
 )
-from lotrtensor.convert import DEFAULT_BUDGET
-from lotrtensor.convert import convert as convert_adapter
 from lotrtensor.report.documents import lotr_document
 from lotrtensor.report.tables import lotr_table, size_line
+from lotrtensor.verbs._convert import DEFAULT_BUDGET
+from lotrtensor.verbs._convert import convert as convert_adapter
 
 
 def convert(

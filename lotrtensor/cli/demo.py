@@ -9,10 +9,10 @@ from pathlib import Path
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.cli.common import Json, output_console, print_json
-from lotrtensor.compare import compare
-from lotrtensor.convert import convert
 from lotrtensor.report.documents import Document, lotr_document
 from lotrtensor.report.tables import error, lotr_table, size_line
+from lotrtensor.verbs._compare import compare
+from lotrtensor.verbs._convert import convert
 
 RANK = 16
 

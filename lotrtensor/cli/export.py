@@ -19,10 +19,10 @@ from lotrtensor.cli.common import (
     print_json,
     progress_bar,
 )
-from lotrtensor.compare import compare
 from lotrtensor.errors import UnsupportedAdapterError
 from lotrtensor.report.documents import inspect_document
 from lotrtensor.report.tables import error, lora_table, size_line
+from lotrtensor.verbs._compare import compare
 
 
 def export(

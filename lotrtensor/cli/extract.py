@@ -21,10 +21,10 @@ from lotrtensor.cli.common import (
     print_json,
     progress_bar,
 )
-from lotrtensor.extract import extract as extract_adapter
-from lotrtensor.extract import extraction_error
 from lotrtensor.report.documents import inspect_document, lotr_document
 from lotrtensor.report.tables import error, lora_table, lotr_table, size_line
+from lotrtensor.verbs._extract import extract as extract_adapter
+from lotrtensor.verbs._extract import extraction_error
 
 
 def extract(

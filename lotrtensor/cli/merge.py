@@ -11,7 +11,7 @@ from lotrtensor.adapters.formats.checkpoint import check_checkpoint_output
 from lotrtensor.adapters.formats.directory import check_inputs_outside
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import AdapterPath, Force, Json, OutputPath, output_console, print_json
-from lotrtensor.merge import merge as merge_adapter
+from lotrtensor.verbs._merge import merge as merge_adapter
 
 
 def merge(

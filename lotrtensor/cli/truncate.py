@@ -26,12 +26,12 @@ from lotrtensor.cli.common import (
     print_json,
     progress_bar,
 )
-from lotrtensor.compare import compare
 from lotrtensor.errors import RankError
 from lotrtensor.report.documents import inspect_document
 from lotrtensor.report.tables import error, lora_table, lotr_table, size_line
-from lotrtensor.truncate import padded_rank
-from lotrtensor.truncate import truncate as truncate_adapter
+from lotrtensor.verbs._compare import compare
+from lotrtensor.verbs._truncate import padded_rank
+from lotrtensor.verbs._truncate import truncate as truncate_adapter
 
 
 def truncate(

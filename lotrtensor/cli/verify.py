@@ -8,9 +8,9 @@ import typer
 
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import Json, output_console, print_json, progress_bar
-from lotrtensor.compare import compare
 from lotrtensor.report.documents import difference_document
 from lotrtensor.report.tables import difference_table, error
+from lotrtensor.verbs._compare import compare
 
 
 def verify(

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from array_api_compat import device
 
-from lotrtensor.core.dense import DenseStack
-from lotrtensor.core.goals import Rank, check_goal
-from lotrtensor.core.hosvd import hosvd
-from lotrtensor.core.linalg import (
+from lotrtensor.core.arrays import (
     Array,
     Namespace,
     as_accumulator,
@@ -18,12 +15,17 @@ from lotrtensor.core.linalg import (
     check_finite,
     check_real_floating,
     constant,
-    largest_entry,
     namespace,
 )
-from lotrtensor.core.ranks import best_within, cheapest_within, frontier, pair_at, settle
-from lotrtensor.core.solve import solve
-from lotrtensor.core.stacks import LowRankStack
+from lotrtensor.core.fit.frontier import frontier
+from lotrtensor.core.fit.goal import Rank, check_goal
+from lotrtensor.core.fit.hosvd import hosvd
+from lotrtensor.core.fit.solve import solve
+from lotrtensor.core.linalg import largest_entry
+from lotrtensor.core.ranks.curve import best_within, cheapest_within, pair_at
+from lotrtensor.core.ranks.tolerance import settle
+from lotrtensor.core.stacks.dense import DenseStack
+from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import DataError, ShapeError
 
 

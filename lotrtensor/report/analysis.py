@@ -10,14 +10,7 @@ import numpy as np
 import lotrtensor
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.analyze.rows import (
-    AdapterPoint,
-    Analysis,
-    Curve,
-    GroupAnalysis,
-    Similarity,
-    Step,
-)
+from lotrtensor.analysis.rows import AdapterPoint, Analysis, Curve, GroupAnalysis, Similarity, Step
 from lotrtensor.report.documents import Document
 
 DIGITS = 5

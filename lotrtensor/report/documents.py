@@ -13,7 +13,7 @@ from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.compare import Difference, lora_factors
+from lotrtensor.verbs._compare import Difference, lora_factors
 
 Document = dict[str, Any]
 

@@ -11,10 +11,10 @@ from rich.table import Table
 
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.compare import lora_factors
-from lotrtensor.core.analysis import spectra
-from lotrtensor.core.stacks import LowRankStack
+from lotrtensor.core.rates import spectra
+from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.report.documents import Document
+from lotrtensor.verbs._compare import lora_factors
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHARES = (0.9, 0.99)

@@ -15,11 +15,11 @@ from lotrtensor.adapters.loading import Adapter, load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import store_group
-from lotrtensor.convert import convert
-from lotrtensor.core.dense import DenseStack
-from lotrtensor.core.fit import tucker2
+from lotrtensor.core.fit.tucker2_fit import tucker2
+from lotrtensor.core.stacks.dense import DenseStack
 from lotrtensor.errors import DataError, ShapeError, UnsupportedAdapterError
 from lotrtensor.torch.groups import Rank, check_grouping, check_rank
+from lotrtensor.verbs._convert import convert
 
 Source = str | os.PathLike[str] | Adapter | Mapping[str, Tensor]
 """A directory, an adapter in memory, or weight deltas (m × n) by the path of their layer."""

@@ -1,0 +1,7 @@
+"""What every representation of an adapter costs and keeps; what its modules have in common."""
+
+from lotrtensor.analysis._analyze import analyze
+from lotrtensor.analysis._similarity import similarity
+from lotrtensor.analysis.rows import Analysis, Choice, Similarity
+
+__all__ = ["Analysis", "Choice", "Similarity", "analyze", "similarity"]

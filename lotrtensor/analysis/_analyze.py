@@ -1,0 +1,225 @@
+"""analyze: what every representation of an adapter costs and keeps, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.analysis.recommend import is_lotr, recommend, recommended_size
+from lotrtensor.analysis.representations import (
+    Lotr,
+    Representation,
+    TruncatedLora,
+    by_shape,
+    by_type,
+    clustered,
+    profile_group,
+    thinned,
+)
+from lotrtensor.analysis.rows import Analysis, Choice, GroupAnalysis, Target
+from lotrtensor.analysis.sharing import kind_overlaps, layer_label, module_rows, module_svds
+from lotrtensor.analysis.steps import steps
+from lotrtensor.core.fit.profile import Profile
+from lotrtensor.core.ranks.curve import pair_at
+from lotrtensor.core.rates import RatePoint
+from lotrtensor.core.slice_svd import SliceSvd
+from lotrtensor.core.subspaces import Subspaces, chance, leading_subspaces, overlaps
+from lotrtensor.verbs._fit_groups import Progress, fit_groups
+from lotrtensor.verbs._sources import lora_groups, source_group
+
+SHARES = (50, 35, 25, 17, 12, 6, 3)
+"""Sizes that are compared, in percent of the adapter's bytes."""
+
+TOLERANCES = (0.1, 0.3, 0.5)
+"""Errors whose sizes are compared: 99, 91 and 75 percent of the squared norm are kept."""
+
+RATES = 64
+"""Rows of a group's rate table, at most."""
+
+Members = list[tuple[str, list[LoraModule]]]
+
+
+def analyze(
+    adapter: Adapter, shares: Sequence[float] = SHARES, progress: Progress | None = None
+) -> Analysis:
+    """Compare LoTR by type, by shape and with layers clustered to truncated LoRA, at every size.
+
+    Parameters
+    ----------
+    adapter : LoraAdapter or LotrAdapter
+        The adapter; a LoTR is taken as the LoRA that it exports to.
+    shares : sequence of float
+        Sizes of the table, in percent of the adapter's bytes.
+    progress : callable, optional
+        Told of every group before it is decomposed, and of the steps after that.
+
+    Returns
+    -------
+    Analysis
+        A representation that does not get down to a size has no row there: a LoRA keeps rank 1
+        for every module.
+
+    Notes
+    -----
+    One HOSVD a group prices all sizes: in its bases the energy that ranks (p, q) keep is the sum
+    of Σ_k G_k² over the p × q corner. Errors of LoTR are those of the truncated HOSVD, at most √2
+    times the smallest possible; `convert` refines by HOOI. The recommended size is converted and
+    measured.
+    """
+    lora = adapter.to_lora() if isinstance(adapter, LotrAdapter) else adapter
+    members = lora_groups(lora, "type")
+    report = _Stages(progress, len(members) + 4)
+    profiles = []
+    for name, group in members:
+        report(name)
+        profiles.append(profile_group(group))
+    svds = [module_svds(group) for _, group in members]
+    types = by_type([group for _, group in members], profiles)
+    others = _others(types, members, svds, report)
+    every: list[Representation] = [types, *others]
+    report("sizes")
+    choices = _choices(every, shares, lora)
+    stops = steps(types, others, lora.parameters)
+    report("the recommended size")
+    choices += _measured(every, choices, lora)
+    advice = recommend(choices, lora.bytes)
+    subspaces = [[leading_subspaces(svd) for svd in group] for group in svds]
+    left, right = kind_overlaps(
+        [[layer_label(module.name) for module in group] for _, group in members], subspaces
+    )
+    return Analysis(
+        source_parameters=lora.parameters,
+        source_bytes=lora.bytes,
+        itemsize=lora.dtype.itemsize,
+        choices=tuple(choices),
+        recommendation=advice.text,
+        recommended=advice.choice,
+        targets=_targets(every),
+        curves=tuple(representation.curve() for representation in every),
+        steps=stops,
+        groups=tuple(map(_group, members, profiles, svds, subspaces)),
+        left_overlap=left,
+        right_overlap=right,
+    )
+
+
+class _Stages:
+    """Tells a progress hook of one stage after the other."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self, name: str) -> None:
+        if self._progress:
+            self._progress(name, self._done, self._total)
+        self._done += 1
+
+
+def _others(
+    types: Lotr,
+    members: Members,
+    svds: list[list[SliceSvd]],
+    report: Callable[[str], None],
+) -> list[Representation]:
+    """Every representation beside LoTR by type; those that would be the same are left out."""
+    found: list[Representation] = []
+    report("groups by shape")
+    shapes = by_shape(types)
+    report("clusters of layers")
+    clusters = clustered(types)
+    found += [lotr for lotr in (shapes, clusters) if lotr]
+    spectra = [svd.values for group in svds for svd in group]
+    costs = [sum(module.shape) for _, group in members for module in group]
+    found.append(TruncatedLora("truncated LoRA, best ranks", spectra, costs, one_rank=False))
+    found.append(TruncatedLora("truncated LoRA, one rank", spectra, costs, one_rank=True))
+    return found
+
+
+def _choices(
+    representations: Sequence[Representation], shares: Sequence[float], lora: LoraAdapter
+) -> list[Choice]:
+    """Every representation at every size that it gets down to."""
+    itemsize, found = lora.dtype.itemsize, []
+    for share in shares:
+        budget = int(share / 100 * lora.bytes / itemsize)
+        for representation in representations:
+            point = representation.within(budget)
+            if point:
+                size = point.parameters
+                row = (size, size * itemsize, point.relative_error, point.lower_bound)
+                found.append(Choice(representation.name, share / 100, *row))
+    return found
+
+
+def _targets(representations: Sequence[Representation]) -> tuple[Target, ...]:
+    """The smallest size of every representation within each of `TOLERANCES`."""
+    return tuple(
+        Target(representation.name, tolerance, representation.reaching(tolerance))
+        for tolerance in TOLERANCES
+        for representation in representations
+    )
+
+
+def _measured(
+    representations: Sequence[Representation], choices: Sequence[Choice], lora: LoraAdapter
+) -> list[Choice]:
+    """LoTR by type and the LoTR of the smallest error at the recommended size, as converted."""
+    size = recommended_size(choices)
+    at_size = sorted(
+        (choice for choice in choices if choice.budget == size and is_lotr(choice)),
+        key=lambda choice: choice.relative_error,
+    )
+    names = [choice.representation for choice in at_size]
+    wanted = {"LoTR by type", *names[:1]}.intersection(names)
+    return [
+        _converted(lotr, size, lora)
+        for lotr in representations
+        if size and isinstance(lotr, Lotr) and lotr.exact and lotr.name in wanted
+    ]
+
+
+def _converted(lotr: Lotr, share: float, lora: LoraAdapter) -> Choice:
+    """The adapter at a share of its bytes, refined and rounded to its storage type."""
+    sources = [source_group(str(g), modules, lora.dtype) for g, modules in enumerate(lotr.members)]
+    groups = fit_groups(
+        sources,
+        rank=None,
+        tolerance=None,
+        energy=None,
+        budget=f"{100 * share:g}%",
+        dtype=lora.dtype,
+    )
+    made = LotrAdapter(groups, {}, lora.dtype)
+    row = (made.parameters, made.bytes, made.relative_error or 0.0, made.lower_bound)
+    return Choice(lotr.name, share, *row, measured=True)
+
+
+def _group(
+    member: tuple[str, list[LoraModule]],
+    profile: Profile,
+    svds: Sequence[SliceSvd],
+    subspaces: Sequence[Subspaces],
+) -> GroupAnalysis:
+    name, modules = member
+    curve = profile.curve
+    rates = [
+        RatePoint(*pair_at(curve, i), int(curve.parameters[i]), *profile.errors(pair_at(curve, i)))
+        for i in thinned(curve.parameters.tolist(), RATES)
+    ]
+    return GroupAnalysis(
+        name=name,
+        shape=modules[0].shape,
+        modules=module_rows(modules, svds),
+        parameters=sum(module.parameters for module in modules),
+        norm=math.sqrt(profile.norm2),
+        rates=tuple(rates),
+        left_values=profile.left_values,
+        right_values=profile.right_values,
+        left_overlap=overlaps([space.left for space in subspaces]),
+        right_overlap=overlaps([space.right for space in subspaces]),
+        chance=(chance([s.left for s in subspaces]), chance([s.right for s in subspaces])),
+    )

@@ -1,0 +1,148 @@
+"""What an analysis consists of: frozen rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lotrtensor.core.rates import RatePoint
+
+
+class Choice(NamedTuple):
+    """One representation at one size.
+
+    ``budget`` is the share of the adapter's bytes allowed, ``bytes`` what is stored,
+    ``relative_error`` a relative Frobenius error; ``lower_bound`` is None for truncated LoRA, whose
+    error is the smallest of its ranks. ``measured`` tells a converted adapter, refined and rounded
+    to its storage type, from the curves' truncated HOSVD, which converting does not exceed but for
+    that rounding.
+    """
+
+    representation: str
+    budget: float
+    parameters: int
+    bytes: int
+    relative_error: float
+    lower_bound: float | None
+    measured: bool = False
+
+
+class CurvePoint(NamedTuple):
+    """Stored numbers, relative Frobenius error of the HOSVD, and what no fit goes below."""
+
+    parameters: int
+    relative_error: float
+    lower_bound: float | None
+
+
+class Target(NamedTuple):
+    """The smallest size at which a representation comes within ``tolerance``; None: at no size."""
+
+    representation: str
+    tolerance: float
+    point: CurvePoint | None
+
+
+class Curve(NamedTuple):
+    """Size against error of one representation of the whole adapter, by rising size."""
+
+    representation: str
+    points: tuple[CurvePoint, ...]
+
+
+class GroupPoint(NamedTuple):
+    """One group at one size: ranks, stored numbers, error, bound, and the error of each slice."""
+
+    p: int
+    q: int
+    parameters: int
+    relative_error: float
+    lower_bound: float
+    slice_errors: np.ndarray
+
+
+class AdapterPoint(NamedTuple):
+    """All groups at one size, in their order."""
+
+    parameters: int
+    relative_error: float
+    lower_bound: float
+    groups: tuple[GroupPoint, ...]
+
+
+class Step(NamedTuple):
+    """LoTR by type at one rank, and the same size shared out by energy.
+
+    ``alternatives`` holds the other representations' errors at that size, those that get there.
+    """
+
+    rank: int
+    one_rank: AdapterPoint
+    shared: AdapterPoint
+    alternatives: dict[str, float]
+
+
+class ModuleRow(NamedTuple):
+    """One module: where it stands, ‖ΔW‖, LoRA rank, and how many directions hold most of it."""
+
+    name: str
+    layer: str
+    norm: float
+    lora_rank: int
+    directions: int
+
+
+class GroupAnalysis(NamedTuple):
+    """One group of modules that would share factors.
+
+    ``rates`` is the efficient frontier, thinned out; ``left_values`` and ``right_values`` are the
+    singular values of the two unfoldings; ``left_overlap`` and ``right_overlap`` (K × K) tell how
+    far the leading column and row spaces of two layers agree, ``chance`` (left, right) what
+    unrelated spaces of those dimensions would show on average.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    modules: tuple[ModuleRow, ...]
+    parameters: int
+    norm: float
+    rates: tuple[RatePoint, ...]
+    left_values: np.ndarray
+    right_values: np.ndarray
+    left_overlap: np.ndarray
+    right_overlap: np.ndarray
+    chance: tuple[float, float]
+
+
+class Analysis(NamedTuple):
+    """All choices of one adapter, what they are made of, and one sentence that names the best.
+
+    ``left_overlap`` and ``right_overlap`` (groups × groups) are means over the layers that both
+    groups have; NaN where the sides are unlike.
+    """
+
+    source_parameters: int
+    source_bytes: int
+    itemsize: int
+    choices: tuple[Choice, ...]
+    recommendation: str
+    recommended: Choice | None
+    targets: tuple[Target, ...]
+    curves: tuple[Curve, ...]
+    steps: tuple[Step, ...]
+    groups: tuple[GroupAnalysis, ...]
+    left_overlap: np.ndarray
+    right_overlap: np.ndarray
+
+
+class Similarity(NamedTuple):
+    """How alike several adapters are.
+
+    ``cosine`` (A × A) is ⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖) over all modules, ``by_kind`` the same a kind of
+    module; NaN where two have no module of one shape in common. ``shared`` counts those.
+    """
+
+    cosine: np.ndarray
+    by_kind: dict[str, np.ndarray]
+    shared: np.ndarray

@@ -1,0 +1,119 @@
+"""Which array library, device and type: the questions asked once, at the door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from array_api_compat import (
+    array_namespace,
+    device,
+    is_numpy_namespace,
+    is_torch_namespace,
+    to_device,
+)
+
+from lotrtensor.errors import DataError
+
+Array = Any
+"""An array of any array-API library; the standard has no runtime type for it."""
+
+
+Namespace = Any
+"""The module of functions that belongs to an `Array`."""
+
+
+def namespace(*arrays: Array) -> Namespace:
+    """Return the array-API namespace that all ``arrays`` share.
+
+    Raises
+    ------
+    DataError
+        If an argument is no array, or the arrays belong to different libraries.
+    """
+    try:
+        return array_namespace(*arrays)
+    except TypeError as error:
+        found = ", ".join(sorted({type(a).__module__ + "." + type(a).__name__ for a in arrays}))
+        raise DataError(
+            f"expected arrays of one array library (NumPy, PyTorch, JAX, ...), found {found}"
+        ) from error
+
+
+def is_bfloat16(x: Array) -> bool:
+    """Whether ``x`` holds brain floats, which the standard's ``isdtype`` does not know of."""
+    return str(x.dtype).rpartition(".")[2] == "bfloat16"
+
+
+def check_real_floating(x: Array, name: str) -> None:
+    """Refuse integer, boolean and complex arrays by name.
+
+    Raises
+    ------
+    DataError
+        Integers would be truncated and complex factors conjugated without a word.
+    """
+    xp = namespace(x)
+    if not (is_bfloat16(x) or xp.isdtype(x.dtype, "real floating")):
+        raise DataError(
+            f"{name} has dtype {x.dtype}; expected real floating point: convert it first, "
+            "for example with astype(float)"
+        )
+
+
+def check_finite(x: Array, name: str) -> None:
+    """Refuse NaN and infinite entries by name.
+
+    Raises
+    ------
+    DataError
+        If any entry of ``x`` is not finite.
+    """
+    xp = namespace(x)
+    if not bool(xp.all(xp.isfinite(x))):
+        raise DataError(f"{name} holds NaN or infinite values; expected finite numbers")
+
+
+def as_working(x: Array) -> Array:
+    """Return ``x`` in the precision that sums are taken in: its own, float32 at the least."""
+    xp = namespace(x)
+    if x.dtype in (xp.float32, xp.float64):
+        return x
+    half = is_bfloat16(x) or str(x.dtype).endswith("float16")
+    return xp.astype(x, xp.float32 if half else xp.float64)
+
+
+def as_accumulator(x: Array) -> Array:
+    """Return ``x`` in the widest real type its library and device have, float64 where they can."""
+    xp = namespace(x)
+    if x.dtype == xp.float64:
+        return x
+    if is_torch_namespace(xp):
+        has_float64 = x.device.type != "mps"
+    else:
+        info = xp.__array_namespace_info__()
+        has_float64 = "float64" in info.dtypes(device=device(x), kind="real floating")
+    return xp.astype(x, xp.float64 if has_float64 else xp.float32)
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """Return a small real array as NumPy float64."""
+    x = constant(x)
+    xp = namespace(x)
+    if not is_numpy_namespace(xp):
+        x = to_device(x, xp.__array_namespace_info__().default_device())
+    return np.asarray(x, dtype=np.float64)
+
+
+def constant(x: Array) -> Array:
+    """Return ``x`` outside of any gradient tape: a decomposition is not differentiated."""
+    return x.detach() if hasattr(x, "detach") else x
+
+
+def common_dtype(arrays: list[Array]) -> Any:
+    """Return the type that all ``arrays`` promote to; unlike half-precision types, to float32."""
+    dtypes = list({x.dtype: None for x in arrays})
+    if len(dtypes) == 1:
+        return dtypes[0]
+    xp = namespace(*arrays)
+    return xp.result_type(*(as_working(x) for x in arrays))

@@ -1,0 +1,102 @@
+"""HOOI: higher-order orthogonal iteration, the alternating refinement of U and V."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from lotrtensor.core.arrays import Array, namespace, to_numpy
+from lotrtensor.core.linalg import leading_left
+
+
+class Hooi(NamedTuple):
+    """Orthonormal U (m × p), V (n × q), and how they were reached.
+
+    ``history`` holds the squared error after each sweep, relative to Σ_k ‖ΔW_k‖²; but for rounding
+    it never rises.
+    """
+
+    left: Array
+    right: Array
+    sweeps: int
+    history: tuple[float, ...]
+    converged: bool
+
+
+class Projectable(Protocol):
+    """What HOOI asks of a stack; see `SliceStack`."""
+
+    def left_factor(self, right: Array | None = None) -> Array:
+        """See `SliceStack.left_factor`."""
+
+    def right_factor(self, left: Array | None = None) -> Array:
+        """See `SliceStack.right_factor`."""
+
+    def residual_norms2(self, left: Array, right: Array) -> Array:
+        """See `SliceStack.residual_norms2`."""
+
+
+def hooi(
+    stack: Projectable,
+    right: Array,
+    rank: tuple[int, int],
+    *,
+    norm2: float,
+    squared: bool,
+    rtol: float = 1e-6,
+    max_sweeps: int = 500,
+) -> Hooi:
+    """Maximise the captured energy Σ_k ‖Uᵀ ΔW_k V‖² by turns over U and V.
+
+    A sweep sets U to the p leading left singular vectors of [ΔW_1 V … ΔW_K V], then V to the q
+    leading ones of [ΔW_1ᵀ U … ΔW_Kᵀ U].
+
+    Parameters
+    ----------
+    stack : SliceStack
+        A small stack: both factors are decomposed in every sweep.
+    right : array (n, q)
+        The V to start from, orthonormal; HOSVD's.
+    rank : (int, int)
+        Left and right rank (p, q).
+    norm2 : float
+        Σ_k ‖ΔW_k‖².
+    squared : bool
+        See `leading_left`.
+    rtol : float
+        Stop when a sweep lowers the squared error by less than this share of it.
+    max_sweeps : int
+        Stop here in any case.
+
+    Notes
+    -----
+    De Lathauwer, De Moor, Vandewalle, "On the best rank-1 and rank-(R1, …, RN) approximation of
+    higher-order tensors", SIAM J. Matrix Anal. 21 (2000), algorithm 4.2.
+    """
+    p, q = rank
+    history: list[float] = []
+    for sweep in range(1, max_sweeps + 1):
+        left, _ = leading_left(_completed(stack.left_factor, right, p), p, squared=squared)
+        right, values = leading_left(_completed(stack.right_factor, left, q), q, squared=squared)
+        if squared:
+            # Far above rounding, what is captured tells the error without another product.
+            error2 = max(norm2 - float(namespace(values).sum(values**2)), 0.0) / norm2
+        else:
+            error2 = float(to_numpy(stack.residual_norms2(left, right)).sum()) / norm2
+        history.append(error2)
+        # Below 1e-30 of the whole there is only rounding left.
+        if sweep > 1 and history[-2] - error2 <= max(rtol * error2, 1e-30):
+            return Hooi(left, right, sweep, tuple(history), True)
+    return Hooi(left, right, max_sweeps, tuple(history), False)
+
+
+def _completed(factor: Callable[..., Array], other: Array, rank: int) -> Array:
+    """Return the factor that ``other`` projects, with columns enough for ``rank`` directions.
+
+    Where the projected slices span fewer, any others would do as well for this half of the sweep;
+    those of the most energy in the whole stack serve the next half best.
+    """
+    projected = factor(other)
+    if projected.shape[1] >= rank:
+        return projected
+    return namespace(projected).concat([projected, 1e-7 * factor()], axis=1)

@@ -1,0 +1,208 @@
+"""From a large stack to a small one: the choice between exact and matrix-free."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from lotrtensor.core.arrays import Array, as_accumulator, namespace, to_numpy
+from lotrtensor.core.fit.bounds import discarded_energy
+from lotrtensor.core.fit.hosvd import hosvd
+from lotrtensor.core.fit.iteration import Iteration, block_iteration
+from lotrtensor.core.fit.refinement import refine
+from lotrtensor.core.stacks.dense import DenseStack
+from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.core.stacks.protocol import SliceStack
+from lotrtensor.errors import DataError
+
+Method = Literal["auto", "exact", "matrix-free", "hosvd", "st-hosvd"]
+METHODS = ("auto", "exact", "matrix-free", "hosvd", "st-hosvd")
+
+EXACT_FLOPS = 2e11
+"""What the exact reduction may cost before ``auto`` goes matrix-free: seconds on two cores."""
+
+OVERSAMPLE = 8
+"""Columns that a block has beyond the rank wanted, at least."""
+
+FACTOR_PASSES = 30
+"""Passes over thin factors, at most."""
+
+FACTOR_RTOL = 1e-4
+"""Share of the squared error that a pass over thin factors must gain for another to follow."""
+
+REFINEMENT_RTOL = 1e-3
+"""The same for a round of refinement, two passes."""
+
+LAZY_RTOL = 3e-3
+"""The same where a pass costs the reading of all slices."""
+
+LAZY_PASSES = 5
+"""Passes over slices that are read on demand; the error of what is returned takes one more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """ΔW_k ≈ Q · small_k · Pᵀ with orthonormal Q and P, None standing for the identity.
+
+    ``norms2`` are ‖ΔW_k‖² (K) and ``lost2`` is the squared norm outside, 0 for the exact method.
+    ``discarded2`` is a lower bound of what any decomposition of the rank asked for loses, where it
+    is known beyond what the small problem tells. ``passes``, ``history`` (relative errors) and
+    ``converged`` tell of the iteration.
+    """
+
+    method: str
+    left: Array | None
+    small: SliceStack
+    right: Array | None
+    norms2: np.ndarray
+    lost2: float = 0.0
+    discarded2: float = 0.0
+    passes: int = 0
+    sweeps: int = 0
+    history: tuple[float, ...] = ()
+    converged: bool = True
+
+    @property
+    def norm2(self) -> float:
+        """Σ_k ‖ΔW_k‖²."""
+        return float(self.norms2.sum())
+
+
+def exact_flops(stack: SliceStack) -> float:
+    """Estimated cost of the exact method.
+
+    Thin factors: two QRs of m × ρ and n × ρ (4 m ρ² with Q) and the SVDs and sweeps of the
+    ρ × ρ problem. Whole slices: the SVDs of the m × Kn and n × Km unfoldings.
+    """
+    slices, m, n = stack.shape
+    a, b = stack.max_rank
+    if isinstance(stack, LowRankStack):
+        rho = sum(stack.ranks)
+        return 4.0 * (m * a + n * b) * rho + 60.0 * (a * a + b * b) * rho
+    return 8.0 * slices * m * n * (a + b) + 20.0 * (a**3 + b**3)
+
+
+def reduce_stack(
+    stack: SliceStack,
+    rank: tuple[int, int] | None,
+    *,
+    method: str,
+    final: bool = False,
+    tolerance: float = 0.0,
+    seed: int = 0,
+    max_passes: int | None = None,
+) -> Reduction:
+    """Return an equal or nearly equal small problem.
+
+    ``auto`` is exact while `exact_flops` stays below `EXACT_FLOPS`, and for stacks read on demand
+    never. Matrix-free, the block is the rank wanted and some columns more; if the rank is
+    ``final``, no other being asked of the small problem, and the slices are in memory, it is
+    refined at just that rank. Where no rank is given the block doubles until the error outside is
+    below half of ``tolerance``; it then holds K b c numbers, which may be as many as the slices'.
+    """
+    if method not in METHODS:
+        raise DataError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    if method == "auto":
+        affordable = not stack.lazy and exact_flops(stack) <= EXACT_FLOPS
+        method = "exact" if affordable else "matrix-free"
+    if method != "matrix-free":
+        left, small, right = stack.reduce()
+        return Reduction("exact", left, small, right, to_numpy(small.norms2()))
+    options: dict[str, Any] = {
+        "rtol": LAZY_RTOL if stack.lazy else FACTOR_RTOL,
+        "max_passes": max_passes or (LAZY_PASSES if stack.lazy else FACTOR_PASSES),
+        "seed": seed,
+    }
+    if rank is None:
+        return _wide_enough(stack, tolerance, options)
+    found = block_iteration(stack, _block(stack, rank), rank, **options)
+    # Differences will do where the error is not used: what is returned is measured.
+    lost2 = max(found.norm2 - found.core_norm2, 0.0)
+    reduction = _reduction(found, lost2, discarded_energy(stack, rank), len(found.captured))
+    if final and not stack.lazy and found.norm2 > 0.0:
+        return _refined(stack, rank, reduction, options)
+    return reduction
+
+
+def _wide_enough(stack: SliceStack, tolerance: float, options: dict[str, Any]) -> Reduction:
+    """The small problem of blocks so wide that little of ``tolerance`` is lost outside."""
+    width, passes = (32, 32), 0
+    start: tuple[Array, Array] | None = None
+    while True:
+        found = block_iteration(stack, _block(stack, width), start=start, **options)
+        lost2 = float(to_numpy(stack.residual_norms2(found.left, found.right)).sum())
+        passes += len(found.captured) + 1
+        if lost2 <= (tolerance / 2) ** 2 * found.norm2 or width[0] >= max(stack.max_rank):
+            return _reduction(found, lost2, 0.0, passes)
+        start, width = (found.left, found.right), (2 * width[0], 2 * width[1])
+
+
+def _refined(
+    stack: SliceStack, rank: tuple[int, int], wide: Reduction, options: dict[str, Any]
+) -> Reduction:
+    """The problem at just ``rank``, refined from the wider one; its bounds are kept."""
+    left, right = wide.left, wide.right
+    rounds = (options["max_passes"] - wide.passes - 1) // 2
+    if left is None or right is None or rank == (left.shape[1], right.shape[1]) or rounds < 1:
+        return wide
+    full = hosvd(wide.small)
+    xp = namespace(left)
+    start = tuple(
+        block @ xp.astype(turn[:, :r], block.dtype)
+        for block, turn, r in zip((left, right), (full.left, full.right), rank, strict=True)
+    )
+    found = refine(
+        stack,
+        (left, right),
+        (start[0], start[1]),
+        energy=(1.0 - wide.history[-1] ** 2) * wide.norm2,
+        norm2=wide.norm2,
+        rtol=REFINEMENT_RTOL,
+        max_rounds=rounds,
+    )
+    return replace(
+        wide,
+        left=found.left,
+        small=DenseStack(as_accumulator(found.core)),
+        right=found.right,
+        lost2=max(wide.norm2 - found.captured[-1], 0.0),
+        discarded2=max(wide.discarded2, float(full.lower_bound2(rank))),
+        passes=wide.passes + found.passes,
+        sweeps=len(found.captured),
+        history=wide.history + tuple(_relative(wide.norm2 - c, wide.norm2) for c in found.captured),
+        converged=wide.converged and found.converged,
+    )
+
+
+def _block(stack: SliceStack, rank: tuple[int, int]) -> tuple[int, int]:
+    """Width of the blocks for ``rank``: more columns, which speed convergence.
+
+    A quarter more; twice as many where a pass costs the reading, beside which columns are cheap.
+    """
+
+    def width(r: int, most: int) -> int:
+        return min(r + max(OVERSAMPLE, r if stack.lazy else r // 4), most)
+
+    return width(rank[0], stack.max_rank[0]), width(rank[1], stack.max_rank[1])
+
+
+def _reduction(found: Iteration, lost2: float, discarded2: float, passes: int) -> Reduction:
+    return Reduction(
+        method="matrix-free",
+        left=found.left,
+        small=DenseStack(found.core),
+        right=found.right,
+        norms2=found.norms2,
+        lost2=lost2,
+        discarded2=discarded2,
+        passes=passes,
+        history=tuple(_relative(found.norm2 - c, found.norm2) for c in found.captured),
+        converged=found.converged,
+    )
+
+
+def _relative(part2: float, whole2: float) -> float:
+    return math.sqrt(max(part2, 0.0) / whole2) if whole2 else 0.0

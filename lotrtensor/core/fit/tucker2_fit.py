@@ -1,0 +1,195 @@
+"""tucker2: the door to the decomposition. Validation, choice of method and ranks, certificate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from lotrtensor.core.arrays import check_real_floating, namespace, to_numpy
+from lotrtensor.core.fit.goal import Goal, Rank, check_goal
+from lotrtensor.core.fit.problem import Problem, Tucker2Fit
+from lotrtensor.core.fit.reduction import Method, reduce_stack
+from lotrtensor.core.ranks.curve import best_within, pair_at
+from lotrtensor.core.stacks.protocol import SliceStack, check_stack
+from lotrtensor.errors import DataError, LotrWarning
+
+Weights = Sequence[float] | Literal["equal"]
+
+
+def tucker2(
+    stack: SliceStack,
+    rank: Rank | None = None,
+    *,
+    tolerance: float | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+    weights: Weights | None = None,
+    method: Method = "auto",
+    dtype: Any = None,
+    seed: int = 0,
+    max_passes: int | None = None,
+) -> Tucker2Fit:
+    """Decompose ``stack`` as ΔW_k ≈ U · G_k · Vᵀ with U and V shared by all slices.
+
+    Exactly one of ``rank``, ``tolerance``, ``energy`` and ``budget`` says how far.
+
+    Parameters
+    ----------
+    stack : SliceStack
+        K slices ΔW_k of shape m × n: a `LowRankStack`, `DenseStack` or `LazyStack`.
+    rank : int or (int, int), optional
+        Left and right rank (p, q); one number stands for both.
+    tolerance : float, optional
+        Relative error, in (0, 1), that the result does not exceed; the smallest parameter count
+        found is returned.
+    energy : float, optional
+        Share of Σ_k ‖ΔW_k‖², in (0, 1), to keep: a tolerance of √(1 − energy).
+    budget : int, optional
+        Parameters m p + n q + K p q at most.
+    weights : sequence of float, or "equal", optional
+        One positive number w_k a slice: w_k ΔW_k is approximated, ``"equal"`` brings every slice
+        to norm 1. Ranks chosen by tolerance, energy or budget refer to the weighted error then.
+    method : str
+        ``"exact"``: an equal small problem, then HOOI from the HOSVD. ``"matrix-free"``: the small
+        problem from a few passes of block iteration. ``"hosvd"``, ``"st-hosvd"``: no refinement.
+        ``"auto"``: exact while that is cheap, else matrix-free.
+    dtype : dtype, optional
+        Type to return, and to measure the error in; the stack's own if not given.
+    seed : int
+        Of the random start of the matrix-free method.
+    max_passes : int, optional
+        Passes of the matrix-free method at most: 30 over thin factors, 5 over slices read on
+        demand, for every width that a tolerance tries. The error takes one more.
+
+    Returns
+    -------
+    Tucker2Fit
+        The decomposition, its relative Frobenius error and a lower bound on the error of any
+        decomposition of these ranks.
+
+    Raises
+    ------
+    RankError
+        If a rank is below 1 or larger than the stack can need, a tolerance or energy lies outside
+        (0, 1) or is out of reach, a budget is below the smallest decomposition, or none or more
+        than one of them is given.
+    DataError
+        If the weights are not K positive finite numbers, or the method is unknown.
+
+    Warns
+    -----
+    LotrWarning
+        If an iteration stopped before it converged.
+
+    Notes
+    -----
+    Exact, for thin factors: QR of the factors side by side gives an equal problem of size
+    ρ × K × ρ, ρ = Σ r_k; there HOSVD starts HOOI and its discarded energies bound the error from
+    below (De Lathauwer, De Moor, Vandewalle, SIAM J. Matrix Anal. 21 (2000)). Matrix-free, blocks
+    come from subspace iteration (Halko, Martinsson, Tropp, SIAM Review 53 (2011)). Slices in memory
+    are then refined at the very ranks wanted; those read on demand keep the best directions inside
+    the blocks, which costs a per cent where the spectrum is flat. The bound is the exact one where
+    ρ ≤ 512; else it comes from the energies that the blocks captured beyond the ranks wanted, which
+    are no larger than the discarded ones: valid, and less sharp.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> rng = np.random.default_rng(0)
+    >>> B, A = rng.normal(size=(4, 20, 2)), rng.normal(size=(4, 2, 30))
+    >>> fit = lt.tucker2(lt.LowRankStack(B, A), rank=(8, 8))
+    >>> fit.tucker2.rank, bool(fit.relative_error < 1e-12)
+    ((8, 8), True)
+    """
+    check_stack(stack)
+    if dtype is not None:
+        _check_dtype(stack, dtype)
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise DataError(f"seed is {seed!r}; expected an integer of at least 0")
+    goal = check_goal(rank, tolerance, energy, budget, stack.max_rank)
+    if max_passes is not None and not (isinstance(max_passes, int) and max_passes >= 1):
+        raise DataError(f"max_passes is {max_passes!r}; expected an integer of at least 1")
+    size = stack.magnitude()
+    if size and not 1e-60 < size < 1e60:
+        # Squares would leave the range of float64: fit the stack brought to size 1.
+        goals: dict[str, Any] = {"tolerance": tolerance, "energy": energy, "budget": budget}
+        options: dict[str, Any] = {"weights": weights, "method": method, "dtype": dtype}
+        passes: dict[str, Any] = {"seed": seed, "max_passes": max_passes}
+        unit_stack = stack.scaled([1.0 / size] * stack.shape[0])
+        unit = tucker2(unit_stack, rank, **goals, **options, **passes)
+        return replace(unit, tucker2=unit.tucker2 * size)
+    scales = slice_weights(stack, weights)
+    target = stack if scales is None else stack.scaled(list(scales))
+    reduction = reduce_stack(
+        target,
+        goal.rank,
+        method=method,
+        final=True,
+        tolerance=goal.tolerance or 0.0,
+        seed=seed,
+        max_passes=max_passes,
+    )
+    if method in ("hosvd", "st-hosvd"):
+        reduction = replace(reduction, method=method)
+    problem = Problem(stack, scales, reduction, dtype or stack.dtype)
+    if goal.tolerance is not None:
+        fit = problem.fit_within(goal.tolerance)
+    else:
+        fit = problem.finish(problem.solve(_goal_rank(problem, goal)))
+    if not fit.converged:
+        warnings.warn(
+            f"the fit did not converge in {fit.passes} passes and {fit.iterations} sweeps; the "
+            "reported error holds for the factors found, which more passes may improve",
+            LotrWarning,
+            stacklevel=2,
+        )
+    return fit
+
+
+def _goal_rank(problem: Problem, goal: Goal) -> tuple[int, int]:
+    if goal.rank is not None:
+        return goal.rank
+    curve = problem.curve()
+    return pair_at(curve, best_within(curve, goal.budget or 0))
+
+
+def slice_weights(stack: SliceStack, weights: Weights | None) -> np.ndarray | None:
+    """Return one positive number a slice, or None.
+
+    Raises
+    ------
+    DataError
+        If ``weights`` are not K positive finite numbers.
+    """
+    if weights is None:
+        return None
+    slices = stack.shape[0]
+    if isinstance(weights, str):
+        if weights != "equal":
+            raise DataError(f"weights is {weights!r}; expected numbers or 'equal'")
+        norms = np.sqrt(to_numpy(stack.norms2()))
+        return 1.0 / np.where(norms > 0, norms, 1.0)
+    try:
+        scales = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"weights are {weights!r}; expected {slices} numbers or 'equal'") from error
+    if scales.shape != (slices,) or not (np.isfinite(scales).all() and (scales > 0).all()):
+        raise DataError(f"weights are {weights!r}; expected {slices} positive finite numbers")
+    if not (scales.min() > 1e-100 and scales.max() < 1e100):
+        raise DataError("weights are outside 1e-100 … 1e100, where their squares lose their range")
+    return scales
+
+
+def _check_dtype(stack: SliceStack, dtype: Any) -> None:
+    like = stack.empty()
+    try:
+        cast = namespace(like).astype(like, dtype)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"dtype is {dtype!r}; expected a real floating dtype of {namespace(like).__name__}"
+        ) from error
+    check_real_floating(cast, "dtype")

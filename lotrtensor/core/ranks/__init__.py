@@ -1,0 +1,1 @@
+"""From a tolerance or a budget to ranks: curves of size against error, and choices on them."""

@@ -1,0 +1,117 @@
+"""From a tolerance, an energy or a budget to ranks: one group, or several that share it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lotrtensor.errors import RankError
+
+
+class Frontier(NamedTuple):
+    """Rank pairs that no other pair beats in both size and error, by rising parameters.
+
+    ``ranks`` (F × 2), ``parameters`` (F, rising) and ``error2`` (F, falling): the squared error
+    that truncation of the HOSVD reaches there. ``norm2`` is the squared norm of the stack.
+    """
+
+    ranks: np.ndarray
+    parameters: np.ndarray
+    error2: np.ndarray
+    norm2: float
+
+
+def tucker2_parameters(
+    shape: tuple[int, int, int],
+    p: np.ndarray | int,
+    q: np.ndarray | int,
+    slice_ranks: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Stored numbers of a Tucker-2 of ranks (p, q): m p + n q + K p q.
+
+    Where slices of ranks r_k are known, a core may be kept as a product, so that it costs
+    min(p q, r_k (p + q)).
+    """
+    slices, m, n = shape
+    dense = np.multiply(p, q)
+    if slice_ranks is not None and len(slice_ranks) != slices:
+        raise RankError(f"found {len(slice_ranks)} slice_ranks; expected {slices}, one a slice")
+    if slice_ranks is None:
+        cores = slices * dense
+    else:
+        cores = np.zeros_like(dense)
+        for r, count in Counter(slice_ranks).items():
+            cores = cores + count * np.minimum(dense, r * np.add(p, q))
+    return np.asarray(np.multiply(m, p) + np.multiply(n, q) + cores)
+
+
+def energies_outside(energy: np.ndarray) -> np.ndarray:
+    """Squared error of keeping the leading (p, q) corner of every core, for all p and q at once.
+
+    ``energy`` (a × b) is Σ_k of the squared entries of the cores. Entry [p − 1, q − 1] of the
+    result is its sum outside the p × q corner, a sum of what is left out: nothing cancels. With
+    orthonormal factors this is the error of the truncated decomposition.
+    """
+    right_of = np.cumsum(energy[:, ::-1], axis=1)[:, ::-1]
+    right_of = np.concatenate([right_of[:, 1:], np.zeros((energy.shape[0], 1))], axis=1)
+    rows = energy.sum(axis=1)
+    below = np.concatenate([np.cumsum(rows[::-1])[::-1][1:], [0.0]])
+    lost: np.ndarray = np.cumsum(right_of, axis=0) + below[:, None]
+    return lost
+
+
+def efficient_pairs(
+    error2: np.ndarray,
+    norm2: float,
+    shape: tuple[int, int, int],
+    slice_ranks: Sequence[int] | None,
+) -> Frontier:
+    """Return the pairs (p, q) that none beats, from the squared errors of all of them (a × b)."""
+    p, q = np.meshgrid(*(np.arange(1, s + 1) for s in error2.shape), indexing="ij")
+    parameters = tucker2_parameters(shape, p, q, slice_ranks)
+    return _efficient(
+        np.stack([p.ravel(), q.ravel()], 1), parameters.ravel(), error2.ravel(), norm2
+    )
+
+
+def _efficient(
+    ranks: np.ndarray, parameters: np.ndarray, error2: np.ndarray, norm2: float
+) -> Frontier:
+    order = np.lexsort((error2, parameters))
+    best = np.minimum.accumulate(error2[order])
+    keep = order[np.concatenate([[True], best[1:] < best[:-1]])]
+    return Frontier(ranks[keep], parameters[keep], error2[keep], norm2)
+
+
+def pair_at(curve: Frontier, index: int) -> tuple[int, int]:
+    """Return the ranks (p, q) at ``index`` of ``curve``."""
+    p, q = curve.ranks[index]
+    return int(p), int(q)
+
+
+def cheapest_within(curve: Frontier, error2: float) -> int:
+    """Index of the smallest pair whose squared error is at most ``error2``; else the last."""
+    within = np.nonzero(curve.error2 <= error2)[0]
+    return int(within[0]) if within.size else len(curve.error2) - 1
+
+
+def best_within(curve: Frontier, budget: int) -> int:
+    """Index of the pair with the smallest error among those of at most ``budget`` parameters.
+
+    More budget is never more error of the HOSVD; refined at its pair by HOOI, which is no worse
+    there, two budgets may differ either way by what HOOI gains.
+
+    Raises
+    ------
+    RankError
+        If even ranks (1, 1) need more; the message says how many.
+    """
+    if budget < curve.parameters[0]:
+        raise RankError(
+            f"budget is {budget} parameters; the smallest decomposition needs "
+            f"{int(curve.parameters[0])}"
+        )
+    return int(np.searchsorted(curve.parameters, budget, side="right")) - 1

@@ -1,0 +1,138 @@
+"""What every size would cost and keep: rate–distortion curves and spectra, as frozen rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lotrtensor.core.arrays import to_numpy
+from lotrtensor.core.fit.hosvd import hosvd
+from lotrtensor.core.fit.profile import profile
+from lotrtensor.core.fit.reduction import Method
+from lotrtensor.core.ranks.terms import rank_one_terms, truncation_error, uniform_ranks
+from lotrtensor.core.slice_svd import slice_svds
+from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.core.stacks.protocol import SliceStack, check_stack
+
+
+class RatePoint(NamedTuple):
+    """One efficient pair of ranks.
+
+    ``parameters`` are stored numbers, m p + n q + K p q. ``relative_error`` is that of the
+    truncated HOSVD; a fit at these ranks lies between ``lower_bound`` and it.
+    """
+
+    p: int
+    q: int
+    parameters: int
+    relative_error: float
+    lower_bound: float
+
+
+class SizePoint(NamedTuple):
+    """A representation without ranks of its own: stored numbers and relative Frobenius error."""
+
+    parameters: int
+    relative_error: float
+
+
+class Spectra(NamedTuple):
+    """Singular values of a stack's two unfoldings (falling), and norm of every slice (K)."""
+
+    left: np.ndarray
+    right: np.ndarray
+    norms: np.ndarray
+
+
+def rate_distortion(
+    stack: SliceStack,
+    *,
+    slice_ranks: Sequence[int] | None = None,
+    tolerance: float = 0.01,
+    method: Method = "auto",
+) -> tuple[RatePoint, ...]:
+    """Return the efficient frontier of ``stack``: size against error, from one decomposition.
+
+    Parameters
+    ----------
+    stack : SliceStack
+        K slices ΔW_k.
+    slice_ranks : sequence of int, optional
+        Ranks r_k of the slices: a core then costs min(p q, r_k (p + q)), as it is stored.
+    tolerance : float
+        Where the matrix-free method runs, the smallest relative error that matters.
+    method : str
+        As for `tucker2`.
+
+    Returns
+    -------
+    tuple of RatePoint
+        By rising parameters and falling error; no pair of ranks beats one of them in both.
+
+    Notes
+    -----
+    In the bases of the HOSVD the energy that ranks (p, q) keep is the sum of Σ_k G_k² over the
+    p × q corner, so that cumulative sums price all pairs at once.
+    """
+    check_stack(stack)
+    found = profile(stack, slice_ranks=slice_ranks, tolerance=tolerance, method=method)
+    return tuple(
+        RatePoint(p, q, parameters, *found.errors((p, q)))
+        for (p, q), parameters in zip(
+            found.curve.ranks.tolist(), found.curve.parameters.tolist(), strict=True
+        )
+    )
+
+
+def truncated_lora_curve(stacks: Sequence[LowRankStack], *, optimal: bool) -> tuple[SizePoint, ...]:
+    """Size against error of per-slice truncated LoRA, the alternative to sharing factors.
+
+    Parameters
+    ----------
+    stacks : sequence of LowRankStack
+        All groups of an adapter.
+    optimal : bool
+        Ranks by energy per parameter over all slices; else one rank for all.
+
+    Returns
+    -------
+    tuple of SizePoint
+        By rising parameters. Uniform: one point a rank. Optimal: one a rank-1 term, from rank 1
+        everywhere on.
+    """
+    spectra = [svd.values for stack in stacks for svd in slice_svds(stack)]
+    costs = [stack.shape[1] + stack.shape[2] for stack in stacks for _ in range(stack.shape[0])]
+    return truncation_curve(spectra, costs, optimal=optimal)
+
+
+def truncation_curve(
+    spectra: Sequence[np.ndarray], costs: Sequence[int], *, optimal: bool
+) -> tuple[SizePoint, ...]:
+    """`truncated_lora_curve` from the slices' singular values and the cost m + n of a term each."""
+    if not optimal:
+        most = max(len(values) for values in spectra)
+        points = []
+        for rank in range(1, most + 1):
+            ranks = uniform_ranks(spectra, rank)
+            parameters = sum(c * r for c, r in zip(costs, ranks, strict=True))
+            points.append(SizePoint(parameters, truncation_error(spectra, ranks)))
+        return tuple(points)
+    terms = rank_one_terms(spectra, costs)
+    sizes = np.cumsum([sum(costs)] + [costs[k] for k, _ in terms])
+    lost2 = np.concatenate([np.cumsum([energy for _, energy in terms][::-1])[::-1], [0.0]])
+    total2 = sum(float(np.sum(values**2)) for values in spectra) or 1.0
+    return tuple(
+        SizePoint(int(size), math.sqrt(float(lost) / total2))
+        for size, lost in zip(sizes, lost2, strict=True)
+    )
+
+
+def spectra(stack: SliceStack) -> Spectra:
+    """Singular values of both unfoldings and norms of the slices: how much there is to share."""
+    _, small, _ = stack.reduce()
+    found = hosvd(small)
+    left, right = to_numpy(found.left_values), to_numpy(found.right_values)
+    return Spectra(left, right, np.sqrt(to_numpy(small.norms2())))

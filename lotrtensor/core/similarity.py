@@ -1,0 +1,171 @@
+"""Inner products, similarity and angles of stacks and decompositions, without densifying."""
+
+from __future__ import annotations
+
+import math
+
+from lotrtensor.core.arrays import Array, as_accumulator, namespace
+from lotrtensor.core.linalg import orthonormal_basis
+from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.core.stacks.protocol import SliceStack
+from lotrtensor.core.tucker2 import Tucker2
+from lotrtensor.errors import DataError, ShapeError
+
+Operand = SliceStack | Tucker2
+
+
+def inner(a: Operand, b: Operand) -> float:
+    """Inner product Σ_k ⟨ΔW_k, ΔW'_k⟩ of two stacks or decompositions of one shape.
+
+    Thin factors: Σ_k ⟨B_kᵀB'_k, A_k A'_kᵀ⟩, r × r products only. Where one side is dense or lazy,
+    its slices are taken one at a time.
+
+    Parameters
+    ----------
+    a, b : SliceStack or Tucker2
+        Operands of one shape (K, m, n).
+
+    Returns
+    -------
+    float
+        Σ_k tr(ΔW_kᵀ ΔW'_k), summed in float64 where the library has it.
+
+    Raises
+    ------
+    ShapeError
+        If K, m or n differ.
+    """
+    if a.shape != b.shape:
+        raise ShapeError(f"stacks of (K, m, n) = {a.shape} and {b.shape} have no inner product")
+    first, second = _as_stack(a), _as_stack(b)
+    if isinstance(second, LowRankStack) and not isinstance(first, LowRankStack):
+        first, second = second, first
+    return math.fsum(_slice_inner(first, second, k) for k in range(first.shape[0]))
+
+
+def norm(a: Operand) -> float:
+    """Frobenius norm √(Σ_k ‖ΔW_k‖²).
+
+    Parameters
+    ----------
+    a : SliceStack or Tucker2
+        Thin factors stay thin; whole slices are read once.
+
+    Returns
+    -------
+    float
+        The norm.
+    """
+    norms2 = _as_stack(a).norms2()
+    return math.sqrt(float(namespace(norms2).sum(norms2)))
+
+
+def cosine_similarity(a: Operand, b: Operand) -> float:
+    """Cosine ⟨a, b⟩ / (‖a‖ ‖b‖) of two stacks; 0 where one is zero.
+
+    It depends on the products B_k A_k alone, so that the same adapter in another gauge has
+    similarity 1.
+
+    Parameters
+    ----------
+    a, b : SliceStack or Tucker2
+        Operands of one shape (K, m, n).
+
+    Returns
+    -------
+    float
+        Between −1 and 1, but for rounding.
+    """
+    first, second = _in_range(_as_stack(a)), _in_range(_as_stack(b))
+    scale = norm(first) * norm(second)
+    return inner(first, second) / scale if scale else 0.0
+
+
+def principal_angles(a: Array, b: Array) -> Array:
+    """Principal angles, in radians and rising, between the column spaces of ``a`` and ``b``.
+
+    Parameters
+    ----------
+    a, b : array (m, p), (m, p')
+        Any bases, of full column rank: the left or right factors of two decompositions.
+
+    Returns
+    -------
+    array (min(p, p'),)
+        0 where the spaces share a direction, π/2 where one is orthogonal to the other.
+
+    Raises
+    ------
+    ShapeError
+        If the two have different numbers of rows.
+    DataError
+        If the columns of one are dependent.
+
+    Notes
+    -----
+    Cosines are the singular values of QᵀQ'; small angles are taken from the sines instead, which
+    keeps them accurate (Björck and Golub, Math. Comp. 27 (1973); Knyazev and Argentati, SIAM J.
+    Sci. Comput. 23 (2002)).
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0]:
+        raise ShapeError(
+            f"bases have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected (m, p) and (m, p')"
+        )
+    if a.shape[1] < b.shape[1]:
+        a, b = b, a
+    xp = namespace(a, b)
+    a, b = as_accumulator(a), as_accumulator(b)
+    for x in (a, b):
+        values = xp.linalg.svdvals(x)
+        if x.shape[1] > x.shape[0] or not bool(values[-1] > 1e-12 * values[0]):
+            raise DataError(
+                f"a basis of shape {tuple(x.shape)} has dependent columns; expected full column "
+                "rank: take the factors of orthogonalised() or of a truncation"
+            )
+    first, second = orthonormal_basis(a), orthonormal_basis(b)
+    inside = first.T @ second
+    cosines = xp.linalg.svdvals(inside)
+    sines = xp.flip(xp.linalg.svdvals(second - first @ inside), axis=0)
+    one = xp.ones_like(cosines)
+    cosines, sines = xp.minimum(cosines, one), xp.minimum(sines, one)
+    return xp.where(cosines * cosines > 0.5, xp.asin(sines), xp.acos(cosines))
+
+
+def subspace_overlap(a: Array, b: Array) -> float:
+    """Mean squared cosine of the principal angles: 1 for one space, 0 for orthogonal ones.
+
+    Parameters
+    ----------
+    a, b : array (m, p), (m, p')
+        Bases, as for `principal_angles`.
+
+    Returns
+    -------
+    float
+        ‖QᵀQ'‖² / min(p, p') with Q and Q' orthonormal bases of the two spaces.
+    """
+    xp = namespace(a, b)
+    return float(xp.mean(xp.cos(principal_angles(a, b)) ** 2))
+
+
+def _as_stack(a: Operand) -> SliceStack:
+    return a.to_low_rank() if isinstance(a, Tucker2) else a
+
+
+def _in_range(stack: SliceStack) -> SliceStack:
+    """The stack, brought to size 1 where squares would leave the range of float64."""
+    size = stack.magnitude()
+    return stack if not size or 1e-60 < size < 1e60 else stack * (1.0 / size)
+
+
+def _slice_inner(a: SliceStack, b: SliceStack, k: int) -> float:
+    if isinstance(a, LowRankStack):
+        left, right = (as_accumulator(x) for x in a.factors(k))
+        xp = namespace(left)
+        if isinstance(b, LowRankStack):
+            left2, right2 = (as_accumulator(x) for x in b.factors(k))
+            return float(xp.sum((left.T @ left2) * (right @ right2.T)))
+        image = left.T @ as_accumulator(b.slice(k))
+        return float(xp.sum(image * right))
+    first, second = as_accumulator(a.slice(k)), as_accumulator(b.slice(k))
+    return float(namespace(first).sum(first * second))

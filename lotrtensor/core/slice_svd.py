@@ -1,0 +1,111 @@
+"""Truncated LoRA: each slice to a lower rank of its own, exactly, through small SVDs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from array_api_compat import device
+
+from lotrtensor.core.arrays import Array, as_accumulator, namespace, to_numpy
+from lotrtensor.core.fit.reduction import reduce_stack
+from lotrtensor.core.stacks.dense import DenseStack
+from lotrtensor.core.stacks.low_rank import LowRankStack
+
+
+class SliceSvd(NamedTuple):
+    """ΔW_k = left · diag(values) · rightᵀ: the thin singular value decomposition of one slice.
+
+    ``left`` (m × c) and ``right`` (n × c) have orthonormal columns; ``values`` (c) fall and are
+    NumPy's. c is the smallest of m, n and r_k.
+    """
+
+    left: Array
+    values: np.ndarray
+    right: Array
+
+
+def slice_svds(stack: LowRankStack) -> list[SliceSvd]:
+    """Return the SVD of every slice: QRs of B_k and A_kᵀ, then of an r_k × r_k matrix.
+
+    The product is never built: with B = Q T and Aᵀ = P S, ΔW = Q (T Sᵀ) Pᵀ. Slices of one rank go
+    through each step together. Cost Σ_k 6 (m + n) r_k² flops.
+    """
+    found: dict[int, SliceSvd] = {}
+    for rank in sorted(set(stack.ranks)):
+        members = [k for k, r in enumerate(stack.ranks) if r == rank]
+        xp = namespace(stack.empty())
+        lefts = xp.stack([as_accumulator(stack.factors(k)[0]) for k in members])
+        rights = xp.stack([as_accumulator(stack.factors(k)[1].T) for k in members])
+        left, left_triangle = xp.linalg.qr(lefts)
+        right, right_triangle = xp.linalg.qr(rights)
+        small = to_numpy(left_triangle @ xp.matrix_transpose(right_triangle))
+        turn_left, values, turn_right = np.linalg.svd(small, full_matrices=False)
+        place = {"dtype": left.dtype, "device": device(left)}
+        left = left @ xp.asarray(turn_left, **place)
+        right = right @ xp.asarray(np.swapaxes(turn_right, 1, 2), **place)
+        for i, k in enumerate(members):
+            found[k] = SliceSvd(left[i, :, :], values[i], right[i, :, :])
+    return [found[k] for k in range(stack.shape[0])]
+
+
+def truncate_slices(svds: Sequence[SliceSvd], ranks: Sequence[int]) -> LowRankStack:
+    """Return the best stack whose slices have the given ranks (Eckart–Young), in the widest type.
+
+    The singular values are shared evenly, B = U √Σ and A = √Σ Vᵀ, so that neither factor uses up
+    the range or the digits of a half-precision type.
+    """
+    lefts, rights = [], []
+    for svd, rank in zip(svds, ranks, strict=True):
+        xp = namespace(svd.left)
+        place = {"dtype": svd.left.dtype, "device": device(svd.left)}
+        root = xp.asarray(np.sqrt(svd.values[:rank]), **place)
+        lefts.append(svd.left[:, :rank] * root)
+        rights.append((svd.right[:, :rank] * root).T)
+    return LowRankStack(lefts, rights)
+
+
+class DenseSvd(NamedTuple):
+    """Leading singular triplets of a matrix, the squared norm beyond them, and how they were found.
+
+    ``converged`` is False where block iteration stopped before it had settled.
+    """
+
+    svd: SliceSvd
+    lost2: float
+    converged: bool
+
+
+def dense_svd(matrix: Array, width: int | None, tolerance: float = 0.0) -> DenseSvd:
+    """Leading singular triplets of a whole matrix ΔW (m × n) that is in memory.
+
+    A full SVD while that is cheap, block iteration beyond; see `reduce_stack`.
+
+    Parameters
+    ----------
+    matrix : array (m, n)
+        ΔW.
+    width : int or None
+        Triplets wanted at most; as many as ``tolerance`` needs if None.
+    tolerance : float
+        Where no width is given, half of this relative error may lie beyond the triplets.
+    """
+    m, n = matrix.shape
+    stack = DenseStack(matrix[None, :, :])
+    most = None if width is None else min(width, m, n)
+    rank = None if most is None else (most, most)
+    reduction = reduce_stack(stack, rank, method="auto", tolerance=tolerance)
+    left, values, right = np.linalg.svd(to_numpy(reduction.small.slice(0)), full_matrices=False)
+    beyond2 = np.append(np.cumsum(values[::-1] ** 2)[::-1], 0.0)
+    if most is None:
+        limit2 = max((tolerance / 2) ** 2 * reduction.norm2 - reduction.lost2, 0.0)
+        most = max(1, int(np.argmax(beyond2 <= limit2)))
+    xp = namespace(matrix)
+    place = {"dtype": stack.empty().dtype, "device": device(matrix)}
+    bases = []
+    for basis, turn in ((reduction.left, left), (reduction.right, right.T)):
+        columns = xp.asarray(turn[:, :most], **place)
+        bases.append(columns if basis is None else basis @ columns)
+    svd = SliceSvd(bases[0], values[:most], bases[1])
+    return DenseSvd(svd, reduction.lost2 + float(beyond2[most]), reduction.converged)

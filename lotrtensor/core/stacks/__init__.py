@@ -1,0 +1,1 @@
+"""What is decomposed: stacks of thin factors, of whole matrices, or of slices read on demand."""

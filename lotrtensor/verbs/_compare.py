@@ -1,0 +1,101 @@
+"""compare: how far two adapters are apart, module by module."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from lotrtensor.adapters.grouping import layer_order
+from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.errors import FormatError
+
+
+class ModuleDifference(NamedTuple):
+    """Relative Frobenius difference ‖ΔW_A − ΔW_B‖ / ‖ΔW_A‖ of one module."""
+
+    name: str
+    relative_error: float
+
+
+class Difference(NamedTuple):
+    """How far two adapters are apart, A being the reference.
+
+    ``relative_error`` is √(Σ ‖ΔW_A − ΔW_B‖² / Σ ‖ΔW_A‖²) over all modules; ``max_slice_error`` the
+    largest of the modules' own.
+    """
+
+    relative_error: float
+    max_slice_error: float
+    modules: tuple[ModuleDifference, ...]
+
+
+def compare(a: Adapter, b: Adapter) -> Difference:
+    """Compare the updates of two adapters module by module, each a LoRA or a LoTR.
+
+    A module that only one of them has counts as zero in the other. The dense ΔW is never built.
+
+    Parameters
+    ----------
+    a, b : LoraAdapter or LotrAdapter
+        The reference and the other one.
+
+    Returns
+    -------
+    Difference
+        ``relative_error`` is √(Σ ‖ΔW_A − ΔW_B‖² / Σ ‖ΔW_A‖²) over all modules; ``modules`` has a
+        row for each.
+
+    Raises
+    ------
+    FormatError
+        If a module has unlike shapes in the two: they belong to different base models.
+    """
+    first, second = lora_factors(a), lora_factors(b)
+    rows, lost2, norm2 = [], 0.0, 0.0
+    for name in sorted(first.keys() | second.keys(), key=layer_order):
+        difference2, reference2 = _difference2(name, first.get(name), second.get(name))
+        lost2, norm2 = lost2 + difference2, norm2 + reference2
+        rows.append(ModuleDifference(name, _ratio(difference2, reference2)))
+    worst = max(row.relative_error for row in rows)
+    return Difference(_ratio(lost2, norm2), worst, tuple(rows))
+
+
+def lora_factors(adapter: Adapter) -> dict[str, LowRankStack]:
+    """Every module's ΔW as a stack of one slice of thin factors, by module name."""
+    if isinstance(adapter, LoraAdapter):
+        return {m.name: LowRankStack([m.B], [m.A]) for m in adapter.modules}
+    factors = {}
+    for group in adapter.groups:
+        stack = group.tucker2().to_low_rank()
+        for k, name in enumerate(group.modules):
+            left, right = stack.factors(k)
+            factors[name] = LowRankStack([left], [right])
+    return factors
+
+
+def _difference2(name: str, a: LowRankStack | None, b: LowRankStack | None) -> tuple[float, float]:
+    """Squared norms of ΔW_A − ΔW_B and of ΔW_A."""
+    if a is None or b is None:
+        present = a or b
+        norm2 = float(present.norms2()[0]) if present else 0.0
+        return norm2, norm2 if b is None else 0.0
+    if a.shape != b.shape:
+        raise FormatError(
+            f"{name} is {a.shape[1]} × {a.shape[2]} in the first adapter and {b.shape[1]} × "
+            f"{b.shape[2]} in the second; they belong to different base models"
+        )
+    if all(np.array_equal(x, y) for x, y in zip(a.factors(0), b.factors(0), strict=True)):
+        return 0.0, float(a.norms2()[0])
+    # In float64: the difference of float32 products is no smaller than their rounding.
+    first, second = (LowRankStack(*([x.astype(np.float64)] for x in s.factors(0))) for s in (a, b))
+    return float((first - second).norms2()[0]), float(first.norms2()[0])
+
+
+def _ratio(part2: float, whole2: float) -> float:
+    if part2 == 0.0:
+        return 0.0
+    return math.sqrt(part2 / whole2) if whole2 else math.inf

@@ -1,0 +1,283 @@
+"""extract: the difference of two checkpoints becomes an adapter."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lotrtensor.adapters.deltas import WEIGHT, Deltas, compare_checkpoints
+from lotrtensor.adapters.formats.checkpoint import open_checkpoint
+from lotrtensor.adapters.grouping import Slot, group_modules, layer_order
+from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.adapters.modules import LotrGroup
+from lotrtensor.adapters.sizes import budget_parameters, check_dtype
+from lotrtensor.core.fit.goal import Goal, Rank
+from lotrtensor.core.fit.residual import error_norms2
+from lotrtensor.core.slice_svd import dense_svd
+from lotrtensor.core.stacks.dense import LazyStack
+from lotrtensor.core.tucker2 import Tucker2
+from lotrtensor.errors import DataError, FormatError, LotrWarning
+from lotrtensor.verbs._fit_groups import WIDEST, Progress, fit_groups, warn_unconverged
+from lotrtensor.verbs._lower_ranks import (
+    Allocation,
+    Update,
+    check_allocation,
+    lora_goal,
+    lower_ranks,
+)
+from lotrtensor.verbs._sources import SourceGroup
+
+EMBEDDINGS = frozenset(
+    {
+        *("embed_tokens", "embed_positions", "embed_in", "embedding", "embeddings"),
+        *("word_embedding", "word_embeddings", "token_embedding", "tok_embeddings"),
+        *("tokens_embed", "positions_embed", "wte", "wpe", "shared"),
+        *("position_embedding", "position_embeddings", "token_type_embeddings"),
+        *("x_position_embeddings", "y_position_embeddings"),
+        *("h_position_embeddings", "w_position_embeddings"),
+        *("entity_embeddings", "lang_embeddings", "relative_attention_bias"),
+    }
+)
+"""Last names of modules that are embeddings in every model of transformers that has them.
+
+A part of a name does not tell: ``embed_out`` and ``embeddings_project`` are linear layers.
+"""
+
+
+def extract(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    *,
+    rank: Rank | None = None,
+    tolerance: float | None = None,
+    energy: float | None = None,
+    budget: int | str | None = None,
+    form: Literal["lotr", "lora"] = "lotr",
+    group_by: str = "type",
+    allocation: Allocation = "optimal",
+    modules: str | None = None,
+    fan_in_fan_out: bool = False,
+    dtype: np.dtype | str | None = None,
+    progress: Progress | None = None,
+) -> Adapter:
+    """Fit an adapter to the weight deltas of two checkpoints, ΔW_k = tuned_k − base_k.
+
+    Parameters
+    ----------
+    base, tuned : path-like
+        Checkpoint directories in safetensors form, sharded or not, or single files.
+    rank, tolerance, energy, budget : optional
+        How far; exactly one of them, as for `convert`. Shares are of the bytes of the matrices
+        that differ.
+    form : str
+        ``"lotr"``: factors shared by groups; ``"lora"``: a pair of factors a module.
+    group_by : str
+        LoTR: as for `convert`; ``"none"`` gives every module factors of its own.
+    allocation : str
+        LoRA: how ranks follow from a tolerance, energy or budget; see `truncate`.
+    modules : str, optional
+        Regular expression; only modules in whose path it occurs. All two-dimensional weights if
+        not given.
+    fan_in_fan_out : bool
+        Whether weights are stored in × out, as GPT-2's are.
+    dtype : dtype, optional
+        Type to store in; the tuned checkpoint's own if not given.
+    progress : callable, optional
+        Told of every group or module before it is decomposed.
+
+    Returns
+    -------
+    LotrAdapter or LoraAdapter
+        Modules that do not differ are left out.
+
+    Raises
+    ------
+    FormatError
+        If a checkpoint cannot be read, no weight matches or none differs.
+    DataError
+        If a weight that differs is quantised, or holds NaN or infinite values, or ``form`` is
+        unknown.
+    RankError
+        If the goal is out of range, or not exactly one is given, or ``allocation`` is unknown or
+        ``"uniform"`` for a LoTR.
+
+    Warns
+    -----
+    LotrWarning
+        If tensors differ that are no weight matrices, or are in one checkpoint only: they are not
+        part of the adapter.
+
+    Notes
+    -----
+    LoTR: every pass reads the two checkpoints slice by slice; one slice of each is in memory.
+    LoRA: every module is read once, its leading singular vectors are found by block iteration, at
+    most `WIDEST` of them where a budget decides, and once more to measure what a tolerance allows.
+
+    Checkpoints do not tell what a weight belongs to: modules whose last name is one of
+    `EMBEDDINGS` are taken for embeddings, whose weight is the transpose of ΔW, all others for
+    linear layers.
+    """
+    if form not in ("lotr", "lora"):
+        raise DataError(f"form is {form!r}; expected 'lotr' or 'lora'")
+    check_allocation(allocation, lora=form == "lora")
+    deltas = compare_checkpoints(open_checkpoint(Path(base)), open_checkpoint(Path(tuned)), modules)
+    if deltas.others:
+        warnings.warn(
+            f"{len(deltas.others)} tensors differ, or are in one checkpoint only, and are not part "
+            f"of the adapter, such as {deltas.others[0]}",
+            LotrWarning,
+            stacklevel=2,
+        )
+    if not deltas.names:
+        raise FormatError(f"{tuned} has the same weights as {base}; there is nothing to extract")
+    store = check_dtype(dtype) if dtype is not None else deltas.tuned.dtype(deltas.names[0])
+    slots = []
+    for name in sorted((key.removesuffix(WEIGHT) for key in deltas.names), key=layer_order):
+        embedding = name.rpartition(".")[2] in EMBEDDINGS
+        m, n = deltas.base.tensors[name + WEIGHT].shape
+        slots.append(Slot(name, (n, m) if embedding or fan_in_fan_out else (m, n), embedding))
+    alone = form == "lora" or group_by == "none"
+    members = {s.name: [s] for s in slots} if alone else group_modules(slots, group_by)
+    sources = [_source(name, group, deltas, fan_in_fan_out) for name, group in members.items()]
+    config = {
+        "base_model_name_or_path": str(base),
+        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": sorted(slot.name for slot in slots),
+    }
+    if form == "lora":
+        numbers = None
+        if budget is not None:
+            whole = sum(source.bytes for source in sources)
+            smallest = sum(sum(slot.shape) for slot in slots)
+            numbers = budget_parameters(budget, store.itemsize, whole, smallest)
+        largest = {slot.name: min(slot.shape) for slot in slots}
+        goal = lora_goal(rank, tolerance, energy, numbers, largest)
+        updates = _updates(sources, goal, progress)
+        return LoraAdapter(lower_ranks(updates, goal, store, allocation), config, store)
+    groups = fit_groups(
+        sources,
+        rank=rank,
+        tolerance=tolerance,
+        energy=energy,
+        budget=budget,
+        dtype=store,
+        progress=progress,
+    )
+    changed = tuple(_changed(group) for group in groups if group.fit and group.fit.norm)
+    return LotrAdapter(changed, config, store)
+
+
+def extraction_error(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    adapter: LoraAdapter,
+    *,
+    modules: str | None = None,
+) -> float:
+    """Relative Frobenius error of a LoRA against the weight deltas of two checkpoints.
+
+    √(Σ_k ‖ΔW_k − B_k A_k‖² / Σ_k ‖ΔW_k‖²) over all two-dimensional weights that differ, or those
+    that ``modules`` matches; both checkpoints are read once, one slice of each in memory.
+
+    Parameters
+    ----------
+    base, tuned : path-like
+        Checkpoints, as for `extract`.
+    adapter : LoraAdapter
+        The LoRA; a module that it lacks counts as zero.
+    modules : str, optional
+        Regular expression, as for `extract`.
+
+    Returns
+    -------
+    float
+        The error.
+    """
+    deltas = compare_checkpoints(open_checkpoint(Path(base)), open_checkpoint(Path(tuned)), modules)
+    found = {module.name: module for module in adapter.modules}
+    transposed = bool(adapter.config.get("fan_in_fan_out"))
+    lost2 = norm2 = 0.0
+    for key in deltas.names:
+        delta = deltas.read(key)
+        module = found.get(key.removesuffix(WEIGHT))
+        norm2 += _norm2(delta)
+        if module is not None:
+            product = (module.B @ module.A).astype(delta.dtype)
+            delta -= product.T if transposed or module.embedding else product
+        lost2 += _norm2(delta)
+    return float(np.sqrt(lost2 / norm2)) if norm2 else 0.0
+
+
+def _source(name: str, slots: Sequence[Slot], deltas: Deltas, fan_in_fan_out: bool) -> SourceGroup:
+    m, n = slots[0].shape
+    transposed = fan_in_fan_out or slots[0].embedding
+
+    def read(k: int) -> np.ndarray:
+        delta = deltas.read(slots[k].name + WEIGHT)
+        return delta.T if transposed else delta
+
+    keys = [slot.name + WEIGHT for slot in slots]
+    wide = {deltas.base.dtype(key).itemsize for key in keys}
+    wide |= {deltas.tuned.dtype(key).itemsize for key in keys}
+    like = np.empty(0, np.float64 if 8 in wide else np.float32)
+    return SourceGroup(
+        name=name,
+        modules=tuple(slot.name for slot in slots),
+        stack=LazyStack(read, (len(slots), m, n), like=like),
+        slice_ranks=None,
+        embedding=slots[0].embedding,
+        parameters=len(slots) * m * n,
+        bytes=sum(m * n * deltas.tuned.dtype(key).itemsize for key in keys),
+    )
+
+
+def _updates(sources: Sequence[SourceGroup], goal: Goal, progress: Progress | None) -> list[Update]:
+    """The leading singular vectors of every module's delta, as many as the goal can need."""
+    costs = [sum(source.stack.shape[1:]) for source in sources]
+    updates, open_ends = [], []
+    for done, (source, cost) in enumerate(zip(sources, costs, strict=True)):
+        if progress:
+            progress(source.name, done, len(sources))
+        width = goal.rank and goal.rank[0]
+        if goal.budget is not None:
+            # What is left for this module where every other one has rank 1.
+            width = min(WIDEST, max(1, (goal.budget - sum(costs)) // cost + 1))
+        found = dense_svd(source.stack.slice(0), width, goal.tolerance or 0.0)
+        if not found.converged:
+            open_ends.append(source.name)
+        error2 = partial(_error2, source)
+        updates.append(Update(source.name, source.embedding, found.svd, error2, found.lost2))
+    if open_ends:
+        warn_unconverged("modules", open_ends, len(sources))
+    return updates
+
+
+def _error2(source: SourceGroup, b: np.ndarray, a: np.ndarray) -> float:
+    """‖ΔW − B A‖² of one module."""
+    found = Tucker2(b, np.eye(b.shape[1], dtype=b.dtype)[None], a.T)
+    return float(error_norms2(source.stack, found)[0])
+
+
+def _changed(group: LotrGroup) -> LotrGroup:
+    """Leave out the modules whose update is zero."""
+    cores = group.tucker2().core
+    kept = [k for k in range(len(group.modules)) if cores[k].any()]
+    return replace(
+        group,
+        modules=tuple(group.modules[k] for k in kept),
+        cores=tuple(group.cores[k] for k in kept),
+        slice_ranks=tuple(group.slice_ranks[k] for k in kept),
+    )
+
+
+def _norm2(matrix: np.ndarray) -> float:
+    return float(np.vdot(matrix, matrix))

@@ -1,0 +1,161 @@
+"""LoRA modules at lower ranks: allocated, rounded to the type that is stored, and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.rounding import rounded
+from lotrtensor.core.fit.goal import Goal, Rank, check_goal
+from lotrtensor.core.ranks.terms import ranks_for_budget, ranks_for_tolerance, uniform_ranks
+from lotrtensor.core.ranks.tolerance import settle
+from lotrtensor.core.slice_svd import SliceSvd, truncate_slices
+from lotrtensor.errors import RankError
+
+Allocation = Literal["optimal", "uniform"]
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """One module's ΔW on its way to a LoRA.
+
+    Attributes
+    ----------
+    name : str
+        Path of the module.
+    embedding : bool
+        Whether it is an embedding.
+    svd : SliceSvd
+        The singular value decomposition of ΔW, or its leading part.
+    error2 : callable
+        ``error2(B, A)`` is ‖ΔW − B A‖².
+    lost2 : float
+        Squared norm of ΔW beyond ``svd``.
+    whole : LoraModule or None
+        The module as it was: what full rank gives back, without another rounding.
+    """
+
+    name: str
+    embedding: bool
+    svd: SliceSvd
+    error2: Callable[[np.ndarray, np.ndarray], float]
+    lost2: float = 0.0
+    whole: LoraModule | None = None
+
+    @property
+    def cost(self) -> int:
+        """Stored numbers of a term of rank 1: m + n."""
+        return int(self.svd.left.shape[0] + self.svd.right.shape[0])
+
+    @property
+    def inside2(self) -> float:
+        """Squared norm of what ``svd`` holds."""
+        return float(np.sum(self.svd.values**2))
+
+    def at_rank(self, rank: int, dtype: np.dtype) -> LoraModule:
+        """Return the best module of ``rank``, with the numbers that ``dtype`` stores."""
+        if self.whole is not None and rank >= self.whole.rank:
+            b, a = self.whole.B, self.whole.A
+        else:
+            b, a = truncate_slices([self.svd], [rank]).factors(0)
+        working = np.float64 if dtype == np.float64 else np.float32
+        factors = (rounded(x, dtype, f"a factor of {self.name}") for x in (b, a))
+        b, a = (x.astype(working) for x in factors)
+        return LoraModule(self.name, b, a, self.embedding)
+
+
+def check_allocation(allocation: str, *, lora: bool) -> None:
+    """Refuse an allocation that is unknown, or that is not for what is made.
+
+    Raises
+    ------
+    RankError
+        If it is neither ``"optimal"`` nor ``"uniform"``, or ``"uniform"`` for a LoTR.
+    """
+    if allocation not in ("optimal", "uniform"):
+        raise RankError(f"allocation is {allocation!r}; expected 'optimal' or 'uniform'")
+    if allocation == "uniform" and not lora:
+        raise RankError("allocation is 'uniform', which a LoRA can have; expected 'optimal'")
+
+
+def lora_goal(
+    rank: Rank | None,
+    tolerance: float | None,
+    energy: float | None,
+    budget: int | None,
+    largest: Mapping[str, int],
+) -> Goal:
+    """Return the one goal given for a LoRA; ``largest`` has the rank that each module can have.
+
+    Raises
+    ------
+    RankError
+        As `check_goal` does; if ``rank`` is a pair, or more than any module can have.
+    """
+    if rank is not None and (not isinstance(rank, int | np.integer) or isinstance(rank, bool)):
+        raise RankError(f"rank is {rank!r}; expected one integer, for a LoRA has one rank a module")
+    name, most = max(largest.items(), key=lambda item: item[1])
+    if rank is not None and rank > most:
+        raise RankError(
+            f"rank is {rank}; the largest that a module can have is {most}, {name}'s: choose no "
+            "more than that"
+        )
+    return check_goal(rank, tolerance, energy, budget, (most, most))
+
+
+def lower_ranks(
+    updates: Sequence[Update], goal: Goal, dtype: np.dtype, allocation: Allocation = "optimal"
+) -> tuple[LoraModule, ...]:
+    """Return modules at one rank, or within one budget or tolerance over all of them.
+
+    Parameters
+    ----------
+    updates : sequence of Update
+        The modules' ΔW.
+    goal : Goal
+        A rank gives every module that rank, or its own where that is lower.
+    dtype : dtype
+        Type that the factors are stored in; the tolerance holds for the numbers as stored.
+    allocation : str
+        ``"optimal"``: ranks by energy per parameter; ``"uniform"``: one rank for all, as high as
+        the budget pays or as low as the tolerance allows.
+
+    Raises
+    ------
+    RankError
+        If the goal is out of reach.
+    """
+    uniform = allocation == "uniform"
+    spectra = [update.svd.values for update in updates]
+    costs = [update.cost for update in updates]
+
+    def at_ranks(ranks: Sequence[int]) -> tuple[LoraModule, ...]:
+        return tuple(u.at_rank(rank, dtype) for u, rank in zip(updates, ranks, strict=True))
+
+    if goal.rank is not None:
+        return at_ranks(uniform_ranks(spectra, goal.rank[0]))
+    if goal.budget is not None:
+        return at_ranks(ranks_for_budget(spectra, costs, goal.budget, uniform=uniform))
+    inside2, outside2 = sum(u.inside2 for u in updates), sum(u.lost2 for u in updates)
+    full = [len(values) for values in spectra]
+
+    def attempt(target2: float) -> tuple[tuple[LoraModule, ...], float, float, bool]:
+        share2 = (target2 - outside2) / inside2 if inside2 else 1.0
+        if share2 >= 1.0:
+            ranks = uniform_ranks(spectra, 1)
+        elif share2 > 0.0:
+            ranks = ranks_for_tolerance(spectra, costs, share2**0.5, uniform=uniform)
+        else:
+            ranks = full
+        modules = at_ranks(ranks)
+        fitted2 = outside2 + sum(
+            float(np.sum(values[rank:] ** 2)) for values, rank in zip(spectra, ranks, strict=True)
+        )
+        stored2 = sum(u.error2(m.B, m.A) for u, m in zip(updates, modules, strict=True))
+        return modules, fitted2, stored2, ranks == full
+
+    return settle(goal.tolerance or 0.0, inside2 + outside2, dtype.name, attempt)

@@ -1,0 +1,172 @@
+"""Groups of updates on their way into shared factors: where they come from, how they split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lotrtensor.adapters.grouping import Slot, group_modules
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.modules import LoraModule, LotrGroup
+from lotrtensor.core.clusters import cluster
+from lotrtensor.core.fit.residual import relative_errors
+from lotrtensor.core.stacks.dense import DenseStack
+from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.core.stacks.protocol import SliceStack
+from lotrtensor.core.tucker2 import Tucker2
+from lotrtensor.errors import RankError
+
+
+@dataclass(frozen=True, eq=False)
+class SourceGroup:
+    """Updates that are to share their factors, and what they cost where they come from.
+
+    Attributes
+    ----------
+    name : str
+        Name of the group.
+    modules : tuple of str
+        Paths of the modules, one a slice.
+    stack : SliceStack
+        Their updates.
+    slice_ranks : tuple of int or None
+        Ranks r_k of the slices; None where they are whole matrices.
+    embedding : bool
+        Whether the modules are embeddings.
+    parameters, bytes : int
+        Size of the updates as stored in the source.
+    bases : (ndarray (m, a), ndarray (n, b)) or None
+        Orthonormal Q and P with ΔW_k = Q · stack_k · Pᵀ; None for the identity.
+    kept : LotrGroup or None
+        The group as it was: what full rank gives back, without another rounding.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    stack: SliceStack
+    slice_ranks: tuple[int, ...] | None
+    embedding: bool
+    parameters: int
+    bytes: int
+    bases: tuple[np.ndarray, np.ndarray] | None = None
+    kept: LotrGroup | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of slices and the shape of one: (K, m, n)."""
+        if self.bases is None:
+            return self.stack.shape
+        return self.stack.shape[0], self.bases[0].shape[0], self.bases[1].shape[0]
+
+    @property
+    def max_rank(self) -> tuple[int, int]:
+        """Largest left and right rank that the group can need."""
+        return self.stack.max_rank if self.kept is None else self.kept.rank
+
+    @property
+    def smallest(self) -> int:
+        """Stored numbers of the group at ranks (1, 1)."""
+        return sum(self.shape)
+
+    def expand(self, found: Tucker2) -> Tucker2:
+        """Return a decomposition of ``stack`` as one of the updates."""
+        if self.bases is None:
+            return found
+        return Tucker2(self.bases[0] @ found.left, found.core, self.bases[1] @ found.right)
+
+    def relative_error(self, stored: Tucker2) -> float:
+        """Relative Frobenius error of ``stored``, from its residual."""
+        if self.bases is None:
+            return relative_errors(self.stack, stored)[0]
+        whole = Tucker2(self.bases[0], self.stack.to_dense(), self.bases[1])
+        norm2 = float(np.sum(self.stack.norms2()))
+        return math.sqrt((whole - stored).norm2() / norm2) if norm2 else 0.0
+
+
+def lora_groups(adapter: LoraAdapter, group_by: str) -> list[tuple[str, list[LoraModule]]]:
+    """Return names and modules of the groups of a LoRA; see `group_modules`."""
+    modules = {module.name: module for module in adapter.modules}
+    slots = [Slot(m.name, m.shape, m.embedding) for m in adapter.modules]
+    return [
+        (name, [modules[slot.name] for slot in group])
+        for name, group in group_modules(slots, group_by).items()
+    ]
+
+
+def source_group(name: str, modules: Sequence[LoraModule], dtype: np.dtype) -> SourceGroup:
+    """Return LoRA modules as a group; ``dtype`` is the type that they are stored in."""
+    stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
+    parameters = sum(module.parameters for module in modules)
+    return SourceGroup(
+        name=name,
+        modules=tuple(module.name for module in modules),
+        stack=stack,
+        slice_ranks=stack.ranks,
+        embedding=modules[0].embedding,
+        parameters=parameters,
+        bytes=sum(module.bytes_in(dtype) for module in modules),
+    )
+
+
+def lotr_source(group: LotrGroup, dtype: np.dtype) -> SourceGroup:
+    """Return a group of a LoTR; ``dtype`` is the type that it is stored in.
+
+    The stack are the cores between the orthonormal bases of the group's own factors, K × p × q:
+    no larger rank can be needed, and m and n cost two QRs.
+    """
+    whole = group.tucker2().orthogonalised()
+    return SourceGroup(
+        name=group.name,
+        modules=group.modules,
+        stack=DenseStack(whole.core),
+        slice_ranks=tuple(min(r, *whole.rank) for r in group.slice_ranks),
+        embedding=group.embedding,
+        parameters=group.parameters,
+        bytes=group.parameters * dtype.itemsize,
+        bases=(whole.left, whole.right),
+        kept=group,
+    )
+
+
+def split_groups(
+    groups: Sequence[tuple[str, Sequence[LoraModule]]],
+    clusters: int,
+    rank: tuple[int, int] | None,
+) -> list[tuple[str, list[LoraModule]]]:
+    """Split the slices of every group into clusters that get factors of their own; see `cluster`.
+
+    Parameters
+    ----------
+    groups : sequence of (str, sequence of LoraModule)
+        Names and modules of the groups.
+    clusters : int
+        Clusters a group, at most one a slice.
+    rank : (int, int) or None
+        Ranks that the clusters are found at; a quarter of what the group can need if not given.
+
+    Raises
+    ------
+    RankError
+        If ``clusters`` is no integer, or below 1.
+    """
+    if not isinstance(clusters, int | np.integer) or isinstance(clusters, bool):
+        raise RankError(f"cluster is {clusters!r}; expected an integer")
+    if clusters < 1:
+        raise RankError(f"cluster is {clusters}; expected at least 1")
+    found: list[tuple[str, list[LoraModule]]] = []
+    for name, modules in groups:
+        parts = min(clusters, len(modules))
+        if parts == 1:
+            found.append((name, list(modules)))
+            continue
+        stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
+        p, q = stack.max_rank
+        wanted = rank or (max(1, p // 4), max(1, q // 4))
+        labels = cluster(stack, parts, (min(wanted[0], p), min(wanted[1], q))).labels
+        for label in range(int(labels.max()) + 1):
+            members = [m for m, own in zip(modules, labels, strict=True) if own == label]
+            found.append((f"{name}#{label + 1}", members))
+    return found
