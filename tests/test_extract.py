@@ -23,7 +23,7 @@ from lotrtensor import (
     load,
     merge,
 )
-from lotrtensor.core import reduction
+from lotrtensor.core.fit import reduction
 from tests.adapters_fixtures import (
     DTYPES,
     Peft,
