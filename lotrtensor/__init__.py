@@ -10,7 +10,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.analysis import Analysis, Choice, Similarity, analyze, similarity
 from lotrtensor.core.clusters import Clustering, cluster
-from lotrtensor.core.fit.problem import Tucker2Fit
+from lotrtensor.core.fit.certificate import Tucker2Fit
 from lotrtensor.core.fit.tucker2_fit import tucker2
 from lotrtensor.core.rates import RatePoint, rate_distortion
 from lotrtensor.core.similarity import (

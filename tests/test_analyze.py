@@ -18,7 +18,7 @@ from adapters_fixtures import (
 )
 from lotrtensor import LoraAdapter, analyze, compare, convert, load, truncate
 from lotrtensor.adapters.sizes import budget_parameters
-from lotrtensor.analysis import Choice, representations, similarity
+from lotrtensor.analysis import Choice, Kind, representations, similarity
 from lotrtensor.analysis.recommend import recommend
 from lotrtensor.analysis.representations import thinned
 
@@ -223,7 +223,8 @@ def test_adapters_of_unlike_models_have_no_similarity(tmp_path):
 
 
 def choice(name, budget, error, measured=False):
-    return Choice(name, budget, 100, int(1000 * budget), error, None, measured)
+    kind = Kind.LOTR_BY_TYPE if name.startswith("LoTR") else Kind.LORA_BEST_RANKS
+    return Choice(kind, name, budget, 100, int(1000 * budget), error, None, measured)
 
 
 def test_the_recommendation_never_hides_the_better_one():

@@ -510,7 +510,7 @@ def test_ragged_slices_are_refused():
 
 
 @pytest.mark.parametrize("kind", ["low-rank", "dense", "lazy"])
-@pytest.mark.parametrize("goal", [{"rank": (2, 2)}, {"tolerance": 0.3}, {"budget": 12100}])
+@pytest.mark.parametrize("goal", [{"rank": (2, 2)}, {"tolerance": 0.3}, {"parameters": 12100}])
 @pytest.mark.filterwarnings("ignore::lotrtensor.errors.LotrWarning")
 def test_three_thousand_tiny_slices(kind, goal):
     """Thousands of experts or adapters are as right as four."""

@@ -21,6 +21,7 @@ from lotrtensor import (
     subspace_overlap,
     tucker2,
 )
+from lotrtensor.core.fit.truncate import truncate_tucker2
 from tests.strategies import make
 
 
@@ -334,4 +335,4 @@ def test_a_lazy_stack_is_off_the_gradient_tape():
     found = tucker2(stack, 12 - 2, method="exact").tucker2
     assert not any(x.requires_grad for x in (found.left, found.core, found.right))
     trained = Tucker2(*(torch.nn.Parameter(x) for x in (found.left, found.core, found.right)))
-    assert not trained.truncate(2).left.requires_grad
+    assert not truncate_tucker2(trained, 2).left.requires_grad

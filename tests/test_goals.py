@@ -5,15 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from lotrtensor import LotrError, RankError, rate_distortion, tucker2
+from lotrtensor import LotrError, RankError, rate_distortion, truncate, tucker2
 from lotrtensor.adapters.sizes import budget_parameters
-from lotrtensor.core.fit.goal import Goal, check_goal, check_rank
+from lotrtensor.core.fit.truncate import truncate_tucker2
+from lotrtensor.core.ranks.goal import Goal, check_rank, make_goal
 from tests.strategies import STACKS, make
 
 CASE = make("generic", 2, 9, 7, [2, 3, 1])
 LARGEST = CASE.max_rank
 
-GOALS = {"rank": 2, "tolerance": 0.1, "energy": 0.9, "budget": 200}
+GOALS = {"rank": 2, "tolerance": 0.1, "energy": 0.9, "parameters": 200}
 
 WRONG = [
     {"rank": 0},
@@ -39,10 +40,10 @@ WRONG = [
     {"energy": 1.0},
     {"energy": 90},
     {"energy": math.nan},
-    {"budget": 0},
-    {"budget": -5},
-    {"budget": math.nan},
-    {"budget": "25%"},
+    {"parameters": 0},
+    {"parameters": -5},
+    {"parameters": math.nan},
+    {"parameters": "25%"},
 ]
 
 
@@ -57,10 +58,10 @@ def test_goals_out_of_range_are_refused(kind, goal):
 
 @pytest.mark.parametrize("goal", WRONG, ids=str)
 def test_rounding_refuses_the_same_goals(goal):
-    """Tucker2.truncate checks as tucker2 does."""
+    """Rounding a decomposition checks as tucker2 does."""
     (name,) = goal
     with pytest.raises(RankError, match=name):
-        tucker2(CASE.stack(), LARGEST).tucker2.truncate(**goal)
+        truncate_tucker2(tucker2(CASE.stack(), LARGEST).tucker2, **goal)
 
 
 @pytest.mark.parametrize("one", list(GOALS))
@@ -75,19 +76,21 @@ def test_one_goal_at_a_time(one, other):
 
 def test_no_goal_is_refused():
     """What could be given is listed."""
-    for ask in (lambda: tucker2(CASE.stack()), tucker2(CASE.stack(), 2).tucker2.truncate):
-        with pytest.raises(RankError, match="rank, tolerance, energy, budget"):
-            ask()
+    found = tucker2(CASE.stack(), 2).tucker2
+    with pytest.raises(RankError, match="rank, tolerance, energy, parameters"):
+        tucker2(CASE.stack())
+    with pytest.raises(RankError, match="rank, tolerance, energy, budget"):
+        truncate(found)
 
 
 def test_goals_in_range_are_taken():
     """A rank becomes a pair; an energy a tolerance of √(1 − energy)."""
-    assert check_goal(3, None, None, None, (9, 7)) == Goal(rank=(3, 3))
-    assert check_goal((3, 2), None, None, None, (9, 7)) == Goal(rank=(3, 2))
-    assert check_goal([3, 2], None, None, None, (9, 7)) == Goal(rank=(3, 2))
-    assert check_goal(None, 0.25, None, None, (9, 7)) == Goal(tolerance=0.25)
-    assert check_goal(None, None, 0.99, None, (9, 7)).tolerance == pytest.approx(0.1)
-    assert check_goal(None, None, None, 77, (9, 7)) == Goal(budget=77)
+    assert make_goal(3, largest=(9, 7)) == Goal(rank=(3, 3))
+    assert make_goal((3, 2), largest=(9, 7)) == Goal(rank=(3, 2))
+    assert make_goal([3, 2], largest=(9, 7)) == Goal(rank=(3, 2))
+    assert make_goal(tolerance=0.25) == Goal(tolerance=0.25)
+    assert make_goal(energy=0.99).tolerance == pytest.approx(0.1)
+    assert make_goal(parameters=77) == Goal(parameters=77)
 
 
 @pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])

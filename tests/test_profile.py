@@ -7,62 +7,83 @@ import pytest
 from hypothesis import given
 
 from lotrtensor import subspace_overlap
-from lotrtensor.core.fit.profile import Profile, profile, profile_between
-from lotrtensor.core.ranks.allocation import allocate_budget, allocation_walk
+from lotrtensor.core.fit.reduced_stack import ReducedStack
+from lotrtensor.core.fit.reduction import reduce_between, reduce_stack
+from lotrtensor.core.ranks.allocation import allocate_parameters, allocation_walk
 from lotrtensor.core.slice_svd import slice_svds
 from lotrtensor.core.subspaces import chance, leading_subspaces, overlaps
 from tests import oracles
 from tests.strategies import NONZERO, UNTIED, factors, make, noisy
 
 
+def profile(stack, rank=None, **options):
+    """A stack, reduced."""
+    return ReducedStack(stack, reduce_stack(stack, rank, **options))
+
+
+def profile_between(stack, left, right):
+    """The same between given spaces."""
+    return ReducedStack(stack, reduce_between(stack, left, right))
+
+
+def errors(found, pair):
+    """Relative error of the truncated HOSVD, and the bound."""
+    error, bound = found.truncated(pair)
+    return error.relative, bound.relative
+
+
 @given(case=factors(UNTIED))
 def test_every_pair_of_ranks_has_the_dense_error(case):
     """Not only the efficient ones, and slice by slice."""
     found = profile(case.stack())
-    a, b = found.error2.shape
+    a, b = found.truncated2.shape
     pairs = [(p, q) for p in range(1, a + 1) for q in range(1, b + 1)]
-    by_slice = found.slice_errors2(pairs)
+    by_slice = found.slices_truncated2(pairs)
     assert by_slice.shape == (len(pairs), case.shape[0])
     for pair, row in zip(pairs, by_slice, strict=True):
-        error, bound = found.errors(pair)
+        error, bound = errors(found, pair)
         assert error == pytest.approx(oracles.hosvd_error(case.dense(), pair), rel=1e-5, abs=1e-10)
         assert bound == pytest.approx(oracles.lower_bound(case.dense(), pair), rel=1e-6, abs=1e-11)
-        assert np.sum(row) == pytest.approx(found.squares(pair)[0], rel=1e-9, abs=1e-18)
+        assert np.sum(row) == pytest.approx(found.truncated(pair)[0].lost2, rel=1e-9, abs=1e-18)
 
 
 @given(case=factors(NONZERO))
 def test_slice_errors_are_those_of_the_projected_slices(case):
     """‖ΔW_k − UUᵀ ΔW_k VVᵀ‖² with the leading directions of the profile."""
     found = profile(case.stack())
-    pair = found.pair(2)
+    pair = found.nearest((2, 2))
     left, right = (x[:, :r] for x, r in zip(found.directions(2), pair, strict=True))
-    (row,) = found.slice_errors2([pair])
+    (row,) = found.slices_truncated2([pair])
     for error2, dense in zip(row, case.dense(), strict=True):
         lost = dense - left @ (left.T @ dense @ right) @ right.T
         assert error2 == pytest.approx(np.sum(lost**2), rel=1e-6, abs=1e-12 * found.norm2)
 
 
-def test_a_small_problem_is_priced_at_the_size_of_its_matrices():
-    """Clusters are taken of the small problem."""
-    stack = make("generic", 0, 30, 20, [2, 2, 2]).stack()
-    _, small, _ = stack.reduce()
-    whole, part = profile(stack), profile(small, sides=(30, 20))
-    assert part.parameters((2, 3)) == whole.parameters((2, 3)) == 2 * 30 + 3 * 20 + 3 * 6
-    assert part.errors((2, 3)) == pytest.approx(whole.errors((2, 3)), rel=1e-9)
-    assert np.array_equal(part.curve.parameters, whole.curve.parameters)
+def test_a_part_is_reduced_from_the_small_problem_of_all():
+    """Errors, prices and factors are those of its own slices, decomposed anew."""
+    stack = make("generic", 0, 30, 20, [2, 3, 1, 2]).stack()
+    members = [2, 0]
+    part, anew = profile(stack).part(members, (99, 99)), profile(stack.take(members))
+    assert part.parameters((2, 3)) == 2 * 30 + 3 * 20 + 2 * 6
+    assert errors(part, (2, 3)) == pytest.approx(errors(anew, (2, 3)), rel=1e-9)
+    assert np.array_equal(part.curve.parameters, anew.curve.parameters)
+    found = part.tucker2((2, 2), np.float64).to_dense()
+    dense = stack.to_dense()[members]
+    assert part.error2((2, 2)) == pytest.approx(np.sum((dense - found) ** 2), rel=1e-9)
+    assert found == pytest.approx(anew.tucker2((2, 2), np.float64).to_dense(), abs=1e-6)
 
 
 def test_the_matrix_free_profile_agrees_where_it_looks():
     """And counts what it does not see as error, in every slice."""
     stack = noisy(1, 40, 35, 4, (3, 3), 0.05).stack()
-    exact, seen = profile(stack), profile(stack, widest=6, method="matrix-free")
+    exact, seen = profile(stack), profile(stack, (6, 6), kind="matrix-free")
     assert exact.exact
     assert not seen.exact
     for pair in ((1, 1), (2, 3), (3, 3)):
-        assert seen.errors(pair)[0] == pytest.approx(exact.errors(pair)[0], rel=1e-3)
-        assert seen.errors(pair)[1] <= exact.errors(pair)[1] * (1 + 1e-9)
-        total = seen.slice_errors2([pair]).sum()
-        assert total == pytest.approx(seen.squares(pair)[0], rel=1e-6)
+        assert errors(seen, pair)[0] == pytest.approx(errors(exact, pair)[0], rel=1e-3)
+        assert errors(seen, pair)[1] <= errors(exact, pair)[1] * (1 + 1e-9)
+        total = seen.slices_truncated2([pair]).sum()
+        assert total == pytest.approx(seen.truncated(pair)[0].lost2, rel=1e-6)
 
 
 def test_between_given_spaces_the_rest_is_error():
@@ -73,20 +94,20 @@ def test_between_given_spaces_the_rest_is_error():
     assert not found.exact
     assert found.norm2 == pytest.approx(exact.norm2)
     for pair in ((1, 1), (3, 4), (5, 5)):
-        assert found.errors(pair)[0] >= exact.errors(pair)[1] * (1 - 1e-9)
-        assert found.errors(pair)[1] <= exact.errors(pair)[1] * (1 + 1e-9)
+        assert errors(found, pair)[0] >= errors(exact, pair)[1] * (1 - 1e-9)
+        assert errors(found, pair)[1] <= errors(exact, pair)[1] * (1 + 1e-9)
     # The HOSVD's own spaces lose exactly what its truncation there loses.
-    assert found.errors((5, 5))[0] == pytest.approx(exact.errors((5, 5))[0], rel=1e-9)
+    assert errors(found, (5, 5))[0] == pytest.approx(errors(exact, (5, 5))[0], rel=1e-9)
     whole = profile_between(stack, *exact.directions(99))
-    assert whole.errors((3, 4)) == pytest.approx(exact.errors((3, 4)), rel=1e-9)
+    assert errors(whole, (3, 4)) == pytest.approx(errors(exact, (3, 4)), rel=1e-9)
 
 
 def test_slices_of_zeros_have_a_profile():
     """No NaN, no error."""
     found = profile(make("all_zero", 0, 5, 4, [2, 2]).stack())
-    assert isinstance(found, Profile)
-    assert found.errors(found.pair(1)) == (0.0, 0.0)
-    assert not found.slice_errors2([(1, 1)]).any()
+    assert isinstance(found, ReducedStack)
+    assert errors(found, (1, 1)) == (0.0, 0.0)
+    assert not found.slices_truncated2([(1, 1)]).any()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -102,7 +123,7 @@ def test_the_walk_is_the_budget_of_its_sizes(seed):
     totals = []
     for chosen in walk:
         size = sum(int(c.parameters[i]) for c, i in zip(curves, chosen, strict=True))
-        bought = allocate_budget(curves, size)
+        bought = allocate_parameters(curves, size)
         errors = [
             sum(float(c.error2[i]) for c, i in zip(curves, at, strict=True))
             for at in (chosen, bought)

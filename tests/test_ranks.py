@@ -8,14 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotrtensor import LazyStack, RankError, tucker2
-from lotrtensor.core.fit.frontier import frontier
-from lotrtensor.core.fit.hosvd import hosvd
-from lotrtensor.core.ranks.allocation import allocate_budget, allocate_tolerance
+from lotrtensor import (
+    LazyStack,
+    LoraAdapter,
+    RankError,
+    convert,
+    rate_distortion,
+    truncate,
+    tucker2,
+)
+from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.analysis.representations import by_type, reduce_group
+from lotrtensor.core.fit.reduced_stack import ReducedStack
+from lotrtensor.core.fit.reduction import Reduction
+from lotrtensor.core.ranks.allocation import allocate_error, allocate_parameters
 from lotrtensor.core.ranks.curve import (
     Frontier,
-    best_within,
-    cheapest_within,
     energies_outside,
     pair_at,
     tucker2_parameters,
@@ -111,15 +119,15 @@ def test_a_tolerance_is_never_exceeded_in_single_precision(case, tolerance):
 
 
 @everywhere
-@pytest.mark.parametrize("goal", [{"tolerance": 0.08}, {"energy": 0.97}, {"budget": 170}])
+@pytest.mark.parametrize("goal", [{"tolerance": 0.08}, {"energy": 0.97}, {"parameters": 170}])
 @unconverged
 def test_goals_hold_for_every_kind_of_stack(xp, kind, goal):
     """The error of the dense reconstruction, in every library; type and library are kept."""
     stack = STACKS[kind](CASE, lambda x: xp.array(x, "float32"))
     fit = tucker2(stack, **goal)
     truth = oracles.relative_error(CASE.dense(), xp.numpy(fit.tucker2.to_dense()))
-    if "budget" in goal:
-        assert fit.tucker2.parameters <= goal["budget"]
+    if "parameters" in goal:
+        assert fit.tucker2.parameters <= goal["parameters"]
     else:
         assert truth <= goal.get("tolerance", np.sqrt(1 - goal.get("energy", 0))) * (1 + 1e-5)
     assert fit.relative_error == pytest.approx(truth, rel=1e-3)
@@ -230,7 +238,7 @@ def test_small_tolerances_of_exact_stacks(kind):
 def test_a_stack_of_zeros_needs_next_to_nothing():
     """Any tolerance, energy or budget: ranks (1, 1) and no error."""
     stack = make("all_zero", 0, 6, 5, [2, 2]).stack()
-    for goal in ({"tolerance": 0.1}, {"energy": 0.9}, {"budget": 100}):
+    for goal in ({"tolerance": 0.1}, {"energy": 0.9}, {"parameters": 100}):
         fit = tucker2(stack, **goal)
         assert fit.tucker2.rank == (1, 1)
         assert fit.relative_error == 0.0
@@ -249,7 +257,7 @@ def test_a_budget_is_never_exceeded(case, share):
     smallest, largest = m + n + slices, m * p + n * q + slices * p * q
     budget = round(smallest + share * (largest + 5 - smallest))
     for stack in (case.stack(), STACKS["dense"](case, np.array)):
-        fit = tucker2(stack, budget=budget)
+        fit = tucker2(stack, parameters=budget)
         found = fit.tucker2
         assert found.parameters == found.left.size + found.core.size + found.right.size <= budget
 
@@ -260,8 +268,8 @@ def test_a_budget_below_the_smallest_names_the_smallest(case, below):
     slices, m, n = case.shape
     smallest = m + n + slices
     for fit in (
-        lambda budget: tucker2(case.stack(), budget=budget),
-        lambda budget: tucker2(case.stack(), 1).tucker2.truncate(budget=budget),
+        lambda budget: tucker2(case.stack(), parameters=budget),
+        lambda budget: truncate(tucker2(case.stack(), 1).tucker2, budget=f"{budget}p"),
     ):
         with pytest.raises(RankError, match=rf"\b{smallest}\b"):
             fit(smallest - below)
@@ -275,7 +283,7 @@ def test_a_budget_buys_the_best_truncation(case):
     Where singular values tie, the leading vectors and with them that error are anyone's choice.
     """
     slices, m, n = case.shape
-    fit = tucker2(case.stack(), budget=2 * (m + n) + 4 * slices, method="hosvd")
+    fit = tucker2(case.stack(), parameters=2 * (m + n) + 4 * slices, method="hosvd")
     best = min(
         oracles.hosvd_error(case.dense(), (p, q))
         for p in range(1, case.max_rank[0] + 1)
@@ -292,7 +300,7 @@ def test_more_budget_is_never_more_error(kind):
     p, q = stack.max_rank
     budgets = range(6 * p + 7 * q + 3 * p * q, 15, -1)
     plain, refined = (
-        np.array([tucker2(stack, budget=b, method=method).relative_error for b in budgets])
+        np.array([tucker2(stack, parameters=b, method=method).relative_error for b in budgets])
         for method in ("hosvd", "exact")
     )
     assert plain[0] < 1e-12
@@ -323,9 +331,10 @@ def test_truncation_errors_are_the_naive_ones(shape, seed):
 def test_the_frontier_is_complete_and_nothing_on_it_is_beaten(case, compact):
     """Against all pairs, by the dense HOSVD's own definition of the error."""
     stack = case.stack()
-    full = hosvd(stack)
     ranks = case.ranks if compact else None
-    found = frontier(stack, full, case.shape, slice_ranks=ranks)
+    itself = Reduction("exact", None, stack, None, stack.norms2())
+    reduced = ReducedStack(stack, itself, slice_ranks=ranks)
+    found, full = reduced.curve, reduced.hosvd
     slices, m, n = case.shape
     pairs = {}
     for p in range(1, case.max_rank[0] + 1):
@@ -357,23 +366,6 @@ def test_parameters_count_the_arrays(sizes):
     assert tucker2_parameters((slices, m, n), p, q, ranks) == expected
 
 
-@given(seed=seeds)
-def test_lookups_on_a_curve(seed):
-    """The cheapest point within a tolerance, the best within a budget, by scanning."""
-    rng = np.random.default_rng(seed)
-    curve = random_curve(rng)
-    error2 = float(rng.random()) * curve.norm2
-    within = [i for i, e in enumerate(curve.error2) if e <= error2]
-    assert cheapest_within(curve, error2) == (within or [len(curve.error2) - 1])[0]
-    budget = int(rng.integers(0, curve.parameters[-1] + 3))
-    fitting = [i for i, s in enumerate(curve.parameters) if s <= budget]
-    if fitting:
-        assert best_within(curve, budget) == fitting[-1]
-    else:
-        with pytest.raises(RankError, match=rf"needs {curve.parameters[0]}$"):
-            best_within(curve, budget)
-
-
 # ---------------------------------------------------------------- several groups
 
 
@@ -389,7 +381,7 @@ def test_allocated_budgets_are_optimal(seed, groups):
     ]
     sizes = range(smallest, largest + 2)
     for budget in rng.choice(sizes, min(len(sizes), 12), replace=False):
-        chosen = allocate_budget(curves, int(budget))
+        chosen = allocate_parameters(curves, int(budget))
         assert total(curves, chosen, "parameters") <= budget
         best = min(error2 for spent, error2 in choices if spent <= budget)
         assert total(curves, chosen, "error2") == pytest.approx(best, rel=1e-12, abs=1e-15)
@@ -406,7 +398,7 @@ def test_allocated_tolerances_are_optimal(seed, groups):
         (total(curves, c, "parameters"), total(curves, c, "error2")) for c in everything(curves)
     ]
     for tolerance in np.sqrt(np.linspace(reachable + 1e-9, 0.999, 7)):
-        chosen = allocate_tolerance(curves, float(tolerance))
+        chosen = allocate_error(curves, float(tolerance**2 * norm2))
         target = tolerance**2 * norm2
         assert total(curves, chosen, "error2") <= target * (1 + 1e-12)
         best = min(spent for spent, error2 in choices if error2 <= target)
@@ -420,7 +412,7 @@ def test_many_groups_are_within_a_step_of_the_relaxed_optimum(seed):
     curves = [random_curve(rng, int(rng.integers(2, 30))) for _ in range(40)]
     smallest, largest = (int(total(curves, [i] * 40, "parameters")) for i in (0, -1))
     budget = int(rng.integers(smallest, largest))
-    chosen = allocate_budget(curves, budget)
+    chosen = allocate_parameters(curves, budget)
     assert total(curves, chosen, "parameters") <= budget
     # The continuous relaxation: steps of all hulls by falling gain per parameter, the last in part.
     steps = sorted(
@@ -445,10 +437,16 @@ def test_many_groups_are_within_a_step_of_the_relaxed_optimum(seed):
 
 
 def test_allocation_of_one_group_is_a_lookup():
-    """Nothing to share: the best point of the curve."""
-    curve = random_curve(np.random.default_rng(0), 9)
-    for budget in range(int(curve.parameters[0]), int(curve.parameters[-1]) + 1):
-        assert allocate_budget([curve], budget) == [best_within(curve, budget)]
+    """Nothing to share: the best point of the curve, the cheapest one, by scanning."""
+    for seed in range(9):
+        rng = np.random.default_rng(seed)
+        curve = random_curve(rng, 9)
+        for budget in range(int(curve.parameters[0]), int(curve.parameters[-1]) + 1):
+            fitting = [i for i, size in enumerate(curve.parameters) if size <= budget]
+            assert allocate_parameters([curve], budget) == fitting[-1:]
+        for limit2 in rng.uniform(float(curve.error2[-1]), curve.norm2, 9):
+            within = [i for i, error2 in enumerate(curve.error2) if error2 <= limit2]
+            assert allocate_error([curve], float(limit2)) == within[:1]
 
 
 @given(seed=seeds)
@@ -458,12 +456,12 @@ def test_allocations_out_of_reach_are_refused(seed):
     curves = [random_curve(rng) for _ in range(3)]
     smallest = int(total(curves, [0] * 3, "parameters"))
     with pytest.raises(RankError, match=rf"3 groups needs {smallest}$"):
-        allocate_budget(curves, smallest - 1)
-    assert allocate_budget(curves, smallest) == [0, 0, 0]
-    reached = total(curves, [-1] * 3, "error2") / sum(c.norm2 for c in curves)
-    if reached > 1e-3:
+        allocate_parameters(curves, smallest - 1)
+    assert allocate_parameters(curves, smallest) == [0, 0, 0]
+    reached2 = float(total(curves, [-1] * 3, "error2"))
+    if reached2 > 1e-3:
         with pytest.raises(RankError, match="smallest error in reach"):
-            allocate_tolerance(curves, 0.9 * np.sqrt(reached))
+            allocate_error(curves, 0.9 * reached2)
 
 
 def test_more_to_share_is_never_more_error():
@@ -474,5 +472,88 @@ def test_more_to_share_is_never_more_error():
         sizes = range(
             int(total(curves, [0] * 3, "parameters")), int(total(curves, [-1] * 3, "parameters"))
         )
-        errors = [total(curves, allocate_budget(curves, size), "error2") for size in sizes]
+        errors = [total(curves, allocate_parameters(curves, size), "error2") for size in sizes]
         assert np.all(np.diff(errors) <= 1e-12), seed
+
+
+# ---------------------------------------------------------------- one answer for one question
+
+
+def adapter_of(case):
+    """A LoRA of one module a slice, all of one kind."""
+    modules = tuple(
+        LoraModule(f"layers.{k}.proj", b, a)
+        for k, (b, a) in enumerate(zip(case.B, case.A, strict=True))
+    )
+    return LoraAdapter(modules, {}, np.dtype(np.float64))
+
+
+@pytest.mark.parametrize("tolerance", [0.7, 0.5, 0.3, 0.1])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_question_has_one_answer(seed, tolerance):
+    """A stack, its Tucker-2, an adapter of one group and its analysis get the same ranks."""
+    # Slices of full rank: cores are kept dense in files too, and all pay the same for a pair.
+    case = make("generic", seed, 9, 8, [8] * 4)
+    stack, adapter = case.stack(), adapter_of(case)
+    fit = tucker2(stack, tolerance=tolerance)
+    full = tucker2(stack, stack.max_rank).tucker2
+    rounded = truncate(full, tolerance=tolerance)
+    converted = convert(adapter, tolerance=tolerance)
+    again = truncate(convert(adapter, rank=9), tolerance=tolerance)
+    types = by_type([adapter.modules], [reduce_group(adapter.modules)], adapter.dtype)
+    point = types.reaching(tolerance)
+    assert fit.tucker2.rank == rounded.rank
+    assert converted.summary[0].ranks == again.summary[0].ranks == fit.tucker2.rank
+    assert point.parameters == converted.parameters == fit.tucker2.parameters
+    errors = [fit.relative_error, converted.relative_error, point.relative_error]
+    assert errors == pytest.approx([errors[0]] * 3, rel=1e-6)
+    dense, found = case.dense(), rounded.to_dense()
+    assert oracles.relative_error(dense, found) <= tolerance
+    assert max(errors) <= tolerance
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_size_has_one_answer(seed):
+    """The same for a number of parameters."""
+    case = make("generic", seed, 9, 8, [8] * 4)
+    stack, adapter = case.stack(), adapter_of(case)
+    for size in (40, 90, 150, 300):
+        fit = tucker2(stack, parameters=size)
+        rounded = truncate(tucker2(stack, stack.max_rank).tucker2, budget=f"{size}p")
+        converted = convert(adapter, budget=f"{size}p")
+        types = by_type([adapter.modules], [reduce_group(adapter.modules)], adapter.dtype)
+        assert fit.tucker2.rank == rounded.rank == converted.summary[0].ranks
+        assert types.within(size).parameters == fit.tucker2.parameters <= size
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_smaller_pair_holds_a_tolerance(seed):
+    """Against HOOI at every smaller pair of the curve, tried one by one."""
+    case = make("generic", seed, 10, 9, [3, 2, 3])
+    stack = case.stack()
+    for tolerance in (0.3, 0.5):
+        fit = tucker2(stack, tolerance=tolerance)
+        rows = [row for row in rate_distortion(stack) if row.parameters < fit.tucker2.parameters]
+        assert rows
+        for row in rows:
+            assert tucker2(stack, (row.p, row.q)).relative_error > tolerance
+
+
+def test_groups_share_a_tolerance_no_worse_than_one_by_one():
+    """Together they need no more than where each meets the tolerance by itself."""
+    rng = np.random.default_rng(0)
+    modules = tuple(
+        LoraModule(f"layers.{k}.{kind}", size * rng.standard_normal((12, 4)), decay * a)
+        for kind, size in (("q", 1.0), ("k", 3.0))
+        for k in range(4)
+        for a, decay in [(rng.standard_normal((4, 10)), 0.5 ** np.arange(4.0)[:, None])]
+    )
+    adapter = LoraAdapter(modules, {}, np.dtype(np.float64))
+    for tolerance in (0.1, 0.3, 0.5):
+        found = convert(adapter, tolerance=tolerance)
+        alone = [
+            convert(LoraAdapter(modules[i : i + 4], {}, adapter.dtype), tolerance=tolerance)
+            for i in (0, 4)
+        ]
+        assert found.relative_error <= tolerance
+        assert found.parameters <= sum(one.parameters for one in alone)

@@ -152,7 +152,9 @@ def test_weights_do_not_make_slices_in_memory_lazy(kind, weights):
 
 
 @pytest.mark.parametrize(
-    "goal", [{"tolerance": 0.2}, {"energy": 0.95}, {"budget": 150}, {"tolerance": 0.001}], ids=str
+    "goal",
+    [{"tolerance": 0.2}, {"energy": 0.95}, {"parameters": 150}, {"tolerance": 0.001}],
+    ids=str,
 )
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 50.0, 50.0], "equal"], ids=["numbers", "equal"])
 def test_goals_refer_to_the_weighted_error(goal, weights):
@@ -163,7 +165,7 @@ def test_goals_refer_to_the_weighted_error(goal, weights):
     numbers = 1 / np.linalg.norm(dense, axis=(1, 2)) if weights == "equal" else weights
     truth = weighted_error(dense, found, numbers)
     assert fit.weighted_error == pytest.approx(truth, rel=1e-9)
-    if "budget" in goal:
+    if "parameters" in goal:
         assert fit.tucker2.parameters <= 150
     else:
         assert truth <= goal.get("tolerance", np.sqrt(1 - goal.get("energy", 0))) * (1 + 1e-12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule, LotrGroup
 from lotrtensor.core.balanced import balanced_factors
+from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.errors import RankError
 
 
@@ -148,11 +148,10 @@ class LotrAdapter:
 
     def _whole(self, name: str) -> float | None:
         fits = [group.fit for group in self.groups]
-        norm2 = sum(fit.norm**2 for fit in fits if fit)
         if None in fits:
             return None
-        lost2 = sum((getattr(fit, name) * fit.norm) ** 2 for fit in fits if fit)
-        return math.sqrt(lost2 / norm2) if norm2 else 0.0
+        parts = (SquaredError((getattr(f, name) * f.norm) ** 2, f.norm**2) for f in fits if f)
+        return sum(parts, SquaredError()).relative
 
 
 def _lora_modules(group: LotrGroup, rank: int | None) -> list[LoraModule]:

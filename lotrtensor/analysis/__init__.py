@@ -2,6 +2,6 @@
 
 from lotrtensor.analysis._analyze import analyze
 from lotrtensor.analysis._similarity import similarity
-from lotrtensor.analysis.rows import Analysis, Choice, Similarity
+from lotrtensor.analysis.rows import Analysis, Choice, Kind, Similarity
 
-__all__ = ["Analysis", "Choice", "Similarity", "analyze", "similarity"]
+__all__ = ["Analysis", "Choice", "Kind", "Similarity", "analyze", "similarity"]

@@ -9,7 +9,7 @@ from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule
-from lotrtensor.analysis.recommend import is_lotr, recommend, recommended_size
+from lotrtensor.analysis.recommend import recommend, recommended_size
 from lotrtensor.analysis.representations import (
     Lotr,
     Representation,
@@ -17,19 +17,20 @@ from lotrtensor.analysis.representations import (
     by_shape,
     by_type,
     clustered,
-    profile_group,
+    reduce_group,
     thinned,
 )
-from lotrtensor.analysis.rows import Analysis, Choice, GroupAnalysis, Target
+from lotrtensor.analysis.rows import Analysis, Choice, GroupAnalysis, Kind, Target
 from lotrtensor.analysis.sharing import kind_overlaps, layer_label, module_rows, module_svds
 from lotrtensor.analysis.steps import steps
-from lotrtensor.core.fit.profile import Profile
-from lotrtensor.core.ranks.curve import pair_at
-from lotrtensor.core.rates import RatePoint
+from lotrtensor.core.arrays import to_numpy
+from lotrtensor.core.fit.reduced_stack import ReducedStack
+from lotrtensor.core.ranks.goal import Goal
+from lotrtensor.core.rates import rate_points
 from lotrtensor.core.slice_svd import SliceSvd
 from lotrtensor.core.subspaces import Subspaces, chance, leading_subspaces, overlaps
-from lotrtensor.verbs._fit_groups import Progress, fit_groups
-from lotrtensor.verbs._sources import lora_groups, source_group
+from lotrtensor.verbs._fit_groups import Progress
+from lotrtensor.verbs._sources import lora_groups
 
 SHARES = (50, 35, 25, 17, 12, 6, 3)
 """Sizes that are compared, in percent of the adapter's bytes."""
@@ -73,12 +74,12 @@ def analyze(
     lora = adapter.to_lora() if isinstance(adapter, LotrAdapter) else adapter
     members = lora_groups(lora, "type")
     report = _Stages(progress, len(members) + 4)
-    profiles = []
+    reduced = []
     for name, group in members:
         report(name)
-        profiles.append(profile_group(group))
+        reduced.append(reduce_group(group))
     svds = [module_svds(group) for _, group in members]
-    types = by_type([group for _, group in members], profiles)
+    types = by_type([group for _, group in members], reduced, lora.dtype)
     others = _others(types, members, svds, report)
     every: list[Representation] = [types, *others]
     report("sizes")
@@ -101,7 +102,7 @@ def analyze(
         targets=_targets(every),
         curves=tuple(representation.curve() for representation in every),
         steps=stops,
-        groups=tuple(map(_group, members, profiles, svds, subspaces)),
+        groups=tuple(map(_group, members, reduced, svds, subspaces)),
         left_overlap=left,
         right_overlap=right,
     )
@@ -134,8 +135,7 @@ def _others(
     found += [lotr for lotr in (shapes, clusters) if lotr]
     spectra = [svd.values for group in svds for svd in group]
     costs = [sum(module.shape) for _, group in members for module in group]
-    found.append(TruncatedLora("truncated LoRA, best ranks", spectra, costs, one_rank=False))
-    found.append(TruncatedLora("truncated LoRA, one rank", spectra, costs, one_rank=True))
+    found += [TruncatedLora(kind, spectra, costs) for kind in TruncatedLora.NAMES]
     return found
 
 
@@ -151,7 +151,7 @@ def _choices(
             if point:
                 size = point.parameters
                 row = (size, size * itemsize, point.relative_error, point.lower_bound)
-                found.append(Choice(representation.name, share / 100, *row))
+                found.append(Choice(representation.kind, representation.name, share / 100, *row))
     return found
 
 
@@ -169,56 +169,42 @@ def _measured(
 ) -> list[Choice]:
     """LoTR by type and the LoTR of the smallest error at the recommended size, as converted."""
     size = recommended_size(choices)
-    at_size = sorted(
-        (choice for choice in choices if choice.budget == size and is_lotr(choice)),
-        key=lambda choice: choice.relative_error,
-    )
-    names = [choice.representation for choice in at_size]
-    wanted = {"LoTR by type", *names[:1]}.intersection(names)
+    if size is None:
+        return []
+    errors = {c.kind: c.relative_error for c in choices if c.budget == size}
+    shared = [kind for kind in errors if kind.shares_factors]
+    wanted = {Kind.LOTR_BY_TYPE, *sorted(shared, key=errors.__getitem__)[:1]}.intersection(shared)
     return [
         _converted(lotr, size, lora)
         for lotr in representations
-        if size and isinstance(lotr, Lotr) and lotr.exact and lotr.name in wanted
+        if isinstance(lotr, Lotr) and lotr.exact and lotr.kind in wanted
     ]
 
 
 def _converted(lotr: Lotr, share: float, lora: LoraAdapter) -> Choice:
     """The adapter at a share of its bytes, refined and rounded to its storage type."""
-    sources = [source_group(str(g), modules, lora.dtype) for g, modules in enumerate(lotr.members)]
-    groups = fit_groups(
-        sources,
-        rank=None,
-        tolerance=None,
-        energy=None,
-        budget=f"{100 * share:g}%",
-        dtype=lora.dtype,
-    )
-    made = LotrAdapter(groups, {}, lora.dtype)
+    made = lotr.converted(Goal(parameters=int(share * lora.bytes / lora.dtype.itemsize)))
     row = (made.parameters, made.bytes, made.relative_error or 0.0, made.lower_bound)
-    return Choice(lotr.name, share, *row, measured=True)
+    return Choice(lotr.kind, lotr.name, share, *row, measured=True)
 
 
 def _group(
     member: tuple[str, list[LoraModule]],
-    profile: Profile,
+    reduced: ReducedStack,
     svds: Sequence[SliceSvd],
     subspaces: Sequence[Subspaces],
 ) -> GroupAnalysis:
     name, modules = member
-    curve = profile.curve
-    rates = [
-        RatePoint(*pair_at(curve, i), int(curve.parameters[i]), *profile.errors(pair_at(curve, i)))
-        for i in thinned(curve.parameters.tolist(), RATES)
-    ]
+    points = thinned(reduced.curve.parameters.tolist(), RATES)
     return GroupAnalysis(
         name=name,
         shape=modules[0].shape,
         modules=module_rows(modules, svds),
         parameters=sum(module.parameters for module in modules),
-        norm=math.sqrt(profile.norm2),
-        rates=tuple(rates),
-        left_values=profile.left_values,
-        right_values=profile.right_values,
+        norm=math.sqrt(reduced.norm2),
+        rates=rate_points(reduced, points),
+        left_values=to_numpy(reduced.hosvd.left_values),
+        right_values=to_numpy(reduced.hosvd.right_values),
         left_overlap=overlaps([space.left for space in subspaces]),
         right_overlap=overlaps([space.right for space in subspaces]),
         chance=(chance([s.left for s in subspaces]), chance([s.right for s in subspaces])),

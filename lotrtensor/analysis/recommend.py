@@ -40,7 +40,7 @@ def recommend(choices: Sequence[Choice], source_bytes: int) -> Advice:
             None,
         )
     # A measured row comes after the predicted one of its representation, and replaces it.
-    best = {choice.representation: choice for choice in choices if choice.budget == size}
+    best = {choice.kind: choice for choice in choices if choice.budget == size}
     rows = sorted(best.values(), key=lambda choice: choice.relative_error)
     return Advice(_sentence(rows, source_bytes), rows[0])
 
@@ -50,17 +50,12 @@ def recommended_size(choices: Sequence[Choice]) -> float | None:
     return min((c.budget for c in choices if c.relative_error <= ENOUGH), default=None)
 
 
-def is_lotr(choice: Choice) -> bool:
-    """Whether a choice shares factors."""
-    return choice.representation.startswith("LoTR")
-
-
 def _sentence(rows: Sequence[Choice], source_bytes: int) -> str:
     best = rows[0]
     ratio = source_bytes / best.bytes
     text = f"{best.representation}: {ratio:.1f} × smaller, error {best.relative_error:.2g}"
-    other = next((row for row in rows if is_lotr(row) != is_lotr(best)), None)
+    other = next((row for row in rows if row.kind.shares_factors != best.kind.shares_factors), None)
     if other is None:
-        kind = "truncated LoRA" if is_lotr(best) else "LoTR"
+        kind = "truncated LoRA" if best.kind.shares_factors else "LoTR"
         return f"{text}; {kind} does not get down to that size"
     return f"{text}; {other.representation} reaches {other.relative_error:.2g} at that size"

@@ -6,24 +6,32 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
+from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule
-from lotrtensor.analysis.rows import AdapterPoint, Curve, CurvePoint, GroupPoint
+from lotrtensor.analysis.rows import AdapterPoint, Curve, CurvePoint, GroupPoint, Kind
 from lotrtensor.core.clusters import cluster
-from lotrtensor.core.fit.profile import Profile, profile, profile_between, relative
-from lotrtensor.core.fit.reduction import EXACT_FLOPS, exact_flops
-from lotrtensor.core.ranks.allocation import allocate_budget, allocate_tolerance, allocation_walk
+from lotrtensor.core.fit.reduced_stack import ReducedStack
+from lotrtensor.core.fit.reduction import EXACT_FLOPS, exact_flops, reduce_between, reduce_stack
+from lotrtensor.core.ranks.allocation import allocate_error, allocate_parameters, allocation_walk
 from lotrtensor.core.ranks.curve import pair_at
-from lotrtensor.core.ranks.terms import ranks_for_budget, ranks_for_tolerance, truncation_error
+from lotrtensor.core.ranks.goal import Goal
+from lotrtensor.core.ranks.terms import ranks_for_parameters, ranks_for_tolerance, truncation_error
 from lotrtensor.core.rates import truncation_curve
+from lotrtensor.core.squared_error import SquaredError, relative_errors
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import RankError
+from lotrtensor.verbs._fit_groups import GroupFit, fit_reduced
+from lotrtensor.verbs._sources import source_group
 
 WIDEST = 512
 """Directions a side that are looked at where a group is too large for the exact problem."""
+
+SOLVED = 256
+"""Side of the small problems up to which all tolerances are solved for: seconds in all."""
 
 POINTS = 96
 """Points of a curve, at most; a few more where it has gaps."""
@@ -36,6 +44,10 @@ Pair = tuple[int, int]
 
 class Representation(Protocol):
     """A way to store an adapter, at any size."""
+
+    @property
+    def kind(self) -> Kind:
+        """Which one it is."""
 
     @property
     def name(self) -> str:
@@ -55,29 +67,32 @@ class Representation(Protocol):
 class Lotr:
     """LoTR with ranks shared out over the groups by energy per parameter.
 
-    ``members`` are the modules of every group, ``profiles`` their decompositions.
+    ``members`` are the modules of every group, ``groups`` their decompositions,
+    ``dtype`` the type that the adapter is stored in.
     """
 
+    kind: Kind
     name: str
     members: tuple[tuple[LoraModule, ...], ...]
-    profiles: tuple[Profile, ...]
+    groups: tuple[ReducedStack, ...]
+    dtype: np.dtype
 
     @property
     def exact(self) -> bool:
         """Whether no group was too large for the exact problem."""
-        return all(profile.exact for profile in self.profiles)
+        return all(group.exact for group in self.groups)
 
     @property
     def norm2(self) -> float:
         """Σ ‖ΔW‖² over all groups."""
-        return sum(profile.norm2 for profile in self.profiles)
+        return sum(group.norm2 for group in self.groups)
 
     def pairs_within(self, parameters: int) -> list[Pair] | None:
         """Ranks of every group for at most so many parameters."""
-        curves = [profile.curve for profile in self.profiles]
+        curves = [group.curve for group in self.groups]
         if parameters < sum(int(curve.parameters[0]) for curve in curves):
             return None
-        return self._pairs(allocate_budget(curves, parameters))
+        return self._pairs(allocate_parameters(curves, parameters))
 
     def within(self, parameters: int) -> CurvePoint | None:
         """The smallest predicted error for at most so many parameters."""
@@ -91,21 +106,47 @@ class Lotr:
         """Size up to which the curves are known."""
         if self.exact:
             return math.inf
-        return sum(int(profile.curve.parameters[-1]) for profile in self.profiles)
+        return sum(int(group.curve.parameters[-1]) for group in self.groups)
 
     def reaching(self, tolerance: float) -> CurvePoint | None:
-        """The smallest size found of at most that predicted error."""
+        """The smallest size found of at most that error, as `convert` finds and stores it.
+
+        Where a solve is too dear, or the curve ends before that, what the curve alone tells.
+        """
         try:
-            chosen = allocate_tolerance([profile.curve for profile in self.profiles], tolerance)
+            if self._cheap:
+                return _measured_point(self.converted(Goal(tolerance=tolerance)))
+            chosen = allocate_error(
+                [group.curve for group in self.groups], tolerance**2 * self.norm2
+            )
         except RankError:
-            return None  # a matrix-free profile ends before that
+            return None
         return self.point(self._pairs(chosen))
+
+    @property
+    def _cheap(self) -> bool:
+        """Whether every size can be solved for, not only priced."""
+        return self.exact and all(max(group.largest) <= SOLVED for group in self.groups)
+
+    def converted(self, goal: Goal) -> LotrAdapter:
+        """The adapter at a goal, refined and rounded to its storage type.
+
+        Raises
+        ------
+        RankError
+            If the goal is out of reach.
+        """
+        jobs = [
+            GroupFit(source_group(str(g), modules, self.dtype), group)
+            for g, (modules, group) in enumerate(zip(self.members, self.groups, strict=True))
+        ]
+        return LotrAdapter(fit_reduced(jobs, goal, self.dtype), {}, self.dtype)
 
     def curve(self) -> Curve:
         """Breakpoints of the allocation, thinned out, and what lies in the gaps between them."""
-        walk = allocation_walk([profile.curve for profile in self.profiles])
+        walk = allocation_walk([group.curve for group in self.groups])
         sizes = [
-            sum(int(p.curve.parameters[i]) for p, i in zip(self.profiles, chosen, strict=True))
+            sum(int(p.curve.parameters[i]) for p, i in zip(self.groups, chosen, strict=True))
             for chosen in walk
         ]
         points = [self.point(self._pairs(walk[i])) for i in thinned(sizes)]
@@ -123,16 +164,15 @@ class Lotr:
 
     def point(self, pairs: Sequence[Pair]) -> CurvePoint:
         """Size, error and bound at given ranks."""
-        squares = [p.squares(pair) for p, pair in zip(self.profiles, pairs, strict=True)]
-        size = sum(p.parameters(pair) for p, pair in zip(self.profiles, pairs, strict=True))
-        error2, bound2 = (sum(column) for column in zip(*squares, strict=True))
-        return CurvePoint(size, relative(error2, self.norm2), relative(bound2, self.norm2))
+        rows = [group.truncated(pair) for group, pair in zip(self.groups, pairs, strict=True)]
+        size = sum(group.parameters(pair) for group, pair in zip(self.groups, pairs, strict=True))
+        error, bound = (sum(column, SquaredError()) for column in zip(*rows, strict=True))
+        return CurvePoint(size, error.relative, bound.relative)
 
     def adapter_points(self, choices: Sequence[Sequence[Pair]]) -> list[AdapterPoint]:
         """Points with their groups and slices, one for every choice of ranks."""
         columns = [
-            self._group_points(g, [pairs[g] for pairs in choices])
-            for g in range(len(self.profiles))
+            self._group_points(g, [pairs[g] for pairs in choices]) for g in range(len(self.groups))
         ]
         rows = zip(*columns, strict=True)
         return [
@@ -140,17 +180,22 @@ class Lotr:
             for pairs, groups in zip(choices, rows, strict=True)
         ]
 
-    def _group_points(self, group: int, pairs: Sequence[Pair]) -> list[GroupPoint]:
-        profile = self.profiles[group]
-        norms2 = np.where(profile.norms2 > 0, profile.norms2, 1.0)
-        errors = np.sqrt(profile.slice_errors2(pairs) / norms2)
-        return [
-            GroupPoint(*pair, profile.parameters(pair), *profile.errors(pair), slice_errors)
-            for pair, slice_errors in zip(pairs, errors, strict=True)
-        ]
+    def _group_points(self, index: int, pairs: Sequence[Pair]) -> list[GroupPoint]:
+        group = self.groups[index]
+        slice_errors = relative_errors(group.slices_truncated2(pairs), group.norms2)
+        points = []
+        for pair, errors in zip(pairs, slice_errors, strict=True):
+            error, bound = group.truncated(pair)
+            size = group.parameters(pair)
+            points.append(GroupPoint(*pair, size, error.relative, bound.relative, errors))
+        return points
 
     def _pairs(self, chosen: Sequence[int]) -> list[Pair]:
-        return [pair_at(p.curve, i) for p, i in zip(self.profiles, chosen, strict=True)]
+        return [pair_at(p.curve, i) for p, i in zip(self.groups, chosen, strict=True)]
+
+
+def _measured_point(adapter: LotrAdapter) -> CurvePoint:
+    return CurvePoint(adapter.parameters, adapter.relative_error or 0.0, adapter.lower_bound)
 
 
 def _adapter_point(point: CurvePoint, groups: tuple[GroupPoint, ...]) -> AdapterPoint:
@@ -159,18 +204,32 @@ def _adapter_point(point: CurvePoint, groups: tuple[GroupPoint, ...]) -> Adapter
 
 @dataclass(frozen=True, eq=False)
 class TruncatedLora:
-    """Every ΔW at a lower rank of its own, exactly; ``one_rank`` for all, or the best ranks."""
+    """Every ΔW at a lower rank of its own, exactly: one rank for all, or the best ranks."""
 
-    name: str
+    NAMES: ClassVar[dict[Kind, str]] = {
+        Kind.LORA_BEST_RANKS: "truncated LoRA, best ranks",
+        Kind.LORA_ONE_RANK: "truncated LoRA, one rank",
+    }
+
+    kind: Kind
     spectra: Sequence[np.ndarray]
     costs: Sequence[int]
-    one_rank: bool
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.NAMES[self.kind]
+
+    @property
+    def one_rank(self) -> bool:
+        """Whether all modules have the same rank."""
+        return self.kind is Kind.LORA_ONE_RANK
 
     def within(self, parameters: int) -> CurvePoint | None:
         """The smallest error for at most so many parameters."""
         if parameters < sum(self.costs):
             return None
-        found = ranks_for_budget(self.spectra, self.costs, parameters, uniform=self.one_rank)
+        found = ranks_for_parameters(self.spectra, self.costs, parameters, uniform=self.one_rank)
         return self._point(found)
 
     def reaching(self, tolerance: float) -> CurvePoint:
@@ -202,15 +261,17 @@ def thinned(sizes: Sequence[int], points: int = POINTS) -> list[int]:
     return kept
 
 
-def profile_group(modules: Sequence[LoraModule]) -> Profile:
+def reduce_group(modules: Sequence[LoraModule]) -> ReducedStack:
     """Decompose the updates of modules that would share factors."""
     stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
-    return profile(stack, slice_ranks=stack.ranks, widest=WIDEST)
+    return ReducedStack(stack, reduce_stack(stack, (WIDEST, WIDEST)), slice_ranks=stack.ranks)
 
 
-def by_type(members: Sequence[Sequence[LoraModule]], profiles: Sequence[Profile]) -> Lotr:
+def by_type(
+    members: Sequence[Sequence[LoraModule]], groups: Sequence[ReducedStack], dtype: np.dtype
+) -> Lotr:
     """LoTR with one pair of factors for all modules of a kind."""
-    return Lotr("LoTR by type", tuple(map(tuple, members)), tuple(profiles))
+    return Lotr(Kind.LOTR_BY_TYPE, "LoTR by type", tuple(map(tuple, members)), tuple(groups), dtype)
 
 
 def by_shape(types: Lotr) -> Lotr | None:
@@ -225,33 +286,29 @@ def by_shape(types: Lotr) -> Lotr | None:
         shapes.setdefault((modules[0].shape, modules[0].embedding), []).append(g)
     if len(shapes) == len(types.members):
         return None
-    members, profiles = [], []
+    members, groups = [], []
     for same in shapes.values():
         modules = tuple(module for g in same for module in types.members[g])
-        found = _joined(modules, [types.profiles[g] for g in same])
+        found = _joined(modules, [types.groups[g] for g in same])
         if found is None:
             return None
         members.append(modules)
-        profiles.append(found)
-    return Lotr("LoTR by shape", tuple(members), tuple(profiles))
+        groups.append(found)
+    return Lotr(Kind.LOTR_BY_SHAPE, "LoTR by shape", tuple(members), tuple(groups), types.dtype)
 
 
-def _joined(modules: Sequence[LoraModule], parts: Sequence[Profile]) -> Profile | None:
+def _joined(modules: Sequence[LoraModule], parts: Sequence[ReducedStack]) -> ReducedStack | None:
     if len(parts) == 1:
         return parts[0]
     stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
     if exact_flops(stack) <= EXACT_FLOPS:
-        return profile(stack, slice_ranks=stack.ranks)
+        return ReducedStack(stack, reduce_stack(stack, kind="exact"), slice_ranks=stack.ranks)
     if not all(part.exact for part in parts):
         return None
     count = JOINED // len(parts)
     lefts, rights = zip(*(part.directions(count) for part in parts), strict=True)
-    return profile_between(
-        stack,
-        np.concatenate(lefts, axis=1),
-        np.concatenate(rights, axis=1),
-        slice_ranks=stack.ranks,
-    )
+    spaces = np.concatenate(lefts, axis=1), np.concatenate(rights, axis=1)
+    return ReducedStack(stack, reduce_between(stack, *spaces), slice_ranks=stack.ranks)
 
 
 JOINED = 1024
@@ -265,19 +322,20 @@ def clustered(types: Lotr, clusters: int = 2) -> Lotr | None:
     small problem and from HOSVDs, which is as good a guide to who belongs to whom. None where no
     group has slices enough.
     """
-    members, profiles = [], []
-    for modules, group in zip(types.members, types.profiles, strict=True):
-        small = group.problem.reduction.small
+    members, groups = [], []
+    for modules, group in zip(types.members, types.groups, strict=True):
+        small = group.reduction.small
         if group.shape[0] <= clusters or not isinstance(small, LowRankStack):
             members.append(modules)
-            profiles.append(group)
+            groups.append(group)
             continue
         for part in _partition(small, clusters):
             members.append(tuple(modules[k] for k in part))
-            profiles.append(_part(group, small, part))
+            groups.append(group.part(part, (WIDEST, WIDEST)))
     name = f"LoTR, layers in {clusters} clusters"
-    changed = len(members) > len(types.members)
-    return Lotr(name, tuple(members), tuple(profiles)) if changed else None
+    if len(members) == len(types.members):
+        return None
+    return Lotr(Kind.LOTR_CLUSTERED, name, tuple(members), tuple(groups), types.dtype)
 
 
 def _partition(small: LowRankStack, clusters: int) -> list[list[int]]:
@@ -291,9 +349,3 @@ def _partition(small: LowRankStack, clusters: int) -> list[list[int]]:
 
 CHEAP = 128
 """Largest side of a small problem that clusters are looked for from several starts."""
-
-
-def _part(group: Profile, small: LowRankStack, members: list[int]) -> Profile:
-    """The profile of some slices, priced at the size of the whole matrices."""
-    ranks = None if group.slice_ranks is None else [group.slice_ranks[k] for k in members]
-    return profile(small.take(members), slice_ranks=ranks, sides=group.shape[1:], widest=WIDEST)

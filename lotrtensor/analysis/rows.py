@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -9,16 +10,32 @@ import numpy as np
 from lotrtensor.core.rates import RatePoint
 
 
+class Kind(StrEnum):
+    """Ways to store an adapter; what people call them is the `Choice.representation`."""
+
+    LOTR_BY_TYPE = "lotr-by-type"
+    LOTR_BY_SHAPE = "lotr-by-shape"
+    LOTR_CLUSTERED = "lotr-clustered"
+    LORA_BEST_RANKS = "lora-best-ranks"
+    LORA_ONE_RANK = "lora-one-rank"
+
+    @property
+    def shares_factors(self) -> bool:
+        """Whether it is a LoTR."""
+        return self not in (Kind.LORA_BEST_RANKS, Kind.LORA_ONE_RANK)
+
+
 class Choice(NamedTuple):
     """One representation at one size.
 
-    ``budget`` is the share of the adapter's bytes allowed, ``bytes`` what is stored,
-    ``relative_error`` a relative Frobenius error; ``lower_bound`` is None for truncated LoRA, whose
-    error is the smallest of its ranks. ``measured`` tells a converted adapter, refined and rounded
-    to its storage type, from the curves' truncated HOSVD, which converting does not exceed but for
-    that rounding.
+    ``kind`` tells which one it is, ``representation`` what people call it. ``budget`` is the share
+    of the adapter's bytes allowed, ``bytes`` what is stored, ``relative_error`` a relative
+    Frobenius error; ``lower_bound`` is None for truncated LoRA, whose error is the smallest of its
+    ranks. ``measured`` tells a converted adapter, refined and rounded to its storage type, from the
+    curves' truncated HOSVD, which converting does not exceed but for that rounding.
     """
 
+    kind: Kind
     representation: str
     budget: float
     parameters: int

@@ -14,7 +14,7 @@ STOPS = 40
 def steps(lotr: Lotr, others: Sequence[Representation], source_parameters: int) -> tuple[Step, ...]:
     """One step a rank, with the same size shared out by energy and the alternatives at it."""
     ranks = _ranks(lotr, source_parameters)
-    one_rank = [[profile.pair(rank) for profile in lotr.profiles] for rank in ranks]
+    one_rank = [[group.nearest((rank, rank)) for group in lotr.groups] for rank in ranks]
     sizes = [lotr.point(pairs).parameters for pairs in one_rank]
     shared = [lotr.pairs_within(size) or pairs for size, pairs in zip(sizes, one_rank, strict=True)]
     found = []
@@ -30,10 +30,10 @@ def steps(lotr: Lotr, others: Sequence[Representation], source_parameters: int) 
 
 def _ranks(lotr: Lotr, source_parameters: int) -> list[int]:
     """Ranks that make the adapter no larger, and few enough to choose from."""
-    largest = max(max(profile.error2.shape) for profile in lotr.profiles)
+    largest = max(max(group.largest) for group in lotr.groups)
     useful = [1]
     for rank in _round_numbers(largest):
-        pairs = [profile.pair(rank) for profile in lotr.profiles]
+        pairs = [group.nearest((rank, rank)) for group in lotr.groups]
         if rank > 1 and lotr.point(pairs).parameters <= source_parameters:
             useful.append(rank)
     if len(useful) <= STOPS:

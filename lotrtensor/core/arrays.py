@@ -96,6 +96,12 @@ def as_accumulator(x: Array) -> Array:
     return xp.astype(x, xp.float64 if has_float64 else xp.float32)
 
 
+def itemsize(x: Array) -> int:
+    """Bytes of one entry of ``x``."""
+    known = getattr(x.dtype, "itemsize", None)  # all libraries but the strict one have it
+    return int(known or namespace(x).finfo(x.dtype).bits // 8)
+
+
 def to_numpy(x: Array) -> np.ndarray:
     """Return a small real array as NumPy float64."""
     x = constant(x)

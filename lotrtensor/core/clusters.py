@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from lotrtensor.core.arrays import as_working, to_numpy
-from lotrtensor.core.fit.goal import Rank, check_rank
-from lotrtensor.core.fit.problem import Tucker2Fit
-from lotrtensor.core.fit.reduction import Method
-from lotrtensor.core.fit.tucker2_fit import tucker2
+from lotrtensor.core.fit.certificate import Tucker2Fit
+from lotrtensor.core.fit.tucker2_fit import Method, tucker2
 from lotrtensor.core.linalg import orthonormal_basis
+from lotrtensor.core.ranks.goal import Rank, check_rank
+from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import DataError, RankError
 
@@ -134,16 +133,17 @@ def _refit(
     # Numbered by first appearance; a cluster that lost all its slices is gone.
     order = list(dict.fromkeys(labels.tolist()))
     labels = np.array([order.index(label) for label in labels.tolist()])
-    fits, lost2 = [], 0.0
+    fits, whole = [], SquaredError()
     for c in range(len(order)):
         members = np.nonzero(labels == c)[0]
         part = stack.take(members.tolist())
         p, q = (min(r, most) for r, most in zip(pair, part.max_rank, strict=True))
         fit = tucker2(part, (p, q), method=method)
         fits.append(fit)
-        lost2 += fit.relative_error**2 * float(norms2[members].sum())
-    total2 = float(norms2.sum())
-    return Clustering(labels, tuple(fits), math.sqrt(lost2 / total2) if total2 else 0.0)
+        norm2 = float(norms2[members].sum())
+        # Of a zero slice nothing is lost, and its error is no number to be squared.
+        whole += SquaredError(fit.relative_error**2 * norm2 if norm2 else 0.0, norm2)
+    return Clustering(labels, tuple(fits), whole.relative)
 
 
 def _reassign(stack: LowRankStack, found: Clustering) -> np.ndarray:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from lotrtensor.core.arrays import to_numpy
 from lotrtensor.core.fit.hosvd import hosvd
-from lotrtensor.core.fit.profile import profile
-from lotrtensor.core.fit.reduction import Method
+from lotrtensor.core.fit.reduced_stack import ReducedStack
+from lotrtensor.core.fit.reduction import reduce_stack
+from lotrtensor.core.fit.tucker2_fit import Method, check_method
+from lotrtensor.core.ranks.curve import pair_at
 from lotrtensor.core.ranks.terms import rank_one_terms, truncation_error, uniform_ranks
 from lotrtensor.core.slice_svd import slice_svds
+from lotrtensor.core.squared_error import relative_errors
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.stacks.protocol import SliceStack, check_stack
 
@@ -78,12 +80,18 @@ def rate_distortion(
     p × q corner, so that cumulative sums price all pairs at once.
     """
     check_stack(stack)
-    found = profile(stack, slice_ranks=slice_ranks, tolerance=tolerance, method=method)
+    kind, _ = check_method(method)
+    reduction = reduce_stack(stack, kind=kind, tolerance=tolerance)
+    reduced = ReducedStack(stack, reduction, slice_ranks=slice_ranks)
+    return rate_points(reduced, range(len(reduced.curve.parameters)))
+
+
+def rate_points(reduced: ReducedStack, points: Iterable[int]) -> tuple[RatePoint, ...]:
+    """Rows of a curve at ``points`` of it."""
+    pairs = [pair_at(reduced.curve, point) for point in points]
     return tuple(
-        RatePoint(p, q, parameters, *found.errors((p, q)))
-        for (p, q), parameters in zip(
-            found.curve.ranks.tolist(), found.curve.parameters.tolist(), strict=True
-        )
+        RatePoint(*pair, reduced.parameters(pair), *(e.relative for e in reduced.truncated(pair)))
+        for pair in pairs
     )
 
 
@@ -123,10 +131,10 @@ def truncation_curve(
     terms = rank_one_terms(spectra, costs)
     sizes = np.cumsum([sum(costs)] + [costs[k] for k, _ in terms])
     lost2 = np.concatenate([np.cumsum([energy for _, energy in terms][::-1])[::-1], [0.0]])
-    total2 = sum(float(np.sum(values**2)) for values in spectra) or 1.0
+    norm2 = sum(float(np.sum(values**2)) for values in spectra)
     return tuple(
-        SizePoint(int(size), math.sqrt(float(lost) / total2))
-        for size, lost in zip(sizes, lost2, strict=True)
+        SizePoint(int(size), float(error))
+        for size, error in zip(sizes, relative_errors(lost2, norm2), strict=True)
     )
 
 

@@ -95,7 +95,7 @@ def dense_svd(matrix: Array, width: int | None, tolerance: float = 0.0) -> Dense
     stack = DenseStack(matrix[None, :, :])
     most = None if width is None else min(width, m, n)
     rank = None if most is None else (most, most)
-    reduction = reduce_stack(stack, rank, method="auto", tolerance=tolerance)
+    reduction = reduce_stack(stack, rank, tolerance=tolerance)
     left, values, right = np.linalg.svd(to_numpy(reduction.small.slice(0)), full_matrices=False)
     beyond2 = np.append(np.cumsum(values[::-1] ** 2)[::-1], 0.0)
     if most is None:

@@ -17,14 +17,7 @@ from lotrtensor.core.arrays import (
     constant,
     namespace,
 )
-from lotrtensor.core.fit.frontier import frontier
-from lotrtensor.core.fit.goal import Rank, check_goal
-from lotrtensor.core.fit.hosvd import hosvd
-from lotrtensor.core.fit.solve import solve
 from lotrtensor.core.linalg import largest_entry
-from lotrtensor.core.ranks.curve import best_within, cheapest_within, pair_at
-from lotrtensor.core.ranks.tolerance import settle
-from lotrtensor.core.stacks.dense import DenseStack
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import DataError, ShapeError
 
@@ -91,6 +84,13 @@ class Tucker2:
     def rank(self) -> tuple[int, int]:
         """Left and right rank (p, q)."""
         return int(self.left.shape[1]), int(self.right.shape[1])
+
+    @property
+    def max_rank(self) -> tuple[int, int]:
+        """Largest rank that the slices can need: no more than the sides and the cores hold."""
+        (slices, m, n), (p, q) = self.shape, self.rank
+        p, q = min(m, p), min(n, q)
+        return min(p, slices * q), min(q, slices * p)
 
     @property
     def parameters(self) -> int:
@@ -169,61 +169,6 @@ class Tucker2:
         left, left_triangle = xp.linalg.qr(wide.left)
         right, right_triangle = xp.linalg.qr(wide.right)
         return Tucker2(left, left_triangle @ wide.core @ right_triangle.T, right)
-
-    def truncate(
-        self,
-        rank: Rank | None = None,
-        *,
-        tolerance: float | None = None,
-        energy: float | None = None,
-        budget: int | None = None,
-        refine: bool = True,
-    ) -> Tucker2:
-        """Round to lower ranks: orthogonalise, HOSVD of the cores, HOOI.
-
-        Parameters
-        ----------
-        rank, tolerance, energy, budget : optional
-            How far; exactly one of them, as for `tucker2`. Tolerance and energy hold for what is
-            returned, its type included; the ranks are those at which the HOSVD meets them.
-        refine : bool
-            Refine the truncated HOSVD by HOOI.
-
-        Returns
-        -------
-        Tucker2
-            In the same dtype, with orthonormal factors.
-
-        Raises
-        ------
-        RankError
-            If the goal is out of range or not exactly one is given, or rounding to the dtype alone
-            exceeds the tolerance.
-        """
-        whole = self.orthogonalised()
-        small = DenseStack(whole.core)
-        full = hosvd(small)
-        goal = check_goal(rank, tolerance, energy, budget, whole.rank)
-        norm2 = float(self.xp.sum(small.norms2()))
-
-        def at(pair: tuple[int, int]) -> Tucker2:
-            found = solve(small, full, pair, norm2=norm2, method="hooi" if refine else "hosvd")
-            rounded = Tucker2(whole.left @ found.left, found.core, whole.right @ found.right)
-            return rounded.astype(self.core.dtype)
-
-        if goal.rank is not None:
-            return at(goal.rank)
-        curve = frontier(small, full, self.shape)
-        if goal.budget is not None:
-            return at(pair_at(curve, best_within(curve, goal.budget)))
-
-        def attempt(target2: float) -> tuple[Tucker2, float, float, bool]:
-            index = cheapest_within(curve, target2)
-            found = at(pair_at(curve, index))
-            stored2 = (whole - found.accumulated()).norm2()
-            return found, float(curve.error2[index]), stored2, index == len(curve.error2) - 1
-
-        return settle(goal.tolerance or 0.0, norm2, self.core.dtype, attempt)
 
     def norm2(self) -> float:
         """Squared norm Σ_k ‖U G_k Vᵀ‖²."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import FormatError
 
@@ -55,13 +55,13 @@ def compare(a: Adapter, b: Adapter) -> Difference:
         If a module has unlike shapes in the two: they belong to different base models.
     """
     first, second = lora_factors(a), lora_factors(b)
-    rows, lost2, norm2 = [], 0.0, 0.0
+    rows, whole = [], SquaredError()
     for name in sorted(first.keys() | second.keys(), key=layer_order):
-        difference2, reference2 = _difference2(name, first.get(name), second.get(name))
-        lost2, norm2 = lost2 + difference2, norm2 + reference2
-        rows.append(ModuleDifference(name, _ratio(difference2, reference2)))
+        found = _difference(name, first.get(name), second.get(name))
+        whole += found
+        rows.append(ModuleDifference(name, found.relative))
     worst = max(row.relative_error for row in rows)
-    return Difference(_ratio(lost2, norm2), worst, tuple(rows))
+    return Difference(whole.relative, worst, tuple(rows))
 
 
 def lora_factors(adapter: Adapter) -> dict[str, LowRankStack]:
@@ -77,25 +77,19 @@ def lora_factors(adapter: Adapter) -> dict[str, LowRankStack]:
     return factors
 
 
-def _difference2(name: str, a: LowRankStack | None, b: LowRankStack | None) -> tuple[float, float]:
-    """Squared norms of ΔW_A − ΔW_B and of ΔW_A."""
+def _difference(name: str, a: LowRankStack | None, b: LowRankStack | None) -> SquaredError:
+    """ΔW_A − ΔW_B beside ΔW_A."""
     if a is None or b is None:
         present = a or b
         norm2 = float(present.norms2()[0]) if present else 0.0
-        return norm2, norm2 if b is None else 0.0
+        return SquaredError(norm2, norm2 if b is None else 0.0)
     if a.shape != b.shape:
         raise FormatError(
             f"{name} is {a.shape[1]} × {a.shape[2]} in the first adapter and {b.shape[1]} × "
             f"{b.shape[2]} in the second; they belong to different base models"
         )
     if all(np.array_equal(x, y) for x, y in zip(a.factors(0), b.factors(0), strict=True)):
-        return 0.0, float(a.norms2()[0])
+        return SquaredError(0.0, float(a.norms2()[0]))
     # In float64: the difference of float32 products is no smaller than their rounding.
     first, second = (LowRankStack(*([x.astype(np.float64)] for x in s.factors(0))) for s in (a, b))
-    return float((first - second).norms2()[0]), float(first.norms2()[0])
-
-
-def _ratio(part2: float, whole2: float) -> float:
-    if part2 == 0.0:
-        return 0.0
-    return math.sqrt(part2 / whole2) if whole2 else math.inf
+    return SquaredError(float((first - second).norms2()[0]), float(first.norms2()[0]))

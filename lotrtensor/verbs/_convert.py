@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 
 from lotrtensor.adapters.formats.native import COMMON_FIELDS
@@ -11,9 +9,10 @@ from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.sizes import check_dtype
-from lotrtensor.core.fit.goal import Rank, check_rank
+from lotrtensor.core.ranks.goal import Rank, check_rank
 from lotrtensor.errors import RankError, UnsupportedAdapterError
 from lotrtensor.verbs._fit_groups import Progress, fit_groups
+from lotrtensor.verbs._goals import Asked, groups_goal
 from lotrtensor.verbs._sources import lora_groups, source_group, split_groups
 
 DEFAULT_BUDGET = "25%"
@@ -84,28 +83,23 @@ def convert(
         raise UnsupportedAdapterError(
             "the adapter is in LoTR form already; expected a LoRA: truncate it, or export it first"
         )
-    unasked = all(goal is None for goal in (rank, tolerance, energy, budget))
+    asked = Asked(rank, tolerance, energy, budget)
+    unasked = asked == Asked()
     if unasked:
-        budget = DEFAULT_BUDGET
+        asked = Asked(budget=DEFAULT_BUDGET)
     members = lora_groups(adapter, group_by)
     if cluster is not None:
-        pair = None if rank is None else check_rank(rank, (sys.maxsize, sys.maxsize))
-        members = split_groups(members, cluster, pair)
+        members = split_groups(members, cluster, None if rank is None else check_rank(rank))
+    sources = [source_group(name, group, adapter.dtype) for name, group in members]
+    store = check_dtype(dtype) if dtype is not None else adapter.dtype
     try:
-        groups = fit_groups(
-            [source_group(name, group, adapter.dtype) for name, group in members],
-            rank=rank,
-            tolerance=tolerance,
-            energy=energy,
-            budget=budget,
-            dtype=check_dtype(dtype) if dtype is not None else adapter.dtype,
-            progress=progress,
-        )
+        goal = groups_goal(asked, sources, store)
     except RankError as error:
         if not unasked:
             raise
         raise RankError(
             f"no rank is given, and {DEFAULT_BUDGET} of the bytes is too little: {error}"
         ) from error
+    groups = fit_groups(sources, goal, store, progress)
     config = {key: adapter.config[key] for key in COMMON_FIELDS if key in adapter.config}
     return LotrAdapter(groups, config, groups[0].left.dtype, adapter.extras)

@@ -19,21 +19,24 @@ from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup
-from lotrtensor.adapters.sizes import budget_parameters, check_dtype
-from lotrtensor.core.fit.goal import Goal, Rank
+from lotrtensor.adapters.sizes import check_dtype
 from lotrtensor.core.fit.residual import error_norms2
+from lotrtensor.core.linalg import norm2
+from lotrtensor.core.ranks.goal import Goal, Rank
 from lotrtensor.core.slice_svd import dense_svd
+from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.dense import LazyStack
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import DataError, FormatError, LotrWarning
 from lotrtensor.verbs._fit_groups import WIDEST, Progress, fit_groups, warn_unconverged
-from lotrtensor.verbs._lower_ranks import (
+from lotrtensor.verbs._goals import (
     Allocation,
-    Update,
+    Asked,
     check_allocation,
+    groups_goal,
     lora_goal,
-    lower_ranks,
 )
+from lotrtensor.verbs._lower_ranks import Update, lower_ranks
 from lotrtensor.verbs._sources import SourceGroup
 
 EMBEDDINGS = frozenset(
@@ -153,25 +156,14 @@ def extract(
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": sorted(slot.name for slot in slots),
     }
+    asked = Asked(rank, tolerance, energy, budget)
     if form == "lora":
-        numbers = None
-        if budget is not None:
-            whole = sum(source.bytes for source in sources)
-            smallest = sum(sum(slot.shape) for slot in slots)
-            numbers = budget_parameters(budget, store.itemsize, whole, smallest)
         largest = {slot.name: min(slot.shape) for slot in slots}
-        goal = lora_goal(rank, tolerance, energy, numbers, largest)
+        whole = sum(source.bytes for source in sources)
+        goal = lora_goal(asked, [slot.shape for slot in slots], largest, store, whole)
         updates = _updates(sources, goal, progress)
         return LoraAdapter(lower_ranks(updates, goal, store, allocation), config, store)
-    groups = fit_groups(
-        sources,
-        rank=rank,
-        tolerance=tolerance,
-        energy=energy,
-        budget=budget,
-        dtype=store,
-        progress=progress,
-    )
+    groups = fit_groups(sources, groups_goal(asked, sources, store), store, progress)
     changed = tuple(_changed(group) for group in groups if group.fit and group.fit.norm)
     return LotrAdapter(changed, config, store)
 
@@ -205,16 +197,16 @@ def extraction_error(
     deltas = compare_checkpoints(open_checkpoint(Path(base)), open_checkpoint(Path(tuned)), modules)
     found = {module.name: module for module in adapter.modules}
     transposed = bool(adapter.config.get("fan_in_fan_out"))
-    lost2 = norm2 = 0.0
+    whole = SquaredError()
     for key in deltas.names:
         delta = deltas.read(key)
         module = found.get(key.removesuffix(WEIGHT))
-        norm2 += _norm2(delta)
+        whole2 = float(norm2(delta))
         if module is not None:
             product = (module.B @ module.A).astype(delta.dtype)
             delta -= product.T if transposed or module.embedding else product
-        lost2 += _norm2(delta)
-    return float(np.sqrt(lost2 / norm2)) if norm2 else 0.0
+        whole += SquaredError(float(norm2(delta)), whole2)
+    return whole.relative
 
 
 def _source(name: str, slots: Sequence[Slot], deltas: Deltas, fan_in_fan_out: bool) -> SourceGroup:
@@ -248,9 +240,9 @@ def _updates(sources: Sequence[SourceGroup], goal: Goal, progress: Progress | No
         if progress:
             progress(source.name, done, len(sources))
         width = goal.rank and goal.rank[0]
-        if goal.budget is not None:
+        if goal.parameters is not None:
             # What is left for this module where every other one has rank 1.
-            width = min(WIDEST, max(1, (goal.budget - sum(costs)) // cost + 1))
+            width = min(WIDEST, max(1, (goal.parameters - sum(costs)) // cost + 1))
         found = dense_svd(source.stack.slice(0), width, goal.tolerance or 0.0)
         if not found.converged:
             open_ends.append(source.name)
@@ -277,7 +269,3 @@ def _changed(group: LotrGroup) -> LotrGroup:
         cores=tuple(group.cores[k] for k in kept),
         slice_ranks=tuple(group.slice_ranks[k] for k in kept),
     )
-
-
-def _norm2(matrix: np.ndarray) -> float:
-    return float(np.vdot(matrix, matrix))

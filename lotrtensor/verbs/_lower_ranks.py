@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.rounding import rounded
-from lotrtensor.core.fit.goal import Goal, Rank, check_goal
-from lotrtensor.core.ranks.terms import ranks_for_budget, ranks_for_tolerance, uniform_ranks
+from lotrtensor.core.ranks.goal import Goal
+from lotrtensor.core.ranks.terms import ranks_for_parameters, ranks_for_tolerance, uniform_ranks
 from lotrtensor.core.ranks.tolerance import settle
 from lotrtensor.core.slice_svd import SliceSvd, truncate_slices
-from lotrtensor.errors import RankError
-
-Allocation = Literal["optimal", "uniform"]
+from lotrtensor.verbs._goals import Allocation
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,49 +65,10 @@ class Update:
         return LoraModule(self.name, b, a, self.embedding)
 
 
-def check_allocation(allocation: str, *, lora: bool) -> None:
-    """Refuse an allocation that is unknown, or that is not for what is made.
-
-    Raises
-    ------
-    RankError
-        If it is neither ``"optimal"`` nor ``"uniform"``, or ``"uniform"`` for a LoTR.
-    """
-    if allocation not in ("optimal", "uniform"):
-        raise RankError(f"allocation is {allocation!r}; expected 'optimal' or 'uniform'")
-    if allocation == "uniform" and not lora:
-        raise RankError("allocation is 'uniform', which a LoRA can have; expected 'optimal'")
-
-
-def lora_goal(
-    rank: Rank | None,
-    tolerance: float | None,
-    energy: float | None,
-    budget: int | None,
-    largest: Mapping[str, int],
-) -> Goal:
-    """Return the one goal given for a LoRA; ``largest`` has the rank that each module can have.
-
-    Raises
-    ------
-    RankError
-        As `check_goal` does; if ``rank`` is a pair, or more than any module can have.
-    """
-    if rank is not None and (not isinstance(rank, int | np.integer) or isinstance(rank, bool)):
-        raise RankError(f"rank is {rank!r}; expected one integer, for a LoRA has one rank a module")
-    name, most = max(largest.items(), key=lambda item: item[1])
-    if rank is not None and rank > most:
-        raise RankError(
-            f"rank is {rank}; the largest that a module can have is {most}, {name}'s: choose no "
-            "more than that"
-        )
-    return check_goal(rank, tolerance, energy, budget, (most, most))
-
-
 def lower_ranks(
     updates: Sequence[Update], goal: Goal, dtype: np.dtype, allocation: Allocation = "optimal"
 ) -> tuple[LoraModule, ...]:
-    """Return modules at one rank, or within one budget or tolerance over all of them.
+    """Return modules at one rank, or within one size or tolerance over all of them.
 
     Parameters
     ----------
@@ -122,7 +80,7 @@ def lower_ranks(
         Type that the factors are stored in; the tolerance holds for the numbers as stored.
     allocation : str
         ``"optimal"``: ranks by energy per parameter; ``"uniform"``: one rank for all, as high as
-        the budget pays or as low as the tolerance allows.
+        the size pays or as low as the tolerance allows.
 
     Raises
     ------
@@ -138,8 +96,8 @@ def lower_ranks(
 
     if goal.rank is not None:
         return at_ranks(uniform_ranks(spectra, goal.rank[0]))
-    if goal.budget is not None:
-        return at_ranks(ranks_for_budget(spectra, costs, goal.budget, uniform=uniform))
+    if goal.parameters is not None:
+        return at_ranks(ranks_for_parameters(spectra, costs, goal.parameters, uniform=uniform))
     inside2, outside2 = sum(u.inside2 for u in updates), sum(u.lost2 for u in updates)
     full = [len(values) for values in spectra]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +11,6 @@ from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule, LotrGroup
 from lotrtensor.core.clusters import cluster
-from lotrtensor.core.fit.residual import relative_errors
-from lotrtensor.core.stacks.dense import DenseStack
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.stacks.protocol import SliceStack
 from lotrtensor.core.tucker2 import Tucker2
@@ -30,7 +27,7 @@ class SourceGroup:
         Name of the group.
     modules : tuple of str
         Paths of the modules, one a slice.
-    stack : SliceStack
+    stack : SliceStack or Tucker2
         Their updates.
     slice_ranks : tuple of int or None
         Ranks r_k of the slices; None where they are whole matrices.
@@ -38,52 +35,38 @@ class SourceGroup:
         Whether the modules are embeddings.
     parameters, bytes : int
         Size of the updates as stored in the source.
-    bases : (ndarray (m, a), ndarray (n, b)) or None
-        Orthonormal Q and P with ΔW_k = Q · stack_k · Pᵀ; None for the identity.
     kept : LotrGroup or None
         The group as it was: what full rank gives back, without another rounding.
     """
 
     name: str
     modules: tuple[str, ...]
-    stack: SliceStack
+    stack: SliceStack | Tucker2
     slice_ranks: tuple[int, ...] | None
     embedding: bool
     parameters: int
     bytes: int
-    bases: tuple[np.ndarray, np.ndarray] | None = None
     kept: LotrGroup | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Number of slices and the shape of one: (K, m, n)."""
-        if self.bases is None:
-            return self.stack.shape
-        return self.stack.shape[0], self.bases[0].shape[0], self.bases[1].shape[0]
+        return self.stack.shape
+
+    @property
+    def lazy(self) -> bool:
+        """Whether every pass over the updates costs their reading."""
+        return not isinstance(self.stack, Tucker2) and self.stack.lazy
 
     @property
     def max_rank(self) -> tuple[int, int]:
         """Largest left and right rank that the group can need."""
-        return self.stack.max_rank if self.kept is None else self.kept.rank
+        return self.stack.rank if isinstance(self.stack, Tucker2) else self.stack.max_rank
 
     @property
     def smallest(self) -> int:
         """Stored numbers of the group at ranks (1, 1)."""
         return sum(self.shape)
-
-    def expand(self, found: Tucker2) -> Tucker2:
-        """Return a decomposition of ``stack`` as one of the updates."""
-        if self.bases is None:
-            return found
-        return Tucker2(self.bases[0] @ found.left, found.core, self.bases[1] @ found.right)
-
-    def relative_error(self, stored: Tucker2) -> float:
-        """Relative Frobenius error of ``stored``, from its residual."""
-        if self.bases is None:
-            return relative_errors(self.stack, stored)[0]
-        whole = Tucker2(self.bases[0], self.stack.to_dense(), self.bases[1])
-        norm2 = float(np.sum(self.stack.norms2()))
-        return math.sqrt((whole - stored).norm2() / norm2) if norm2 else 0.0
 
 
 def lora_groups(adapter: LoraAdapter, group_by: str) -> list[tuple[str, list[LoraModule]]]:
@@ -112,21 +95,17 @@ def source_group(name: str, modules: Sequence[LoraModule], dtype: np.dtype) -> S
 
 
 def lotr_source(group: LotrGroup, dtype: np.dtype) -> SourceGroup:
-    """Return a group of a LoTR; ``dtype`` is the type that it is stored in.
-
-    The stack are the cores between the orthonormal bases of the group's own factors, K × p × q:
-    no larger rank can be needed, and m and n cost two QRs.
-    """
-    whole = group.tucker2().orthogonalised()
+    """Return a group of a LoTR; ``dtype`` is the type that it is stored in."""
+    found = group.tucker2()
+    (_, m, n), (p, q) = found.shape, found.rank
     return SourceGroup(
         name=group.name,
         modules=group.modules,
-        stack=DenseStack(whole.core),
-        slice_ranks=tuple(min(r, *whole.rank) for r in group.slice_ranks),
+        stack=found,
+        slice_ranks=tuple(min(r, m, n, p, q) for r in group.slice_ranks),
         embedding=group.embedding,
         parameters=group.parameters,
         bytes=group.parameters * dtype.itemsize,
-        bases=(whole.left, whole.right),
         kept=group,
     )
 

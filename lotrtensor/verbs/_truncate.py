@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import overload
 
 import numpy as np
 
@@ -12,23 +13,50 @@ from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule
-from lotrtensor.adapters.sizes import budget_parameters
-from lotrtensor.core.fit.goal import Rank
+from lotrtensor.core.arrays import itemsize
+from lotrtensor.core.fit.truncate import truncate_to_goal
+from lotrtensor.core.ranks.goal import Goal, Rank
 from lotrtensor.core.slice_svd import slice_svds
 from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.verbs._fit_groups import Progress, fit_groups
-from lotrtensor.verbs._lower_ranks import (
+from lotrtensor.verbs._goals import (
     Allocation,
-    Update,
+    Asked,
     check_allocation,
+    groups_goal,
     lora_goal,
-    lower_ranks,
 )
+from lotrtensor.verbs._lower_ranks import Update, lower_ranks
 from lotrtensor.verbs._sources import lotr_source
 
 
+@overload
+def truncate(
+    adapter: Tucker2,
+    *,
+    rank: Rank | None = ...,
+    tolerance: float | None = ...,
+    energy: float | None = ...,
+    budget: int | str | None = ...,
+) -> Tucker2: ...
+
+
+@overload
 def truncate(
     adapter: Adapter,
+    *,
+    rank: Rank | None = ...,
+    tolerance: float | None = ...,
+    energy: float | None = ...,
+    budget: int | str | None = ...,
+    allocation: Allocation = ...,
+    progress: Progress | None = ...,
+) -> Adapter: ...
+
+
+def truncate(
+    adapter: Adapter | Tucker2,
     *,
     rank: Rank | None = None,
     tolerance: float | None = None,
@@ -36,16 +64,16 @@ def truncate(
     budget: int | str | None = None,
     allocation: Allocation = "optimal",
     progress: Progress | None = None,
-) -> Adapter:
-    """Lower the ranks of an adapter: a LoRA stays a LoRA, a LoTR a LoTR.
+) -> Adapter | Tucker2:
+    """Lower the ranks: a LoRA stays a LoRA, a LoTR a LoTR, a Tucker-2 decomposition one.
 
     Parameters
     ----------
-    adapter : LoraAdapter or LotrAdapter
-        The adapter.
+    adapter : LoraAdapter, LotrAdapter or Tucker2
+        The adapter, or a decomposition.
     rank : int or (int, int), optional
         LoRA: rank of every module at most. LoTR: left and right rank (p, q) of every group at
-        most.
+        most. Tucker2: left and right rank.
     tolerance : float, optional
         Relative Frobenius error, in (0, 1), against ``adapter`` that is not exceeded.
     energy : float, optional
@@ -60,11 +88,12 @@ def truncate(
 
     Returns
     -------
-    LoraAdapter or LotrAdapter
-        A LoRA whose modules have the leading singular values of their ΔW, exactly the best of
-        their ranks; with a tolerance, energy or budget the ranks differ, and no others of that
-        size have a smaller error. A LoTR with the same groups. A module or group that keeps its
-        full rank is kept as it is.
+    LoraAdapter, LotrAdapter or Tucker2
+        What was given, at lower ranks. A LoRA's modules have the leading singular values of their
+        ΔW, exactly the best of their ranks; with a tolerance, energy or budget the ranks differ,
+        and no others of that size have a smaller error. A LoTR has the same groups. A module or
+        group that keeps its full rank is kept as it is. A Tucker2 keeps its dtype, and its factors
+        are orthonormal.
 
     Raises
     ------
@@ -79,35 +108,23 @@ def truncate(
     K × p × q tensor, which is decomposed in its place.
     """
     check_allocation(allocation, lora=isinstance(adapter, LoraAdapter))
+    asked = Asked(rank, tolerance, energy, budget)
+    if isinstance(adapter, Tucker2):
+        return _truncate_tucker2(adapter, asked)
     if isinstance(adapter, LoraAdapter):
-        return _truncate_lora(adapter, rank, tolerance, energy, budget, allocation)
-    groups = fit_groups(
-        [lotr_source(group, adapter.dtype) for group in adapter.groups],
-        rank=rank,
-        tolerance=tolerance,
-        energy=energy,
-        budget=budget,
-        dtype=adapter.dtype,
-        progress=progress,
-    )
+        goal = _lora_goal(adapter, asked)
+        modules = lower_ranks(_updates(adapter), goal, adapter.dtype, allocation)
+        return replace(adapter, modules=modules)
+    sources = [lotr_source(group, adapter.dtype) for group in adapter.groups]
+    goal = groups_goal(asked, sources, adapter.dtype)
+    groups = fit_groups(sources, goal, adapter.dtype, progress)
     return LotrAdapter(groups, adapter.config, adapter.dtype, adapter.extras)
 
 
-def _truncate_lora(
-    adapter: LoraAdapter,
-    rank: Rank | None,
-    tolerance: float | None,
-    energy: float | None,
-    budget: int | str | None,
-    allocation: Allocation,
-) -> LoraAdapter:
-    parameters = None
-    if budget is not None:
-        parameters = _numbers(adapter, budget)
-    ranks = {module.name: module.rank for module in adapter.modules}
-    goal = lora_goal(rank, tolerance, energy, parameters, ranks)
-    modules = lower_ranks(_updates(adapter), goal, adapter.dtype, allocation)
-    return replace(adapter, modules=modules)
+def _truncate_tucker2(found: Tucker2, asked: Asked) -> Tucker2:
+    item = itemsize(found.core)
+    goal = asked.goal(item, item * found.parameters, sum(found.shape), found.max_rank)
+    return truncate_to_goal(found, goal)
 
 
 def padded_rank(adapter: LoraAdapter, budget: int | str) -> int:
@@ -119,17 +136,14 @@ def padded_rank(adapter: LoraAdapter, budget: int | str) -> int:
         If rank 1 needs more.
     """
     most = max(module.rank for module in adapter.modules)
-    return min(most, _numbers(adapter, budget) // _smallest(adapter))
+    each = sum(sum(module.shape) for module in adapter.modules)
+    return min(most, (_lora_goal(adapter, Asked(budget=budget)).parameters or 0) // each)
 
 
-def _numbers(adapter: LoraAdapter, budget: int | str) -> int:
-    """The budget in parameters."""
-    return budget_parameters(budget, adapter.dtype.itemsize, adapter.bytes, _smallest(adapter))
-
-
-def _smallest(adapter: LoraAdapter) -> int:
-    """Parameters of the adapter at rank 1: Σ (m + n)."""
-    return sum(sum(module.shape) for module in adapter.modules)
+def _lora_goal(adapter: LoraAdapter, asked: Asked) -> Goal:
+    shapes = [module.shape for module in adapter.modules]
+    ranks = {module.name: module.rank for module in adapter.modules}
+    return lora_goal(asked, shapes, ranks, adapter.dtype, adapter.bytes)
 
 
 def _updates(adapter: LoraAdapter) -> list[Update]:

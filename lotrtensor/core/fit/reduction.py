@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,13 +12,15 @@ from lotrtensor.core.fit.bounds import discarded_energy
 from lotrtensor.core.fit.hosvd import hosvd
 from lotrtensor.core.fit.iteration import Iteration, block_iteration
 from lotrtensor.core.fit.refinement import refine
+from lotrtensor.core.linalg import orthonormal_basis
+from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.dense import DenseStack
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.stacks.protocol import SliceStack
-from lotrtensor.errors import DataError
+from lotrtensor.core.tucker2 import Tucker2
 
-Method = Literal["auto", "exact", "matrix-free", "hosvd", "st-hosvd"]
-METHODS = ("auto", "exact", "matrix-free", "hosvd", "st-hosvd")
+Kind = Literal["exact", "matrix-free", "projected"]
+"""How a small problem came about: equal, from block iteration, or between given spaces."""
 
 EXACT_FLOPS = 2e11
 """What the exact reduction may cost before ``auto`` goes matrix-free: seconds on two cores."""
@@ -47,13 +48,13 @@ LAZY_PASSES = 5
 class Reduction:
     """ΔW_k ≈ Q · small_k · Pᵀ with orthonormal Q and P, None standing for the identity.
 
-    ``norms2`` are ‖ΔW_k‖² (K) and ``lost2`` is the squared norm outside, 0 for the exact method.
+    ``norms2`` are ‖ΔW_k‖² (K) and ``lost2`` is the squared norm outside, 0 where ``kind`` is exact.
     ``discarded2`` is a lower bound of what any decomposition of the rank asked for loses, where it
     is known beyond what the small problem tells. ``passes``, ``history`` (relative errors) and
     ``converged`` tell of the iteration.
     """
 
-    method: str
+    kind: Kind
     left: Array | None
     small: SliceStack
     right: Array | None
@@ -69,6 +70,21 @@ class Reduction:
     def norm2(self) -> float:
         """Σ_k ‖ΔW_k‖²."""
         return float(self.norms2.sum())
+
+    def expand(self, left: Array, right: Array) -> tuple[Array, Array]:
+        """Return Q U and P V: bases of the small problem as bases of the stack."""
+        return (
+            left if self.left is None else as_accumulator(self.left) @ left,
+            right if self.right is None else as_accumulator(self.right) @ right,
+        )
+
+    def inside(self, left: Array | None, right: Array | None) -> Reduction:
+        """The reduction of left · stack_k · rightᵀ where this is one of stack_k."""
+        outer = replace(self, left=left, right=right)
+        if self.left is None or self.right is None:
+            return outer
+        left, right = outer.expand(self.left, self.right)
+        return replace(self, left=left, right=right)
 
 
 def exact_flops(stack: SliceStack) -> float:
@@ -86,10 +102,10 @@ def exact_flops(stack: SliceStack) -> float:
 
 
 def reduce_stack(
-    stack: SliceStack,
-    rank: tuple[int, int] | None,
+    stack: SliceStack | Tucker2,
+    rank: tuple[int, int] | None = None,
     *,
-    method: str,
+    kind: Literal["auto", "exact", "matrix-free"] = "auto",
     final: bool = False,
     tolerance: float = 0.0,
     seed: int = 0,
@@ -98,33 +114,57 @@ def reduce_stack(
     """Return an equal or nearly equal small problem.
 
     ``auto`` is exact while `exact_flops` stays below `EXACT_FLOPS`, and for stacks read on demand
-    never. Matrix-free, the block is the rank wanted and some columns more; if the rank is
-    ``final``, no other being asked of the small problem, and the slices are in memory, it is
-    refined at just that rank. Where no rank is given the block doubles until the error outside is
-    below half of ``tolerance``; it then holds K b c numbers, which may be as many as the slices'.
+    never. Matrix-free, the block is the rank wanted, as far as the stack has it, and some columns
+    more; if the rank is ``final``, no other being asked of the small problem, and the slices are in
+    memory, it is refined at just that rank. Where no rank is given the block doubles until the
+    error outside is below half of ``tolerance``; it then holds K b c numbers, which may be as many
+    as the slices'. A Tucker2 is reduced to its cores between orthonormal factors, and these further
+    if they are large.
     """
-    if method not in METHODS:
-        raise DataError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
-    if method == "auto":
+    if isinstance(stack, Tucker2):
+        whole = stack.orthogonalised()
+        options: dict[str, Any] = {"kind": kind, "final": final, "tolerance": tolerance}
+        passes: dict[str, Any] = {"seed": seed, "max_passes": max_passes}
+        inner = reduce_stack(DenseStack(whole.core), rank, **options, **passes)
+        return inner.inside(whole.left, whole.right)
+    if kind == "auto":
         affordable = not stack.lazy and exact_flops(stack) <= EXACT_FLOPS
-        method = "exact" if affordable else "matrix-free"
-    if method != "matrix-free":
+        kind = "exact" if affordable else "matrix-free"
+    if kind == "exact":
         left, small, right = stack.reduce()
         return Reduction("exact", left, small, right, to_numpy(small.norms2()))
-    options: dict[str, Any] = {
+    iteration: dict[str, Any] = {
         "rtol": LAZY_RTOL if stack.lazy else FACTOR_RTOL,
         "max_passes": max_passes or (LAZY_PASSES if stack.lazy else FACTOR_PASSES),
         "seed": seed,
     }
     if rank is None:
-        return _wide_enough(stack, tolerance, options)
-    found = block_iteration(stack, _block(stack, rank), rank, **options)
+        return _wide_enough(stack, tolerance, iteration)
+    rank = min(rank[0], stack.max_rank[0]), min(rank[1], stack.max_rank[1])
+    found = block_iteration(stack, _block(stack, rank), rank, **iteration)
     # Differences will do where the error is not used: what is returned is measured.
     lost2 = max(found.norm2 - found.core_norm2, 0.0)
     reduction = _reduction(found, lost2, discarded_energy(stack, rank), len(found.captured))
     if final and not stack.lazy and found.norm2 > 0.0:
-        return _refined(stack, rank, reduction, options)
+        return _refined(stack, rank, reduction, iteration)
     return reduction
+
+
+def reduce_between(stack: LowRankStack, left: Array, right: Array) -> Reduction:
+    """Small problem of ``stack`` inside the spaces of ``left`` (m × a) and ``right`` (n × b).
+
+    What lies outside counts as error, so that errors stay what factors reach. The discarded
+    energies of the part inside are no larger than the whole's: bounds are valid, and less sharp.
+    """
+    left, right = orthonormal_basis(left), orthonormal_basis(right)
+    factors = [stack.factors(k) for k in range(stack.shape[0])]
+    small = LowRankStack(
+        [as_accumulator(left.T @ b) for b, _ in factors],
+        [as_accumulator(a @ right) for _, a in factors],
+    )
+    norms2 = to_numpy(stack.norms2())
+    lost2 = max(float(norms2.sum() - to_numpy(small.norms2()).sum()), 0.0)
+    return Reduction("projected", left, small, right, norms2, lost2)
 
 
 def _wide_enough(stack: SliceStack, tolerance: float, options: dict[str, Any]) -> Reduction:
@@ -172,7 +212,8 @@ def _refined(
         discarded2=max(wide.discarded2, float(full.lower_bound2(rank))),
         passes=wide.passes + found.passes,
         sweeps=len(found.captured),
-        history=wide.history + tuple(_relative(wide.norm2 - c, wide.norm2) for c in found.captured),
+        history=wide.history
+        + tuple(SquaredError(wide.norm2 - c, wide.norm2).relative for c in found.captured),
         converged=wide.converged and found.converged,
     )
 
@@ -191,7 +232,7 @@ def _block(stack: SliceStack, rank: tuple[int, int]) -> tuple[int, int]:
 
 def _reduction(found: Iteration, lost2: float, discarded2: float, passes: int) -> Reduction:
     return Reduction(
-        method="matrix-free",
+        kind="matrix-free",
         left=found.left,
         small=DenseStack(found.core),
         right=found.right,
@@ -199,10 +240,6 @@ def _reduction(found: Iteration, lost2: float, discarded2: float, passes: int) -
         lost2=lost2,
         discarded2=discarded2,
         passes=passes,
-        history=tuple(_relative(found.norm2 - c, found.norm2) for c in found.captured),
+        history=tuple(SquaredError(found.norm2 - c, found.norm2).relative for c in found.captured),
         converged=found.converged,
     )
-
-
-def _relative(part2: float, whole2: float) -> float:
-    return math.sqrt(max(part2, 0.0) / whole2) if whole2 else 0.0

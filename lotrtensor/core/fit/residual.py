@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-
-from lotrtensor.core.arrays import Array, as_accumulator, as_working, namespace, to_numpy
+from lotrtensor.core.arrays import Array, as_accumulator, as_working, namespace
+from lotrtensor.core.linalg import norms2
 from lotrtensor.core.stacks.protocol import SliceStack
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import ShapeError
 
 
-def error_norms2(stack: SliceStack, tucker2: Tucker2) -> Array:
+def error_norms2(stack: SliceStack | Tucker2, tucker2: Tucker2) -> Array:
     """Squared errors ‖ΔW_k − U G_k Vᵀ‖², one a slice (K), for any factors and cores.
 
     With the QRs U = Q_U T_U and V = Q_V T_V the error splits into three orthogonal parts,
@@ -20,7 +17,8 @@ def error_norms2(stack: SliceStack, tucker2: Tucker2) -> Array:
         ‖ΔW_k − Q_U Q_Uᵀ ΔW_k Q_V Q_Vᵀ‖² + ‖Q_Uᵀ ΔW_k Q_V − T_U G_k T_Vᵀ‖²
 
     (the first of them two: see `SliceStack.residual_norms2`). Each is the norm of a residual; a
-    difference of the norms of ΔW and G would lose all errors below 1e-8.
+    difference of the norms of ΔW and G would lose all errors below 1e-8. The slices of another
+    Tucker2 are subtracted in its form, factors side by side and cores block-diagonal.
 
     Raises
     ------
@@ -31,6 +29,8 @@ def error_norms2(stack: SliceStack, tucker2: Tucker2) -> Array:
         raise ShapeError(
             f"the stack is (K, m, n) = {stack.shape}, the decomposition {tucker2.shape}"
         )
+    if isinstance(stack, Tucker2):
+        return norms2((stack.accumulated() - tucker2.accumulated()).orthogonalised().core)
     xp = namespace(tucker2.left)
     # Triangles in the widest type, so that factors stored in float32 get no error beside their own.
     left, left_triangle = xp.linalg.qr(as_accumulator(tucker2.left))
@@ -41,20 +41,3 @@ def error_norms2(stack: SliceStack, tucker2: Tucker2) -> Array:
     core, residuals = stack.project(xp.astype(left, working), xp.astype(right, working))
     inside = as_accumulator(core) - written
     return residuals + xp.sum(inside * inside, axis=(1, 2))
-
-
-def relative_errors(stack: SliceStack, found: Tucker2) -> tuple[float, np.ndarray]:
-    """Relative Frobenius error of the whole stack and of each slice (K).
-
-    A zero slice counts 0 where it is reproduced exactly and infinity where it is not.
-    """
-    return relate_errors(to_numpy(error_norms2(stack, found)), to_numpy(stack.norms2()))
-
-
-def relate_errors(errors2: np.ndarray, norms2: np.ndarray) -> tuple[float, np.ndarray]:
-    """Relative errors, whole and a slice each (K), from squared errors and squared norms."""
-    total2 = float(norms2.sum())
-    with np.errstate(divide="ignore", invalid="ignore"):
-        slice_errors = np.where(errors2 == 0, 0.0, np.sqrt(errors2 / norms2))
-    whole = math.sqrt(float(errors2.sum()) / total2) if total2 else float(errors2.any())
-    return whole, slice_errors

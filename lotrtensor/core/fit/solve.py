@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lotrtensor.core.arrays import Array, namespace
 from lotrtensor.core.fit.hooi import Hooi, hooi
 from lotrtensor.core.fit.hosvd import Hosvd
 from lotrtensor.core.linalg import leading_left
 from lotrtensor.core.stacks.protocol import SliceStack
+
+Solver = Literal["hooi", "hosvd", "st-hosvd"]
 
 
 class Solution(NamedTuple):
@@ -28,7 +30,12 @@ class Solution(NamedTuple):
 
 
 def solve(
-    small: SliceStack, full: Hosvd, rank: tuple[int, int], *, norm2: float, method: str = "hooi"
+    small: SliceStack,
+    full: Hosvd,
+    rank: tuple[int, int],
+    *,
+    norm2: float,
+    solver: Solver = "hooi",
 ) -> Solution:
     """Decompose ``small`` at ``rank``.
 
@@ -42,17 +49,17 @@ def solve(
         (p, q).
     norm2 : float
         Σ_k ‖ΔW_k‖².
-    method : str
+    solver : str
         ``"hosvd"`` truncates both bases, ``"st-hosvd"`` takes the right one after the left has
-        projected (Vannieuwenhoven, Vandebril, Meerbergen, SIAM J. Sci. Comput. 34 (2012));
-        anything else refines the HOSVD by HOOI.
+        projected (Vannieuwenhoven, Vandebril, Meerbergen, SIAM J. Sci. Comput. 34 (2012)),
+        ``"hooi"`` refines the HOSVD by HOOI.
     """
     left, right = full.left[:, : rank[0]], full.right[:, : rank[1]]
     sweeps, converged = 0, True
     history: tuple[float, ...] = ()
-    if method == "st-hosvd":
+    if solver == "st-hosvd":
         right, _ = leading_left(small.right_factor(left), rank[1], squared=False)
-    elif method != "hosvd" and norm2 > 0.0 and not rank == small.shape[1:] == small.max_rank:
+    elif solver == "hooi" and norm2 > 0.0 and not rank == small.shape[1:] == small.max_rank:
         # Eigenvectors of a Gram matrix lose energies of 1e-16 of the whole: far below this error.
         squared = float(full.lower_bound2(rank)) > 1e-8 * norm2
         found = _refine(small, left, right, rank, norm2, squared)

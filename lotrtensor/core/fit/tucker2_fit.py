@@ -10,10 +10,14 @@ from typing import Any, Literal
 import numpy as np
 
 from lotrtensor.core.arrays import check_real_floating, namespace, to_numpy
-from lotrtensor.core.fit.goal import Goal, Rank, check_goal
-from lotrtensor.core.fit.problem import Problem, Tucker2Fit
-from lotrtensor.core.fit.reduction import Method, reduce_stack
-from lotrtensor.core.ranks.curve import best_within, pair_at
+from lotrtensor.core.fit.certificate import Tucker2Fit, certify
+from lotrtensor.core.fit.reduced_stack import ReducedStack
+from lotrtensor.core.fit.reduction import reduce_stack
+from lotrtensor.core.fit.solve import Solver
+from lotrtensor.core.ranks.allocation import allocate_parameters
+from lotrtensor.core.ranks.curve import pair_at
+from lotrtensor.core.ranks.goal import Goal, Rank, make_goal
+from lotrtensor.core.ranks.tolerance import fit_within
 from lotrtensor.core.stacks.protocol import SliceStack, check_stack
 from lotrtensor.errors import DataError, LotrWarning
 
@@ -26,7 +30,7 @@ def tucker2(
     *,
     tolerance: float | None = None,
     energy: float | None = None,
-    budget: int | None = None,
+    parameters: int | None = None,
     weights: Weights | None = None,
     method: Method = "auto",
     dtype: Any = None,
@@ -35,7 +39,7 @@ def tucker2(
 ) -> Tucker2Fit:
     """Decompose ``stack`` as ΔW_k ≈ U · G_k · Vᵀ with U and V shared by all slices.
 
-    Exactly one of ``rank``, ``tolerance``, ``energy`` and ``budget`` says how far.
+    Exactly one of ``rank``, ``tolerance``, ``energy`` and ``parameters`` says how far.
 
     Parameters
     ----------
@@ -48,11 +52,11 @@ def tucker2(
         found is returned.
     energy : float, optional
         Share of Σ_k ‖ΔW_k‖², in (0, 1), to keep: a tolerance of √(1 − energy).
-    budget : int, optional
-        Parameters m p + n q + K p q at most.
+    parameters : int, optional
+        Stored numbers m p + n q + K p q at most.
     weights : sequence of float, or "equal", optional
         One positive number w_k a slice: w_k ΔW_k is approximated, ``"equal"`` brings every slice
-        to norm 1. Ranks chosen by tolerance, energy or budget refer to the weighted error then.
+        to norm 1. Ranks chosen by tolerance, energy or parameters refer to the weighted error then.
     method : str
         ``"exact"``: an equal small problem, then HOOI from the HOSVD. ``"matrix-free"``: the small
         problem from a few passes of block iteration. ``"hosvd"``, ``"st-hosvd"``: no refinement.
@@ -75,8 +79,8 @@ def tucker2(
     ------
     RankError
         If a rank is below 1 or larger than the stack can need, a tolerance or energy lies outside
-        (0, 1) or is out of reach, a budget is below the smallest decomposition, or none or more
-        than one of them is given.
+        (0, 1) or is out of reach, ``parameters`` are below the smallest decomposition, or none or
+        more than one of them is given.
     DataError
         If the weights are not K positive finite numbers, or the method is unknown.
 
@@ -110,36 +114,32 @@ def tucker2(
         _check_dtype(stack, dtype)
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise DataError(f"seed is {seed!r}; expected an integer of at least 0")
-    goal = check_goal(rank, tolerance, energy, budget, stack.max_rank)
+    goal = make_goal(rank, tolerance, energy, parameters, largest=stack.max_rank)
+    kind, solver = check_method(method)
     if max_passes is not None and not (isinstance(max_passes, int) and max_passes >= 1):
         raise DataError(f"max_passes is {max_passes!r}; expected an integer of at least 1")
     size = stack.magnitude()
     if size and not 1e-60 < size < 1e60:
         # Squares would leave the range of float64: fit the stack brought to size 1.
-        goals: dict[str, Any] = {"tolerance": tolerance, "energy": energy, "budget": budget}
+        goals: dict[str, Any] = {"tolerance": tolerance, "energy": energy}
         options: dict[str, Any] = {"weights": weights, "method": method, "dtype": dtype}
         passes: dict[str, Any] = {"seed": seed, "max_passes": max_passes}
         unit_stack = stack.scaled([1.0 / size] * stack.shape[0])
-        unit = tucker2(unit_stack, rank, **goals, **options, **passes)
+        unit = tucker2(unit_stack, rank, parameters=parameters, **goals, **options, **passes)
         return replace(unit, tucker2=unit.tucker2 * size)
     scales = slice_weights(stack, weights)
     target = stack if scales is None else stack.scaled(list(scales))
     reduction = reduce_stack(
         target,
         goal.rank,
-        method=method,
+        kind=kind,
         final=True,
         tolerance=goal.tolerance or 0.0,
         seed=seed,
         max_passes=max_passes,
     )
-    if method in ("hosvd", "st-hosvd"):
-        reduction = replace(reduction, method=method)
-    problem = Problem(stack, scales, reduction, dtype or stack.dtype)
-    if goal.tolerance is not None:
-        fit = problem.fit_within(goal.tolerance)
-    else:
-        fit = problem.finish(problem.solve(_goal_rank(problem, goal)))
+    reduced = ReducedStack(stack, reduction, weights=scales, solver=solver)
+    fit = fit_goal(reduced, goal, dtype or stack.dtype)
     if not fit.converged:
         warnings.warn(
             f"the fit did not converge in {fit.passes} passes and {fit.iterations} sweeps; the "
@@ -150,11 +150,52 @@ def tucker2(
     return fit
 
 
-def _goal_rank(problem: Problem, goal: Goal) -> tuple[int, int]:
+def fit_goal(reduced: ReducedStack, goal: Goal, dtype: Any) -> Tucker2Fit:
+    """Decompose at the ranks that ``goal`` asks for, rounded to ``dtype`` and measured.
+
+    Raises
+    ------
+    RankError
+        If the goal is out of reach.
+    """
     if goal.rank is not None:
-        return goal.rank
-    curve = problem.curve()
-    return pair_at(curve, best_within(curve, goal.budget or 0))
+        return certify(reduced, goal.rank, dtype)
+    if goal.parameters is not None:
+        (point,) = allocate_parameters([reduced.curve], goal.parameters)
+        return certify(reduced, pair_at(reduced.curve, point), dtype)
+
+    def store(pairs: list[tuple[int, int]]) -> tuple[Tucker2Fit, float]:
+        fit = certify(reduced, pairs[0], dtype)
+        return fit, fit.weighted_error**2 * reduced.norm2
+
+    return fit_within([reduced], goal.tolerance or 0.0, reduced.norm2, dtype, store)
+
+
+Kind = Literal["auto", "exact", "matrix-free"]
+
+METHODS: dict[str, tuple[Kind, Solver]] = {
+    "auto": ("auto", "hooi"),
+    "exact": ("exact", "hooi"),
+    "matrix-free": ("matrix-free", "hooi"),
+    "hosvd": ("exact", "hosvd"),
+    "st-hosvd": ("exact", "st-hosvd"),
+}
+"""What users call a method, and the two choices that it stands for: reduction and solver."""
+
+Method = Literal["auto", "exact", "matrix-free", "hosvd", "st-hosvd"]
+
+
+def check_method(method: str) -> tuple[Kind, Solver]:
+    """Return the reduction and the solver of a method.
+
+    Raises
+    ------
+    DataError
+        If there is no such method.
+    """
+    if not isinstance(method, str) or method not in METHODS:
+        raise DataError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    return METHODS[method]
 
 
 def slice_weights(stack: SliceStack, weights: Weights | None) -> np.ndarray | None:

@@ -1,1 +1,1 @@
-"""From a tolerance or a budget to ranks: curves of size against error, and choices on them."""
+"""From a tolerance or a size to ranks: curves of size against error, and choices on them."""

@@ -1,4 +1,4 @@
-"""From a tolerance, an energy or a budget to ranks: one group, or several that share it."""
+"""Size against error of one group: the rank pairs that no other pair beats."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lotrtensor.core.ranks.pareto import undominated
 from lotrtensor.errors import RankError
 
 
@@ -72,46 +73,12 @@ def efficient_pairs(
     """Return the pairs (p, q) that none beats, from the squared errors of all of them (a × b)."""
     p, q = np.meshgrid(*(np.arange(1, s + 1) for s in error2.shape), indexing="ij")
     parameters = tucker2_parameters(shape, p, q, slice_ranks)
-    return _efficient(
-        np.stack([p.ravel(), q.ravel()], 1), parameters.ravel(), error2.ravel(), norm2
-    )
-
-
-def _efficient(
-    ranks: np.ndarray, parameters: np.ndarray, error2: np.ndarray, norm2: float
-) -> Frontier:
-    order = np.lexsort((error2, parameters))
-    best = np.minimum.accumulate(error2[order])
-    keep = order[np.concatenate([[True], best[1:] < best[:-1]])]
-    return Frontier(ranks[keep], parameters[keep], error2[keep], norm2)
+    ranks = np.stack([p.ravel(), q.ravel()], 1)
+    keep = undominated(parameters.ravel(), error2.ravel())
+    return Frontier(ranks[keep], parameters.ravel()[keep], error2.ravel()[keep], norm2)
 
 
 def pair_at(curve: Frontier, index: int) -> tuple[int, int]:
     """Return the ranks (p, q) at ``index`` of ``curve``."""
     p, q = curve.ranks[index]
     return int(p), int(q)
-
-
-def cheapest_within(curve: Frontier, error2: float) -> int:
-    """Index of the smallest pair whose squared error is at most ``error2``; else the last."""
-    within = np.nonzero(curve.error2 <= error2)[0]
-    return int(within[0]) if within.size else len(curve.error2) - 1
-
-
-def best_within(curve: Frontier, budget: int) -> int:
-    """Index of the pair with the smallest error among those of at most ``budget`` parameters.
-
-    More budget is never more error of the HOSVD; refined at its pair by HOOI, which is no worse
-    there, two budgets may differ either way by what HOOI gains.
-
-    Raises
-    ------
-    RankError
-        If even ranks (1, 1) need more; the message says how many.
-    """
-    if budget < curve.parameters[0]:
-        raise RankError(
-            f"budget is {budget} parameters; the smallest decomposition needs "
-            f"{int(curve.parameters[0])}"
-        )
-    return int(np.searchsorted(curve.parameters, budget, side="right")) - 1

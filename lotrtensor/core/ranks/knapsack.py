@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from lotrtensor.core.ranks.pareto import hull_steps, undominated
 
 STATES = 2**12
 """Partial choices kept at most; where there are more, those nearest to the relaxed optimum."""
@@ -95,9 +96,7 @@ def _merged(partial: _Partial, points: _Partial, gap: float, limit: float) -> _P
     price = partial.price[parent] + points.price[pick]
     loss = partial.loss[parent] + points.loss[pick]
     excess = partial.excess[parent] + points.excess[pick]
-    order = np.lexsort((loss, price))
-    best = np.minimum.accumulate(loss[order])
-    keep = order[np.concatenate([np.ones(min(1, best.size), bool), best[1:] < best[:-1]])]
+    keep = undominated(price, loss)
     if keep.size > STATES:
         nearest = np.sort(np.argpartition(excess[keep], STATES)[:STATES])
         keep = keep[nearest]
@@ -111,42 +110,22 @@ def _walk(
 
     The slope is 0 where the walk came to the end of every hull.
     """
-    steps = []
-    for g, (x, y) in enumerate(zip(prices, losses, strict=True)):
-        for a, b in itertools.pairwise(lower_hull(x, y)):
-            steps.append((float((y[a] - y[b]) / (x[b] - x[a])), g, b))
-    # The steps of one hull get ever flatter, so that their order is kept; where two are equally
-    # steep, the stable sort keeps it.
-    steps.sort(key=lambda step: -step[0])
-    chosen, left = [0] * len(prices), limit - sum(float(x[0]) for x in prices)
+    chosen, unspent = [0] * len(prices), limit - sum(float(x[0]) for x in prices)
     slope = 0.0
-    for steepness, g, point in steps:
+    for steepness, g, point in hull_steps(prices, losses):
         price = float(prices[g][point] - prices[g][chosen[g]])
-        if price > left:
+        if price > unspent:
             slope = steepness
             break
-        chosen[g], left = point, left - price
+        chosen[g], unspent = point, unspent - price
     while slope:
         best = (0.0, 0, 0)
         for g, (x, y) in enumerate(zip(prices, losses, strict=True)):
-            point = int(np.searchsorted(x, x[chosen[g]] + left, "right")) - 1
+            point = int(np.searchsorted(x, x[chosen[g]] + unspent, "right")) - 1
             best = max(best, (float(y[chosen[g]] - y[point]), g, point))
         gain, g, point = best
         if gain <= 0.0:
             break
-        left -= float(prices[g][point] - prices[g][chosen[g]])
+        unspent -= float(prices[g][point] - prices[g][chosen[g]])
         chosen[g] = point
     return chosen, slope
-
-
-def lower_hull(x: np.ndarray, y: np.ndarray) -> list[int]:
-    """Indices of the lower convex hull of the points (x, y), by rising ``x`` and falling ``y``."""
-    hull: list[int] = []
-    for i in range(len(x)):
-        while len(hull) > 1:
-            a, b = hull[-2:]
-            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
-                break
-            hull.pop()
-        hull.append(i)
-    return hull

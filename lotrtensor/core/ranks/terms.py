@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from lotrtensor.core.ranks.knapsack import cheapest_loss
+from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.errors import RankError
 
 
@@ -24,10 +24,10 @@ def uniform_ranks(spectra: Sequence[np.ndarray], rank: int) -> list[int]:
     return [min(rank, len(values)) for values in spectra]
 
 
-def ranks_for_budget(
-    spectra: Sequence[np.ndarray], costs: Sequence[int], budget: int, *, uniform: bool = False
+def ranks_for_parameters(
+    spectra: Sequence[np.ndarray], costs: Sequence[int], parameters: int, *, uniform: bool = False
 ) -> list[int]:
-    """Ranks of the smallest total squared error for ``budget`` parameters.
+    """Ranks of the smallest total squared error for so many parameters.
 
     Parameters
     ----------
@@ -35,8 +35,8 @@ def ranks_for_budget(
         Singular values of every slice, falling.
     costs : sequence of int
         Parameters of a rank-1 term of the slice: m + n.
-    budget : int
-        Parameters at most. Every slice keeps rank 1 at the least, which a LoRA file needs.
+    parameters : int
+        Stored numbers at most. Every slice keeps rank 1 at the least, which a LoRA file needs.
     uniform : bool
         One rank for all slices, or a slice's own where that is lower.
 
@@ -51,16 +51,16 @@ def ranks_for_budget(
     is open: a knapsack of as many groups as there are shapes, solved by `cheapest_loss`.
     """
     smallest = sum(costs)
-    if budget < smallest:
+    if parameters < smallest:
         raise RankError(
-            f"budget is {budget} parameters; rank 1 for all {len(costs)} slices needs {smallest}"
+            f"parameters is {parameters}; rank 1 for all {len(costs)} slices needs {smallest}"
         )
     if uniform:
-        return next(ranks for ranks in _uniform(spectra) if _size(ranks, costs) <= budget)
+        return next(ranks for ranks in _uniform(spectra) if _size(ranks, costs) <= parameters)
     terms = _terms_by_cost(spectra, costs)
     prices = [cost * np.arange(len(own) + 1.0) for cost, own in terms.items()]
     losses = [_left_out(own) for own in terms.values()]
-    return _taken(terms, cheapest_loss(prices, losses, budget - smallest), len(costs))
+    return _taken(terms, cheapest_loss(prices, losses, parameters - smallest), len(costs))
 
 
 def ranks_for_tolerance(
@@ -72,7 +72,7 @@ def ranks_for_tolerance(
 ) -> list[int]:
     """Ranks of the fewest parameters whose total relative error is at most ``tolerance``.
 
-    The mirror of `ranks_for_budget`.
+    The mirror of `ranks_for_parameters`.
 
     Raises
     ------
@@ -95,9 +95,9 @@ def ranks_for_tolerance(
 
 def truncation_error(spectra: Sequence[np.ndarray], ranks: Sequence[int]) -> float:
     """Relative error √(Σ_k Σ_{i>r_k} σ_ki² / Σ_k Σ_i σ_ki²) of the truncated slices."""
-    total2 = sum(float(np.sum(values**2)) for values in spectra)
+    norm2 = sum(float(np.sum(values**2)) for values in spectra)
     lost2 = sum(float(np.sum(v[r:] ** 2)) for v, r in zip(spectra, ranks, strict=True))
-    return math.sqrt(lost2 / total2) if total2 else 0.0
+    return SquaredError(lost2, norm2).relative
 
 
 def rank_one_terms(spectra: Sequence[np.ndarray], costs: Sequence[int]) -> list[tuple[int, float]]:

@@ -39,21 +39,28 @@ function drawHero(adapter) {
 function commandsFor(adapter, choice) {
   const at = adapter.choices.filter((other) => other.budget === choice.budget && !other.measured);
   at.sort((a, b) => a.relative_error - b.relative_error);
-  const other = at.find((one) => one.representation.startsWith("LoTR") !== choice.representation.startsWith("LoTR"));
+  const other = at.find((one) => COMMANDS[one.kind].verb !== COMMANDS[choice.kind].verb);
   return [choice, other].filter(Boolean).map((one) => element("div", { class: "command" },
     element("span", {}, one.representation), element("code", {}, command(adapter, one))));
 }
 
+// What makes each kind of choice, beside its size.
+const COMMANDS = {
+  "lotr-by-type": { verb: "convert", more: "" },
+  "lotr-by-shape": { verb: "convert", more: " --group-by shape" },
+  "lotr-clustered": { verb: "convert", more: " --cluster 2" },
+  "lora-best-ranks": { verb: "truncate", more: "" },
+  "lora-one-rank": { verb: "truncate", more: "" },
+};
+
 function command(adapter, choice) {
-  const from = quoted(adapter.name), budget = `--budget ${choice.parameters}p`;
-  if (choice.representation === "truncated LoRA, one rank") {
+  const from = quoted(adapter.name), { verb, more } = COMMANDS[choice.kind];
+  if (choice.kind === "lora-one-rank") {
     const modules = adapter.groups.flatMap((group) => group.modules.map(() => group.shape[0] + group.shape[1]));
     const rank = Math.max(1, Math.round(choice.parameters / modules.reduce((a, b) => a + b, 0)));
     return `lotr truncate ${from} -o smaller --rank ${rank}`;
   }
-  if (choice.representation.startsWith("truncated")) return `lotr truncate ${from} -o smaller ${budget}`;
-  const more = { "LoTR by shape": " --group-by shape", "LoTR, layers in 2 clusters": " --cluster 2" };
-  return `lotr convert ${from} -o smaller ${budget}${more[choice.representation] || ""}`;
+  return `lotr ${verb} ${from} -o smaller --budget ${choice.parameters}p${more}`;
 }
 
 function drawTargets(adapter) {

@@ -1,4 +1,4 @@
-"""What a caller may ask for: a rank pair, a tolerance, an energy or a budget."""
+"""What a caller may ask for, built once at the door: a rank pair, a tolerance or a size."""
 
 from __future__ import annotations
 
@@ -12,36 +12,61 @@ from lotrtensor.errors import RankError
 
 Rank = int | tuple[int, int]
 
+UNLIMITED = (2**63 - 1, 2**63 - 1)
+"""Largest rank pair where every group has a limit of its own."""
+
 
 @dataclass(frozen=True)
 class Goal:
-    """What was asked for: a rank pair, a tolerance or a budget, the others None."""
+    """What was asked for; exactly one of the three is given, the others are None.
+
+    Attributes
+    ----------
+    rank : (int, int) or None
+        Left and right rank (p, q).
+    tolerance : float or None
+        Relative error, in (0, 1), that what is stored does not exceed.
+    parameters : int or None
+        Stored numbers at most.
+    """
 
     rank: tuple[int, int] | None = None
     tolerance: float | None = None
-    budget: int | None = None
+    parameters: int | None = None
 
 
-def check_goal(
-    rank: Rank | None,
-    tolerance: float | None,
-    energy: float | None,
-    budget: int | None,
-    largest: tuple[int, int],
+def make_goal(
+    rank: Rank | None = None,
+    tolerance: float | None = None,
+    energy: float | None = None,
+    parameters: int | None = None,
+    *,
+    largest: tuple[int, int] = UNLIMITED,
+    size: str = "parameters",
 ) -> Goal:
     """Return the one goal given.
+
+    Parameters
+    ----------
+    rank, tolerance, energy, parameters : optional
+        What the user gave. An energy e, the share of the squared norm to keep, is a tolerance of
+        √(1 − e).
+    largest : (int, int)
+        Ranks that are not exceeded.
+    size : str
+        What the user calls the argument that ``parameters`` come from.
 
     Raises
     ------
     RankError
         If none or more than one is given, or it is out of range.
     """
-    options = {"rank": rank, "tolerance": tolerance, "energy": energy, "budget": budget}
+    options = {"rank": rank, "tolerance": tolerance, "energy": energy, size: parameters}
     given = [name for name, value in options.items() if value is not None]
     if len(given) != 1:
         raise RankError(
             f"{' and '.join(given) or 'nothing'} given; expected exactly one of "
-            "rank, tolerance, energy, budget"
+            f"{', '.join(options)}"
         )
     if rank is not None:
         return Goal(rank=check_rank(rank, largest))
@@ -50,15 +75,14 @@ def check_goal(
         raise RankError(f"{name} is {value!r}; expected a number")
     if math.isnan(value):
         raise RankError(f"{name} is not a number")
-    for name, value in (("tolerance", tolerance), ("energy", energy)):
-        if value is not None and not 0.0 < value < 1.0:
-            raise RankError(f"{name} is {value}; expected a number between 0 and 1")
-    if energy is not None:
-        return Goal(tolerance=math.sqrt(1.0 - energy))
-    return Goal(tolerance=tolerance, budget=budget)
+    if parameters is not None:
+        return Goal(parameters=parameters)
+    if not 0.0 < value < 1.0:
+        raise RankError(f"{name} is {value}; expected a number between 0 and 1")
+    return Goal(tolerance=float(value if energy is None else math.sqrt(1.0 - energy)))
 
 
-def check_rank(rank: Rank, largest: tuple[int, int]) -> tuple[int, int]:
+def check_rank(rank: Rank, largest: tuple[int, int] = UNLIMITED) -> tuple[int, int]:
     """Return ``rank`` as a pair (p, q).
 
     Raises
