@@ -106,6 +106,18 @@ def test_a_fixed_point_stays(case):
     assert again.history[-1] == pytest.approx(first.history[-1], rel=1e-6, abs=1e-13)
 
 
+@pytest.mark.parametrize("rank", [(1, 3), (3, 3), (4, 3)])
+@pytest.mark.parametrize("seed", [2, 12, 20, 36, 53])
+def test_what_is_left_is_what_the_stopping_rule_says(seed, rank):
+    """No more than rtol, on the slowest of 240 runs: a small gain may be one of very many."""
+    stack = make("generic", seed, 8, 7, [3, 2, 3, 1]).stack()
+    found = run(stack, rank, rtol=1e-6)
+    assert found.converged
+    norm2 = float(np.sum(stack.norms2()))
+    end = hooi(stack, found.right, rank, norm2=norm2, squared=False, rtol=0.0, max_sweeps=4000)
+    assert found.history[-1] <= end.history[-1] * (1 + 1.1e-6)
+
+
 def test_a_run_that_is_cut_short_says_so():
     """max_sweeps reached: converged is False, the sweeps are counted; and True with room."""
     case = make("generic", 24, 9, 8, [3, 3, 3, 3])

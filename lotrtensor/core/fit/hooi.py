@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from lotrtensor.core.arrays import Array, namespace, to_numpy
+from lotrtensor.core.fit.convergence import still_to_come
 from lotrtensor.core.linalg import leading_left
 
 
@@ -64,7 +65,8 @@ def hooi(
     squared : bool
         See `leading_left`.
     rtol : float
-        Stop when a sweep lowers the squared error by less than this share of it.
+        Stop when all further sweeps promise to lower the squared error by less than this share of
+        it; see `still_to_come`.
     max_sweeps : int
         Stop here in any case.
 
@@ -84,10 +86,20 @@ def hooi(
         else:
             error2 = float(to_numpy(stack.residual_norms2(left, right)).sum()) / norm2
         history.append(error2)
-        # Below 1e-30 of the whole there is only rounding left.
-        if sweep > 1 and history[-2] - error2 <= max(rtol * error2, 1e-30):
+        if _converged(history, rtol):
             return Hooi(left, right, sweep, tuple(history), True)
     return Hooi(left, right, max_sweeps, tuple(history), False)
+
+
+def _converged(history: list[float], rtol: float) -> bool:
+    """Whether the gains have ended, or promise less than ``rtol`` of the squared error."""
+    if len(history) < 2:
+        return False
+    # Below 1e-30 of the whole there is only rounding left.
+    gain = history[-2] - history[-1]
+    if gain <= 1e-30 or len(history) < 3:
+        return gain <= 1e-30
+    return gain * still_to_come(history[-3] - history[-2], gain) <= rtol * history[-1]
 
 
 def _completed(factor: Callable[..., Array], other: Array, rank: int) -> Array:

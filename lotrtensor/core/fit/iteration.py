@@ -8,6 +8,7 @@ import numpy as np
 from array_api_compat import device
 
 from lotrtensor.core.arrays import Array, as_accumulator, namespace, to_numpy
+from lotrtensor.core.fit.convergence import still_to_come
 from lotrtensor.core.linalg import leading_eigenvectors, orthonormal_basis
 from lotrtensor.core.stacks.protocol import SliceStack
 
@@ -116,10 +117,10 @@ def stalled(captured: list[float], norm2: float, rtol: float, floor: float) -> b
     if len(captured) < 3:  # a random start says nothing, and one gain no rate
         return False
     before, gain = np.diff(captured[-3:]).tolist()
-    rate = min(max(gain / before, 0.5), 0.99) if before > 0 else 0.5
-    left = max(norm2 - captured[-1], 0.0)
+    error2 = max(norm2 - captured[-1], 0.0)
     # The larger of two: on a flat spectrum gains go up and down.
-    return bool(gain <= floor or max(before, gain) * rate / (1 - rate) <= rtol * left)
+    promise = max(before, gain) * still_to_come(before, gain)
+    return bool(gain <= floor or promise <= rtol * error2)
 
 
 def _random_block(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lotrtensor.core.ranks.pareto import undominated
+from lotrtensor.core.squared_error import relative_errors
 from lotrtensor.errors import RankError
 
 
@@ -74,7 +75,8 @@ def efficient_pairs(
     p, q = np.meshgrid(*(np.arange(1, s + 1) for s in error2.shape), indexing="ij")
     parameters = tucker2_parameters(shape, p, q, slice_ranks)
     ranks = np.stack([p.ravel(), q.ravel()], 1)
-    keep = undominated(parameters.ravel(), error2.ravel())
+    # By the roots, that errors still fall where squares differ in their last digit alone.
+    keep = undominated(parameters.ravel(), relative_errors(error2.ravel(), norm2))
     return Frontier(ranks[keep], parameters.ravel()[keep], error2.ravel()[keep], norm2)
 
 
