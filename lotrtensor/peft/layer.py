@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lotrtensor.errors import DataError
 from lotrtensor.peft.mixed import BASE, Rows, multiply_rows
+from lotrtensor.peft.quantized import restore_order
 from lotrtensor.torch.factors import SharedFactors
 from lotrtensor.torch.functional import add_projected, add_rows, dense_update, project
 from lotrtensor.torch.groups import is_transposed, slot_of
@@ -175,9 +176,14 @@ class LotrLayer(BaseTunerLayer):
             if name in self.lotr_core:
                 self.set_base_weight(self._sum([name], -1))
 
+    def get_base_weight(self) -> Tensor:
+        """Return the base weight, dequantised."""
+        restore_order(self.get_base_layer())
+        return super().get_base_weight()
+
     def _sum(self, names: Sequence[str], sign: int = 1) -> Tensor:
         """Return the base weight, dequantised, plus or minus ΔW_k of adapters."""
-        weight: Tensor = self.get_base_weight()
+        weight = self.get_base_weight()
         total = weight
         for name in names:
             total = total + sign * self.get_delta_weight(name).to(weight.device)

@@ -31,6 +31,7 @@ from lotrtensor.peft.planning import (
     check_sharing,
     plan_adapter,
 )
+from lotrtensor.peft.quantized import restore_order
 from lotrtensor.peft.undo import Snapshot
 from lotrtensor.torch.factors import FactorTable, SharedFactors
 from lotrtensor.torch.fastpath import leave_fast_path
@@ -186,6 +187,7 @@ class LotrModel(BaseTuner):
         weights = []
         for name in group.modules:
             backend = resolve_quantization_backend(layers[name], **options)
+            restore_order(layers[name])
             dense = backend.get_base_weight(layers[name]) if backend else base_weight(layers[name])
             weights.append(dense)
         return weights
