@@ -16,10 +16,10 @@ stage = @printf '\n== %s\n' '$(1)'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint notebooks docs bench evidence clean
+.PHONY: help demo test test-deep lint notebooks docs bench evidence clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
 
 demo: $(DEMO)/installed ## Install the base package into .venv and convert the bundled adapter
 	$(call stage,lotr demo)
@@ -29,6 +29,12 @@ test: lint ## Run every check: linters, tests and doctests, then notebooks and d
 	$(call stage,pytest)
 	@$(BIN)/python -m pytest -n 2
 	@$(MAKE) --no-print-directory docs
+
+# Properties alone, far more cases each, from a seed that is new every time.
+SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+test-deep: $(TEST)/installed ## Look for new cases that break a property; repeat a run with SEED=
+	$(call stage,properties; to repeat this run: make test-deep SEED=$(SEED))
+	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-seed=$(SEED)
 
 docs: $(TEST)/installed ## Run the notebooks and pages, and build the documentation into docs/_build/html
 	$(call stage,notebooks and documentation)
@@ -61,10 +67,10 @@ clean: ## Remove both environments, caches and build products
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Tests load nothing from a model hub, and measure the same device everywhere.
-test docs bench evidence: export HF_HUB_OFFLINE := 1
-test docs bench evidence: export JAX_PLATFORMS := cpu
+test test-deep docs bench evidence: export HF_HUB_OFFLINE := 1
+test test-deep docs bench evidence: export JAX_PLATFORMS := cpu
 # Two processes with a thread each: threads of both would wait for one another.
-test docs: export OMP_NUM_THREADS := 1
+test test-deep docs: export OMP_NUM_THREADS := 1
 
 define create-venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -231,7 +231,7 @@ def lotr(*args: object) -> Outcome:
 
 
 def lotr_process(*args: object, prelude: str = "") -> Outcome:
-    """Run ``lotr`` in a process of its own."""
+    """Run ``lotr`` in a process of its own, after the code of ``prelude``."""
     program = f"{prelude}\nfrom lotrtensor.cli import main\nmain()"
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, args)], capture_output=True, check=False

@@ -48,7 +48,7 @@ def forms(case):
 
 
 @given(case=factors(), seed=seeds)
-@settings(max_examples=20)
+@settings(max_examples=settings().max_examples // 2)
 def test_inner_products_and_norms_are_the_dense_ones(case, seed):
     """Of any two forms of stacks and decompositions."""
     other = like(case, seed)

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.resources import files
@@ -552,11 +553,33 @@ _fit_groups._start = interrupted
 """
 
 
+@contextlib.contextmanager
+def interrupts(disposition):
+    """Let the processes that are started here inherit what an interrupt does to them.
+
+    A shell's background job ignores interrupts, and so do its tests and all that they start.
+    """
+    before = signal.signal(signal.SIGINT, disposition)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of Windows differ")
 def test_an_interrupt_ends_with_130_and_leaves_nothing(lora, tmp_path):
-    found = lotr_process("convert", lora, "-o", tmp_path / "o", "--rank", 2, prelude=INTERRUPT)
+    with interrupts(signal.SIG_DFL):
+        found = lotr_process("convert", lora, "-o", tmp_path / "o", "--rank", 2, prelude=INTERRUPT)
     assert (found.code, found.out, found.err) == (130, "", "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of Windows differ")
+def test_a_background_job_goes_on_where_it_was_told_to_ignore_interrupts(lora, tmp_path):
+    with interrupts(signal.SIG_IGN):
+        found = lotr_process("convert", lora, "-o", tmp_path / "o", "--rank", 2, prelude=INTERRUPT)
+    assert (found.code, found.err) == (0, "")
+    assert lotr("inspect", tmp_path / "o").code == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -130,7 +130,7 @@ def test_three_planted_clusters():
 
 
 @given(case=factors(UNTIED))
-@settings(max_examples=20)
+@settings(max_examples=settings().max_examples // 2)
 def test_one_cluster_is_a_plain_fit(case):
     """The same factors, to the bit, and the same error."""
     found = cluster(case.stack(), 1, 1)
@@ -162,7 +162,7 @@ def test_seeds_reproduce():
 
 
 @given(seed=seeds)
-@settings(max_examples=8)
+@settings(max_examples=settings().max_examples // 5)
 def test_order_of_slices(seed):
     """A planted partition is found in any order of the slices."""
     rng = np.random.default_rng(seed)
