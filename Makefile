@@ -1,22 +1,26 @@
-# `make` lists the targets. Another interpreter: make demo PYTHON=python3.12
+# `make` lists the targets. Another interpreter, with environments of its own: make test PYTHON=python3.12
 
-ifndef PYTHON
+ifdef PYTHON
+VERSION := -$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+else
 PYTHON := $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; \
     done),python3)
 endif
 
-PIP_INSTALL := -m pip install -qq --disable-pip-version-check -c constraints.txt
+CONSTRAINTS := constraints.txt
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 SOURCES := $(shell find lotrtensor -type f -not -path '*/__pycache__/*')
-DEMO := .venv
-TEST := .venv-test
+DEMO := .venv$(VERSION)
+TEST := .venv-test$(VERSION)
+OLDEST := .venv-oldest
 BIN := $(TEST)/bin
 
 stage = @printf '\n== %s\n' '$(1)'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-deep lint notebooks docs bench evidence clean
+.PHONY: help demo test test-deep test-oldest lint notebooks docs bench evidence clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -35,6 +39,11 @@ SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 test-deep: $(TEST)/installed ## Look for new cases that break a property; repeat a run with SEED=
 	$(call stage,properties; to repeat this run: make test-deep SEED=$(SEED))
 	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-seed=$(SEED)
+
+test-oldest: ## Run the tests with the lowest versions that pyproject.toml allows, on Python 3.11
+	@$(MAKE) --no-print-directory $(OLDEST)/installed TEST=$(OLDEST) CONSTRAINTS=constraints-oldest.txt
+	$(call stage,pytest with the lowest versions)
+	@$(OLDEST)/bin/python -m pytest -n 2
 
 docs: $(TEST)/installed ## Run the notebooks and pages, and build the documentation into docs/_build/html
 	$(call stage,notebooks and documentation)
@@ -61,16 +70,19 @@ evidence: $(TEST)/installed ## Measure the tasks that the documentation reports 
 	@$(BIN)/python examples/evidence.py
 	@$(BIN)/python examples/finetune.py --out docs/finetune.json
 
-clean: ## Remove both environments, caches and build products
-	rm -rf $(DEMO) $(TEST) build dist docs/_build docs/notebooks/*.ipynb docs/reference/cli.md
+clean: ## Remove all environments, caches and build products
+	rm -rf .venv .venv-* build dist docs/_build docs/notebooks/*.ipynb docs/reference/cli.md
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Tests load nothing from a model hub, and measure the same device everywhere.
-test test-deep docs bench evidence: export HF_HUB_OFFLINE := 1
-test test-deep docs bench evidence: export JAX_PLATFORMS := cpu
+test test-deep test-oldest docs bench evidence: export HF_HUB_OFFLINE := 1
+test test-deep test-oldest docs bench evidence: export JAX_PLATFORMS := cpu
+# JAX compiles every operation anew for every shape: quickly, rather than into quick code.
+test test-deep: export XLA_FLAGS := \
+    --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 # Two processes with a thread each: threads of both would wait for one another.
-test test-deep docs: export OMP_NUM_THREADS := 1
+test test-deep test-oldest docs: export OMP_NUM_THREADS := 1
 
 define create-venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -80,7 +92,7 @@ define create-venv
 endef
 
 # Installed as pip would give it to a user, so that the wheel's contents are what runs.
-$(DEMO)/installed: pyproject.toml constraints.txt $(SOURCES)
+$(DEMO)/installed: pyproject.toml $(CONSTRAINTS) $(SOURCES)
 	$(call stage,install the base package into $(DEMO))
 	$(create-venv)
 	@$(DEMO)/bin/python $(PIP_INSTALL) .
@@ -88,9 +100,9 @@ $(DEMO)/installed: pyproject.toml constraints.txt $(SOURCES)
 
 # Editable: only a change of the requirements installs anew. PyTorch comes first and by its exact
 # version, so that no range of another package picks a different build.
-$(TEST)/installed: pyproject.toml constraints.txt
+$(TEST)/installed: pyproject.toml $(CONSTRAINTS)
 	$(call stage,install the package, its test and docs extras into $(TEST) (several minutes when new))
 	$(create-venv)
-	@$(BIN)/python $(PIP_INSTALL) $$(grep '^torch==' constraints.txt)
+	@$(BIN)/python $(PIP_INSTALL) $$(grep '^torch==' $(CONSTRAINTS))
 	@$(BIN)/python $(PIP_INSTALL) -e '.[test,docs]'
 	@touch $@
