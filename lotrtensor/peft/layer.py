@@ -18,9 +18,10 @@ from lotrtensor.peft.quantized import restore_order
 from lotrtensor.torch.factors import SharedFactors
 from lotrtensor.torch.functional import add_projected, add_rows, dense_update, project
 from lotrtensor.torch.groups import is_transposed, slot_of
+from lotrtensor.torch.watch import Watched
 
 
-class LotrLayer(BaseTunerLayer):
+class LotrLayer(Watched, BaseTunerLayer):
     """What linear layers and embeddings have in common.
 
     ``lotr_core[adapter]`` is G_k (p × q), the layer's own; ``lotr_shared[adapter]`` refers to the
@@ -200,6 +201,7 @@ class LotrLayer(BaseTunerLayer):
 
         With ``adapter_names``, one a row of x, every row gets the update of its own adapter.
         """
+        self.lotr_ran = True
         if self._disable_adapters or self.merged_adapters:
             if adapter_names is not None and not self._disable_adapters:
                 raise DataError(

@@ -38,6 +38,8 @@ from lotrtensor.torch.fastpath import leave_fast_path
 from lotrtensor.torch.groups import GroupPlan
 from lotrtensor.torch.init import INITS, base_weight, init_factors
 from lotrtensor.torch.sources import from_numpy
+from lotrtensor.torch.watch import watch
+from lotrtensor.torch.weight_reads import check_called
 
 
 class LotrModel(BaseTuner):
@@ -100,6 +102,7 @@ class LotrModel(BaseTuner):
         if given.groups is not None:
             self._lotr_pending[adapter_name] = before
         self._sync_factors()
+        watch(model)
 
     def _inject(
         self,
@@ -119,6 +122,8 @@ class LotrModel(BaseTuner):
             shared = self._lotr_plans[config.share_factors].groups
         plan = plan_adapter(config, layers, self._targets(model, config, layers), shared)
         check_carried(config, model)
+        names = [name for group in plan.groups for name in group.modules]
+        check_called(model, names)
         if plan.groups:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._make_factors(adapter_name, config, plan, layers)
@@ -132,7 +137,7 @@ class LotrModel(BaseTuner):
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
         self._fill(adapter_name, plan)
-        leave_fast_path(model, [name for group in plan.groups for name in group.modules])
+        leave_fast_path(model, names)
 
     def _others(self, adapter_name: str) -> list[Any]:
         return [config for name, config in self.peft_config.items() if name != adapter_name]

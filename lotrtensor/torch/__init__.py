@@ -18,12 +18,15 @@ from lotrtensor.torch.apply import (
 from lotrtensor.torch.factors import FactorTable, SharedFactors
 from lotrtensor.torch.linear import LotrLinear
 from lotrtensor.torch.state import load_lotr, lotr_state_dict, save_lotr, to_adapter
+from lotrtensor.torch.watch import LayerUse, check_adapted
 
 __all__ = [
     "FactorTable",
+    "LayerUse",
     "LotrLinear",
     "SharedFactors",
     "apply_lotr",
+    "check_adapted",
     "load_lotr",
     "lotr_state_dict",
     "merge",

@@ -23,6 +23,8 @@ from lotrtensor.torch.groups import (
 )
 from lotrtensor.torch.init import base_weight, check_init, init_factors
 from lotrtensor.torch.linear import LotrLinear
+from lotrtensor.torch.watch import watch
+from lotrtensor.torch.weight_reads import check_called
 
 TABLE = "lotr_factors"
 """Name of the model's child that owns the factors."""
@@ -77,7 +79,13 @@ def apply_lotr(
         If a pattern matches nothing, or the model has LoTR layers already.
     RankError, ShapeError, UnsupportedAdapterError, DataError
         If a rank exceeds a layer, unlike layers meet in a group, a layer is of a kind that is not
-        adapted, or a name is not known. The model is as it was.
+        adapted or never called, or a name is not known. The model is as it was.
+
+    Warns
+    -----
+    LotrWarning
+        After the first forward of the model, if adapted layers did not run in it; see
+        `check_adapted`.
     """
     check_init(init)
     _check_train(train)
@@ -104,6 +112,8 @@ def inject(model: nn.Module, plans: Sequence[GroupPlan], *, dropout: float = 0.0
                 f"group {plan.name!r} adapts the embedding {plan.modules[0]!r}; only linear layers "
                 "are adapted here: use lotrtensor.peft, or leave it out"
             )
+    names = [name for plan in plans for name in plan.modules]
+    check_called(model, names)
     model.requires_grad_(False)
     table = FactorTable()
     for plan in plans:
@@ -119,7 +129,8 @@ def inject(model: nn.Module, plans: Sequence[GroupPlan], *, dropout: float = 0.0
             layer.train(model.training)
             model.set_submodule(name, layer)
     model.add_module(TABLE, table)
-    leave_fast_path(model, [name for plan in plans for name in plan.modules])
+    leave_fast_path(model, names)
+    watch(model)
 
 
 def set_trainable(model: nn.Module, train: str = "all") -> None:

@@ -244,11 +244,6 @@ def slot_of(name: str, layer: nn.Module) -> Slot:
     UnsupportedAdapterError
         If the layer is neither linear nor an embedding.
     """
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise UnsupportedAdapterError(
-            f"{name} belongs to an nn.MultiheadAttention, which reads its weight and never calls "
-            "it, so that an update would be lost; leave it out of the target modules"
-        )
     if isinstance(layer, nn.Embedding):
         return Slot(name, (layer.embedding_dim, layer.num_embeddings), embedding=True)
     if is_transposed(layer):

@@ -11,9 +11,10 @@ from lotrtensor.errors import DataError, UnsupportedAdapterError
 from lotrtensor.torch.factors import SharedFactors
 from lotrtensor.torch.functional import add_update, dense_update
 from lotrtensor.torch.groups import is_transposed
+from lotrtensor.torch.watch import Watched
 
 
-class LotrLinear(nn.Module):
+class LotrLinear(Watched, nn.Module):
     """A frozen layer and its update: y = base(x) + scale · x V G_kᵀ Uᵀ.
 
     That is W + ΔW_k with ΔW_k = scale · U G_k Vᵀ.
@@ -71,6 +72,7 @@ class LotrLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) + scale · x V G_kᵀ Uᵀ, or base(x) where the update is merged."""
+        self.lotr_ran = True
         y: Tensor = self.base(x, *args, **kwargs)
         if self.merged:
             return y
