@@ -7,11 +7,13 @@ from importlib.metadata import version
 
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.adapters.lotr import GroupSummary, LotrAdapter
+from lotrtensor.adapters.modules import FitRecord, LoraModule, LotrGroup
 from lotrtensor.analysis import Analysis, Choice, Similarity, analyze, similarity
 from lotrtensor.core.clusters import Clustering, cluster
 from lotrtensor.core.fit.certificate import Tucker2Fit
 from lotrtensor.core.fit.tucker2_fit import tucker2
+from lotrtensor.core.operands import as_stack
 from lotrtensor.core.rates import RatePoint, rate_distortion
 from lotrtensor.core.similarity import (
     cosine_similarity,
@@ -29,11 +31,13 @@ from lotrtensor.errors import (
     FormatError,
     LotrError,
     LotrWarning,
+    MissingPackageError,
+    OptionError,
     RankError,
     ShapeError,
     UnsupportedAdapterError,
 )
-from lotrtensor.verbs._compare import compare
+from lotrtensor.verbs._compare import Difference, ModuleDifference, compare
 from lotrtensor.verbs._convert import convert
 from lotrtensor.verbs._extract import extract, extraction_error
 from lotrtensor.verbs._merge import merge
@@ -47,13 +51,21 @@ __all__ = [
     "Clustering",
     "DataError",
     "DenseStack",
+    "Difference",
+    "FitRecord",
     "FormatError",
+    "GroupSummary",
     "LazyStack",
     "LoraAdapter",
+    "LoraModule",
     "LotrAdapter",
     "LotrError",
+    "LotrGroup",
     "LotrWarning",
     "LowRankStack",
+    "MissingPackageError",
+    "ModuleDifference",
+    "OptionError",
     "RankError",
     "RatePoint",
     "ShapeError",
@@ -63,6 +75,7 @@ __all__ = [
     "Tucker2Fit",
     "UnsupportedAdapterError",
     "analyze",
+    "as_stack",
     "cluster",
     "compare",
     "convert",

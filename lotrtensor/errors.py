@@ -27,6 +27,14 @@ class RankError(LotrError, ValueError):
     """A rank, tolerance, energy or budget that no decomposition of this stack can meet."""
 
 
+class OptionError(LotrError, ValueError):
+    """An option that has no such value: a method, allocation, form, dtype, weights, seed."""
+
+
+class MissingPackageError(LotrError, ImportError):
+    """An optional package that is not installed; the message says how to install it."""
+
+
 class DataError(LotrError, ValueError):
     """Values that have no decomposition: NaN or infinite entries, integer or complex types."""
 

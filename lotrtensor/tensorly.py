@@ -8,12 +8,12 @@ from array_api_compat import device
 
 from lotrtensor.core.arrays import namespace
 from lotrtensor.core.tucker2 import Tucker2
-from lotrtensor.errors import LotrError, ShapeError
+from lotrtensor.errors import MissingPackageError, ShapeError
 
 try:
     from tensorly.tucker_tensor import TuckerTensor
 except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise LotrError(
+    raise MissingPackageError(
         "lotrtensor.tensorly needs TensorLy; install it with: pip install 'lotrtensor[tensorly]'"
     ) from error
 

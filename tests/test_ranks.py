@@ -24,7 +24,7 @@ from lotrtensor.core.fit.reduction import Reduction
 from lotrtensor.core.ranks.allocation import allocate_error, allocate_parameters
 from lotrtensor.core.ranks.curve import (
     Frontier,
-    energies_outside,
+    outside2,
     pair_at,
     tucker2_parameters,
 )
@@ -317,7 +317,7 @@ def test_truncation_errors_are_the_naive_ones(shape, seed):
     """Σ_k of the entries outside the corner, for every pair, without cancellation."""
     rng = np.random.default_rng(seed)
     core = rng.standard_normal(shape) * 10.0 ** rng.uniform(-12, 0, shape[1:])
-    found = energies_outside(np.sum(core**2, axis=0))
+    found = outside2(np.sum(core**2, axis=0))
     assert found.shape == shape[1:]
     for p in range(1, shape[1] + 1):
         for q in range(1, shape[2] + 1):

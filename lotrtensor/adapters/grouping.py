@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lotrtensor.errors import FormatError, ShapeError
+from lotrtensor.errors import FormatError, OptionError, ShapeError
 
 FLAT_PREFIXES = ("lora_", "lycoris_")
 """What kohya's flattened module names begin with."""
@@ -62,11 +62,15 @@ def group_modules(slots: Iterable[Slot], group_by: str = "type") -> dict[str, li
 
     Raises
     ------
+    OptionError
+        If ``group_by`` is no text.
     FormatError
         If a pattern is no regular expression or matches no module.
     ShapeError
         If a pattern brings modules of unlike shapes together.
     """
+    if not isinstance(group_by, str):
+        raise OptionError(f"group_by is {group_by!r}; expected 'type', 'shape' or patterns")
     ordered = sorted(slots, key=lambda slot: layer_order(slot.name))
     if group_by == "type":
         return _by_type(ordered)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, SINGLE_FILE
 from lotrtensor.adapters.formats.tensors import INDEX_NAME, WEIGHTS_NAME
-from lotrtensor.errors import FormatError, UnsupportedAdapterError
+from lotrtensor.errors import FormatError, MissingPackageError, UnsupportedAdapterError
 
 SCHEME = "hf://"
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
@@ -85,7 +85,9 @@ def fetch(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     FormatError
-        If the address is wrong, huggingface_hub is not installed, or the files cannot be had.
+        If the address is wrong, or the files cannot be had.
+    MissingPackageError
+        If huggingface_hub is not installed.
     UnsupportedAdapterError
         If the repository has pickled weights only.
     """
@@ -93,7 +95,7 @@ def fetch(path: str | os.PathLike[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise FormatError(
+        raise MissingPackageError(
             f"{address} needs the package huggingface_hub; install it with: "
             "pip install 'lotrtensor[hub]'"
         ) from error

@@ -11,9 +11,24 @@ from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME, check_exists, read
 from lotrtensor.adapters.hub import DIFFUSERS_NAME, fetch, is_remote
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.errors import FormatError
+from lotrtensor.errors import FormatError, UnsupportedAdapterError
 
 Adapter = LoraAdapter | LotrAdapter
+
+
+def check_adapter(adapter: object) -> None:
+    """Refuse what is no adapter.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        Saying what was found.
+    """
+    if not isinstance(adapter, LoraAdapter | LotrAdapter):
+        raise UnsupportedAdapterError(
+            f"expected a LoraAdapter or a LotrAdapter, found a {type(adapter).__name__}: "
+            "load(path) reads one"
+        )
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from lotrtensor.adapters.formats.tensors import FLOATS
-from lotrtensor.errors import DataError, RankError
+from lotrtensor.errors import OptionError, RankError
 
 _UNITS = {
     "": 1,
@@ -26,13 +26,13 @@ def check_dtype(dtype: np.dtype | str) -> np.dtype:
 
     Raises
     ------
-    DataError
+    OptionError
         If it is not one of float32, float16, bfloat16 and float64.
     """
     found = next((known for known in FLOATS if str(dtype) == known.name), None)
     if found is None:
         names = ", ".join(known.name for known in FLOATS)
-        raise DataError(f"dtype is {str(dtype)!r}; expected one of {names}")
+        raise OptionError(f"dtype is {str(dtype)!r}; expected one of {names}")
     return found
 
 

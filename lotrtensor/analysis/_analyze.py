@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule
@@ -25,10 +25,12 @@ from lotrtensor.analysis.sharing import kind_overlaps, layer_label, module_rows,
 from lotrtensor.analysis.steps import steps
 from lotrtensor.core.arrays import to_numpy
 from lotrtensor.core.fit.reduced_stack import ReducedStack
+from lotrtensor.core.options import check_number
 from lotrtensor.core.ranks.goal import Goal
 from lotrtensor.core.rates import rate_points
 from lotrtensor.core.slice_svd import SliceSvd
 from lotrtensor.core.subspaces import Subspaces, chance, leading_subspaces, overlaps
+from lotrtensor.errors import OptionError
 from lotrtensor.verbs._fit_groups import Progress
 from lotrtensor.verbs._sources import lora_groups
 
@@ -71,6 +73,8 @@ def analyze(
     times the smallest possible; `convert` refines by HOOI. The recommended size is converted and
     measured.
     """
+    check_adapter(adapter)
+    shares = _check_shares(shares)
     lora = adapter.to_lora() if isinstance(adapter, LotrAdapter) else adapter
     members = lora_groups(lora, "type")
     report = _Stages(progress, len(members) + 4)
@@ -106,6 +110,12 @@ def analyze(
         left_overlap=left,
         right_overlap=right,
     )
+
+
+def _check_shares(shares: Sequence[float]) -> list[float]:
+    if not isinstance(shares, Sequence) or isinstance(shares, str | bytes):
+        raise OptionError(f"shares is {shares!r}; expected numbers, in percent of the bytes")
+    return [check_number(share, "a share") for share in shares]
 
 
 class _Stages:

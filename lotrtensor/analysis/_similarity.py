@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from lotrtensor.adapters.grouping import module_kind
-from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.analysis.rows import Similarity
 from lotrtensor.core.similarity import inner
 from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.errors import OptionError
 from lotrtensor.verbs._compare import lora_factors
 
 Factors = dict[str, LowRankStack]
@@ -33,6 +34,10 @@ def similarity(adapters: Sequence[Adapter]) -> Similarity:
     Similarity
         Cosines of every two, over all modules and by kind.
     """
+    if not isinstance(adapters, Sequence) or not adapters:
+        raise OptionError(f"adapters is a {type(adapters).__name__}; expected at least one adapter")
+    for adapter in adapters:
+        check_adapter(adapter)
     factors = [lora_factors(adapter) for adapter in adapters]
     norms2 = [_by_kind({n: float(s.norms2()[0]) for n, s in f.items()}) for f in factors]
     kinds = sorted({kind for found in norms2 for kind in found})

@@ -8,6 +8,7 @@ import numpy as np
 from array_api_compat import (
     array_namespace,
     device,
+    is_array_api_obj,
     is_numpy_namespace,
     is_torch_namespace,
     to_device,
@@ -32,6 +33,8 @@ def namespace(*arrays: Array) -> Namespace:
         If an argument is no array, or the arrays belong to different libraries.
     """
     try:
+        if not all(map(is_array_api_obj, arrays)):
+            raise TypeError  # array_namespace passes over None and Python's numbers
         return array_namespace(*arrays)
     except TypeError as error:
         found = ", ".join(sorted({type(a).__module__ + "." + type(a).__name__ for a in arrays}))

@@ -10,6 +10,8 @@ from lotrtensor.core.arrays import as_working, to_numpy
 from lotrtensor.core.fit.certificate import Tucker2Fit
 from lotrtensor.core.fit.tucker2_fit import Method, tucker2
 from lotrtensor.core.linalg import orthonormal_basis
+from lotrtensor.core.operands import Operand, as_stack
+from lotrtensor.core.options import check_integer
 from lotrtensor.core.ranks.goal import Rank, check_rank
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
@@ -41,7 +43,7 @@ class Clustering:
 
 
 def cluster(
-    stack: LowRankStack,
+    stack: Operand,
     clusters: int,
     rank: Rank,
     *,
@@ -58,8 +60,8 @@ def cluster(
 
     Parameters
     ----------
-    stack : LowRankStack
-        K slices.
+    stack : LowRankStack, Tucker2 or list of pairs (B_k, A_k)
+        K slices of thin factors.
     clusters : int
         How many bases, at most K.
     rank : int or (int, int)
@@ -89,11 +91,18 @@ def cluster(
     (Bradley and Mangasarian, "k-Plane clustering", J. Global Optim. 16 (2000)). A round costs one
     fit and one residual a cluster.
     """
+    stack = as_stack(stack)
     if not isinstance(stack, LowRankStack):
-        raise DataError(f"the stack is a {type(stack).__name__}; clusters need a LowRankStack")
+        raise DataError(
+            f"the stack is a {type(stack).__name__}; clusters need thin factors: a LowRankStack, "
+            "a list of pairs (B_k, A_k) or a Tucker2"
+        )
     slices = stack.shape[0]
     if not isinstance(clusters, int | np.integer) or not 1 <= clusters <= slices:
         raise RankError(f"clusters is {clusters!r}; expected between 1 and the {slices} slices")
+    restarts = check_integer(restarts, "restarts", 0)
+    max_rounds = check_integer(max_rounds, "max_rounds", 0)
+    seed = check_integer(seed, "seed", 0)
     pair = check_rank(rank, stack.max_rank)
     rng = np.random.default_rng(seed)
     starts = [np.arange(slices) * clusters // slices]

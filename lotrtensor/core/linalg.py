@@ -64,9 +64,9 @@ def gram_root(x: Array) -> Array:
     wide = as_accumulator(x)
     if wide.dtype == x.dtype:
         return np.linalg.qr(x, mode="r") if is_numpy_namespace(xp) else xp.linalg.qr(x)[1]
-    energies, vectors = xp.linalg.eigh(xp.matrix_transpose(wide) @ wide)
-    energies = xp.where(energies > 0, energies, xp.zeros_like(energies))
-    return xp.astype(xp.sqrt(energies)[..., :, None] * xp.matrix_transpose(vectors), x.dtype)
+    values2, vectors = xp.linalg.eigh(xp.matrix_transpose(wide) @ wide)
+    values2 = xp.where(values2 > 0, values2, xp.zeros_like(values2))
+    return xp.astype(xp.sqrt(values2)[..., :, None] * xp.matrix_transpose(vectors), x.dtype)
 
 
 def leading_eigenvectors(gram: Array, rank: int) -> Array:
@@ -111,11 +111,11 @@ def leading_left(x: Array, rank: int, *, squared: bool) -> tuple[Array, Array]:
         return orthonormal_basis(vectors) if completed else vectors, values
     gram = x @ x.T
     if is_numpy_namespace(xp) and a > LARGE:
-        energies, vectors = scipy.linalg.eigh(
+        values2, vectors = scipy.linalg.eigh(
             gram, subset_by_index=(a - rank, a - 1), check_finite=False, overwrite_a=True
         )
     else:
-        energies, vectors = xp.linalg.eigh(gram)
-        energies, vectors = energies[a - rank :], vectors[:, a - rank :]
-    energies = xp.where(energies > 0, energies, xp.zeros_like(energies))
-    return orthonormal_basis(xp.flip(vectors, axis=1)), xp.flip(xp.sqrt(energies), axis=0)
+        values2, vectors = xp.linalg.eigh(gram)
+        values2, vectors = values2[a - rank :], vectors[:, a - rank :]
+    values2 = xp.where(values2 > 0, values2, xp.zeros_like(values2))
+    return orthonormal_basis(xp.flip(vectors, axis=1)), xp.flip(xp.sqrt(values2), axis=0)

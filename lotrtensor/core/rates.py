@@ -12,12 +12,15 @@ from lotrtensor.core.fit.hosvd import hosvd
 from lotrtensor.core.fit.reduced_stack import ReducedStack
 from lotrtensor.core.fit.reduction import reduce_stack
 from lotrtensor.core.fit.tucker2_fit import Method, check_method
+from lotrtensor.core.operands import Operand, as_stack
+from lotrtensor.core.options import check_integer, check_number
 from lotrtensor.core.ranks.curve import pair_at
 from lotrtensor.core.ranks.terms import rank_one_terms, truncation_error, uniform_ranks
 from lotrtensor.core.slice_svd import slice_svds
 from lotrtensor.core.squared_error import relative_errors
 from lotrtensor.core.stacks.low_rank import LowRankStack
-from lotrtensor.core.stacks.protocol import SliceStack, check_stack
+from lotrtensor.core.stacks.protocol import SliceStack
+from lotrtensor.errors import OptionError
 
 
 class RatePoint(NamedTuple):
@@ -50,7 +53,7 @@ class Spectra(NamedTuple):
 
 
 def rate_distortion(
-    stack: SliceStack,
+    stack: Operand,
     *,
     slice_ranks: Sequence[int] | None = None,
     tolerance: float = 0.01,
@@ -60,7 +63,7 @@ def rate_distortion(
 
     Parameters
     ----------
-    stack : SliceStack
+    stack : SliceStack, Tucker2, array (K, m, n) or list of pairs (B_k, A_k)
         K slices ΔW_k.
     slice_ranks : sequence of int, optional
         Ranks r_k of the slices: a core then costs min(p q, r_k (p + q)), as it is stored.
@@ -79,11 +82,20 @@ def rate_distortion(
     In the bases of the HOSVD the energy that ranks (p, q) keep is the sum of Σ_k G_k² over the
     p × q corner, so that cumulative sums price all pairs at once.
     """
-    check_stack(stack)
+    stack = as_stack(stack)
     kind, _ = check_method(method)
+    tolerance = check_number(tolerance, "tolerance")
+    if slice_ranks is not None:
+        slice_ranks = _check_slice_ranks(slice_ranks, stack.shape[0])
     reduction = reduce_stack(stack, kind=kind, tolerance=tolerance)
     reduced = ReducedStack(stack, reduction, slice_ranks=slice_ranks)
     return rate_points(reduced, range(len(reduced.curve.parameters)))
+
+
+def _check_slice_ranks(slice_ranks: Sequence[int], slices: int) -> list[int]:
+    if not isinstance(slice_ranks, Sequence) or len(slice_ranks) != slices:
+        raise OptionError(f"slice_ranks is {slice_ranks!r}; expected {slices}, one a slice")
+    return [check_integer(r, f"rank of slice {k}", 1) for k, r in enumerate(slice_ranks)]
 
 
 def rate_points(reduced: ReducedStack, points: Iterable[int]) -> tuple[RatePoint, ...]:
@@ -130,7 +142,7 @@ def truncation_curve(
         return tuple(points)
     terms = rank_one_terms(spectra, costs)
     sizes = np.cumsum([sum(costs)] + [costs[k] for k, _ in terms])
-    lost2 = np.concatenate([np.cumsum([energy for _, energy in terms][::-1])[::-1], [0.0]])
+    lost2 = np.concatenate([np.cumsum([value2 for _, value2 in terms][::-1])[::-1], [0.0]])
     norm2 = sum(float(np.sum(values**2)) for values in spectra)
     return tuple(
         SizePoint(int(size), float(error))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 
-from lotrtensor.core.arrays import Array, as_accumulator, namespace
+from lotrtensor.core.arrays import Array, as_accumulator, check_real_floating, namespace
 from lotrtensor.core.linalg import orthonormal_basis
+from lotrtensor.core.operands import Operand, as_stack
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.stacks.protocol import SliceStack
-from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import DataError, ShapeError
-
-Operand = SliceStack | Tucker2
 
 
 def inner(a: Operand, b: Operand) -> float:
@@ -22,8 +20,8 @@ def inner(a: Operand, b: Operand) -> float:
 
     Parameters
     ----------
-    a, b : SliceStack or Tucker2
-        Operands of one shape (K, m, n).
+    a, b : SliceStack, Tucker2, array or list of pairs
+        Operands of one shape (K, m, n); see `as_stack`.
 
     Returns
     -------
@@ -35,9 +33,11 @@ def inner(a: Operand, b: Operand) -> float:
     ShapeError
         If K, m or n differ.
     """
-    if a.shape != b.shape:
-        raise ShapeError(f"stacks of (K, m, n) = {a.shape} and {b.shape} have no inner product")
-    first, second = _as_stack(a), _as_stack(b)
+    first, second = as_stack(a), as_stack(b)
+    if first.shape != second.shape:
+        raise ShapeError(
+            f"stacks of (K, m, n) = {first.shape} and {second.shape} have no inner product"
+        )
     if isinstance(second, LowRankStack) and not isinstance(first, LowRankStack):
         first, second = second, first
     return math.fsum(_slice_inner(first, second, k) for k in range(first.shape[0]))
@@ -48,15 +48,15 @@ def norm(a: Operand) -> float:
 
     Parameters
     ----------
-    a : SliceStack or Tucker2
-        Thin factors stay thin; whole slices are read once.
+    a : SliceStack, Tucker2, array or list of pairs
+        See `as_stack`. Thin factors stay thin; whole slices are read once.
 
     Returns
     -------
     float
         The norm.
     """
-    norms2 = _as_stack(a).norms2()
+    norms2 = as_stack(a).norms2()
     return math.sqrt(float(namespace(norms2).sum(norms2)))
 
 
@@ -68,15 +68,15 @@ def cosine_similarity(a: Operand, b: Operand) -> float:
 
     Parameters
     ----------
-    a, b : SliceStack or Tucker2
-        Operands of one shape (K, m, n).
+    a, b : SliceStack, Tucker2, array or list of pairs
+        Operands of one shape (K, m, n); see `as_stack`.
 
     Returns
     -------
     float
         Between −1 and 1, but for rounding.
     """
-    first, second = _in_range(_as_stack(a)), _in_range(_as_stack(b))
+    first, second = _in_range(as_stack(a)), _in_range(as_stack(b))
     scale = norm(first) * norm(second)
     return inner(first, second) / scale if scale else 0.0
 
@@ -107,6 +107,9 @@ def principal_angles(a: Array, b: Array) -> Array:
     keeps them accurate (Björck and Golub, Math. Comp. 27 (1973); Knyazev and Argentati, SIAM J.
     Sci. Comput. 23 (2002)).
     """
+    namespace(a, b)
+    for x in (a, b):
+        check_real_floating(x, "a basis")
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0]:
         raise ShapeError(
             f"bases have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected (m, p) and (m, p')"
@@ -146,10 +149,6 @@ def subspace_overlap(a: Array, b: Array) -> float:
     """
     xp = namespace(a, b)
     return float(xp.mean(xp.cos(principal_angles(a, b)) ** 2))
-
-
-def _as_stack(a: Operand) -> SliceStack:
-    return a.to_low_rank() if isinstance(a, Tucker2) else a
 
 
 def _in_range(stack: SliceStack) -> SliceStack:

@@ -18,12 +18,13 @@ from lotrtensor.core.arrays import (
     namespace,
 )
 from lotrtensor.core.linalg import largest_entry
+from lotrtensor.core.stacks.algebra import LinearOperators
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import DataError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
-class Tucker2:
+class Tucker2(LinearOperators):
     """The Tucker-2 format: slice k is ``left @ core[k] @ right.T``.
 
     Parameters
@@ -149,15 +150,8 @@ class Tucker2:
             xp.concat([self.right, other.right], axis=1),
         )
 
-    def __mul__(self, factor: float) -> Tucker2:
-        """Every slice times a number."""
+    def _times(self, factor: float) -> Tucker2:
         return Tucker2(self.left, self.core * factor, self.right)
-
-    __rmul__ = __mul__
-
-    def __sub__(self, other: Tucker2) -> Tucker2:
-        """The difference, kept like a sum."""
-        return self + other * -1.0
 
     def orthogonalised(self) -> Tucker2:
         """The same slices with orthonormal U and V, in the widest type of the library.

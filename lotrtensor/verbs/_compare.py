@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lotrtensor.adapters.grouping import layer_order
-from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
@@ -54,6 +54,8 @@ def compare(a: Adapter, b: Adapter) -> Difference:
     FormatError
         If a module has unlike shapes in the two: they belong to different base models.
     """
+    check_adapter(a)
+    check_adapter(b)
     first, second = lora_factors(a), lora_factors(b)
     rows, whole = [], SquaredError()
     for name in sorted(first.keys() | second.keys(), key=layer_order):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lotrtensor.adapters.formats.native import COMMON_FIELDS
-from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.sizes import check_dtype
@@ -79,12 +79,13 @@ def convert(
     tolerance or budget is shared out among the groups by energy per parameter, on the convex
     hulls of their rate–distortion curves.
     """
+    check_adapter(adapter)
     if not isinstance(adapter, LoraAdapter):
         raise UnsupportedAdapterError(
             "the adapter is in LoTR form already; expected a LoRA: truncate it, or export it first"
         )
     asked = Asked(rank, tolerance, energy, budget)
-    unasked = asked == Asked()
+    unasked = asked.nothing
     if unasked:
         asked = Asked(budget=DEFAULT_BUDGET)
     members = lora_groups(adapter, group_by)

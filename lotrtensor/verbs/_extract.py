@@ -27,7 +27,7 @@ from lotrtensor.core.slice_svd import dense_svd
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.dense import LazyStack
 from lotrtensor.core.tucker2 import Tucker2
-from lotrtensor.errors import DataError, FormatError, LotrWarning
+from lotrtensor.errors import FormatError, LotrWarning, OptionError
 from lotrtensor.verbs._fit_groups import WIDEST, Progress, fit_groups, warn_unconverged
 from lotrtensor.verbs._goals import (
     Allocation,
@@ -130,7 +130,7 @@ def extract(
     linear layers.
     """
     if form not in ("lotr", "lora"):
-        raise DataError(f"form is {form!r}; expected 'lotr' or 'lora'")
+        raise OptionError(f"form is {form!r}; expected 'lotr' or 'lora'")
     check_allocation(allocation, lora=form == "lora")
     deltas = compare_checkpoints(open_checkpoint(Path(base)), open_checkpoint(Path(tuned)), modules)
     if deltas.others:

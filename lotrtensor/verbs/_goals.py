@@ -10,7 +10,7 @@ import numpy as np
 
 from lotrtensor.adapters.sizes import budget_parameters
 from lotrtensor.core.ranks.goal import UNLIMITED, Goal, Rank, make_goal
-from lotrtensor.errors import RankError
+from lotrtensor.errors import OptionError, RankError
 from lotrtensor.verbs._sources import SourceGroup
 
 Allocation = Literal["optimal", "uniform"]
@@ -24,6 +24,11 @@ class Asked:
     tolerance: float | None = None
     energy: float | None = None
     budget: int | str | None = None
+
+    @property
+    def nothing(self) -> bool:
+        """Whether no goal is given."""
+        return all(x is None for x in (self.rank, self.tolerance, self.energy, self.budget))
 
     def goal(
         self, itemsize: int, source_bytes: int, smallest: int, largest: tuple[int, int]
@@ -113,10 +118,10 @@ def check_allocation(allocation: str, *, lora: bool) -> None:
 
     Raises
     ------
-    RankError
+    OptionError
         If it is neither ``"optimal"`` nor ``"uniform"``, or ``"uniform"`` for a LoTR.
     """
-    if allocation not in ("optimal", "uniform"):
-        raise RankError(f"allocation is {allocation!r}; expected 'optimal' or 'uniform'")
+    if not isinstance(allocation, str) or allocation not in ("optimal", "uniform"):
+        raise OptionError(f"allocation is {allocation!r}; expected 'optimal' or 'uniform'")
     if allocation == "uniform" and not lora:
-        raise RankError("allocation is 'uniform', which a LoRA can have; expected 'optimal'")
+        raise OptionError("allocation is 'uniform', which a LoRA can have; expected 'optimal'")

@@ -9,7 +9,7 @@ from typing import overload
 
 import numpy as np
 
-from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule
@@ -98,8 +98,9 @@ def truncate(
     Raises
     ------
     RankError
-        If the goal is out of range, or not exactly one is given, or ``allocation`` is unknown or
-        ``"uniform"`` for a LoTR.
+        If the goal is out of range, or not exactly one is given.
+    OptionError
+        If ``allocation`` is unknown, or ``"uniform"`` for a LoTR.
 
     Notes
     -----
@@ -111,6 +112,7 @@ def truncate(
     asked = Asked(rank, tolerance, energy, budget)
     if isinstance(adapter, Tucker2):
         return _truncate_tucker2(adapter, asked)
+    check_adapter(adapter)
     if isinstance(adapter, LoraAdapter):
         goal = _lora_goal(adapter, asked)
         modules = lower_ranks(_updates(adapter), goal, adapter.dtype, allocation)

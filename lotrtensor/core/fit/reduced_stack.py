@@ -17,7 +17,7 @@ from lotrtensor.core.fit.solve import Solution, Solver, solve
 from lotrtensor.core.ranks.curve import (
     Frontier,
     efficient_pairs,
-    energies_outside,
+    outside2,
     pair_at,
     tucker2_parameters,
 )
@@ -93,8 +93,8 @@ class ReducedStack:
     @cached_property
     def truncated2(self) -> np.ndarray:
         """Squared error of the truncated HOSVD of ranks (p, q) at [p − 1, q − 1] (a × b)."""
-        energy = sum(self._slice_energies(), np.zeros(()))
-        return energies_outside(energy) + self.reduction.lost2
+        core2 = sum(self._cores2(), np.zeros(()))
+        return outside2(core2) + self.reduction.lost2
 
     @cached_property
     def curve(self) -> Frontier:
@@ -142,11 +142,11 @@ class ReducedStack:
         """Squared error of every slice of the truncated HOSVD at every pair, (len(pairs), K)."""
         found = np.empty((len(pairs), self.shape[0]))
         rows, columns = (np.array([pair[side] - 1 for pair in pairs]) for side in (0, 1))
-        for k, energy in enumerate(self._slice_energies()):
+        for k, core2 in enumerate(self._cores2()):
             # Only the exact reduction sees all of a slice.
-            beyond2 = max(float(self.norms2[k] - energy.sum()), 0.0)
+            beyond2 = max(float(self.norms2[k] - core2.sum()), 0.0)
             lost2 = beyond2 if self.reduction.lost2 else 0.0
-            found[:, k] = energies_outside(energy)[rows, columns] + lost2
+            found[:, k] = outside2(core2)[rows, columns] + lost2
         return found
 
     def solve(self, pair: Pair) -> Solution:
@@ -182,7 +182,8 @@ class ReducedStack:
 
     def directions(self, count: int) -> tuple[Array, Array]:
         """The leading ``count`` left (m × c) and right (n × c) singular vectors of the stack."""
-        return self.reduction.expand(self.hosvd.left[:, :count], self.hosvd.right[:, :count])
+        a, b = self.nearest((count, count))
+        return self.reduction.expand(self.hosvd.left[:, :a], self.hosvd.right[:, :b])
 
     def part(self, members: Sequence[int], widest: Pair) -> ReducedStack:
         """The slices ``members`` of a stack of thin factors, by a small problem of their own.
@@ -198,7 +199,7 @@ class ReducedStack:
         ranks = None if self.slice_ranks is None else [self.slice_ranks[k] for k in members]
         return ReducedStack(stack.take(members), reduction, slice_ranks=ranks, solver=self.solver)
 
-    def _slice_energies(self) -> Iterator[np.ndarray]:
+    def _cores2(self) -> Iterator[np.ndarray]:
         """Squared entries of the cores UᵀΔW_kV (a × b), U and V those of the HOSVD.
 
         One core at a time: all K of them can be larger than thin factors by far.

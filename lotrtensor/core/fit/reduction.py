@@ -186,7 +186,11 @@ def _refined(
     """The problem at just ``rank``, refined from the wider one; its bounds are kept."""
     left, right = wide.left, wide.right
     rounds = (options["max_passes"] - wide.passes - 1) // 2
-    if left is None or right is None or rank == (left.shape[1], right.shape[1]) or rounds < 1:
+    if left is None or right is None or rounds < 1:
+        return wide
+    # Blocks as wide as the stack hold all of it: the small problem is equal to it, and is solved to
+    # the end, where a refinement would stop at `REFINEMENT_RTOL`.
+    if (left.shape[1], right.shape[1]) in (rank, stack.max_rank):
         return wide
     full = hosvd(wide.small)
     xp = namespace(left)
@@ -198,7 +202,7 @@ def _refined(
         stack,
         (left, right),
         (start[0], start[1]),
-        energy=(1.0 - wide.history[-1] ** 2) * wide.norm2,
+        start2=(1.0 - wide.history[-1] ** 2) * wide.norm2,
         norm2=wide.norm2,
         rtol=REFINEMENT_RTOL,
         max_rounds=rounds,

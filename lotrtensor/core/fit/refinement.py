@@ -33,7 +33,7 @@ def refine(
     blocks: tuple[Array, Array],
     start: tuple[Array, Array],
     *,
-    energy: float,
+    start2: float,
     norm2: float,
     rtol: float,
     max_rounds: int,
@@ -55,7 +55,7 @@ def refine(
         Orthonormal U_b and V_c.
     start : array (m, p), array (n, q)
         Orthonormal U and V to start from.
-    energy : float
+    start2 : float
         What ``start`` captures, Σ_k ‖UᵀΔW_k V‖².
     norm2 : float
         Σ_k ‖ΔW_k‖².
@@ -70,7 +70,7 @@ def refine(
     """
     (left_block, right_block), (left, right) = blocks, start
     floor = float(namespace(left).finfo(left.dtype).eps) * norm2
-    captured = [energy]
+    captured = [start2]
     while True:
         sweep = stack.sweep(left_block, right)
         left = left_block @ _leading(sweep.core, left.shape[1])

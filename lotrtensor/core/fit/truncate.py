@@ -5,8 +5,10 @@ from __future__ import annotations
 from lotrtensor.core.fit.reduced_stack import ReducedStack
 from lotrtensor.core.fit.reduction import reduce_stack
 from lotrtensor.core.fit.tucker2_fit import fit_goal
+from lotrtensor.core.options import check_flag
 from lotrtensor.core.ranks.goal import Goal, Rank, make_goal
 from lotrtensor.core.tucker2 import Tucker2
+from lotrtensor.errors import DataError
 
 
 def truncate_tucker2(
@@ -46,6 +48,9 @@ def truncate_tucker2(
     With QRs U = Q_U T_U and V = Q_V T_V the cores T_U G_k T_Vᵀ are an equal K × p × q problem, so
     that m and n cost two QRs each time.
     """
+    if not isinstance(tucker2, Tucker2):
+        raise DataError(f"expected a Tucker2, found a {type(tucker2).__name__}")
+    refine = check_flag(refine, "refine")
     goal = make_goal(rank, tolerance, energy, parameters, largest=tucker2.max_rank)
     return truncate_to_goal(tucker2, goal, refine=refine)
 

@@ -14,18 +14,20 @@ from lotrtensor.core.fit.certificate import Tucker2Fit, certify
 from lotrtensor.core.fit.reduced_stack import ReducedStack
 from lotrtensor.core.fit.reduction import reduce_stack
 from lotrtensor.core.fit.solve import Solver
+from lotrtensor.core.operands import Operand, as_stack
+from lotrtensor.core.options import check_integer
 from lotrtensor.core.ranks.allocation import allocate_parameters
 from lotrtensor.core.ranks.curve import pair_at
 from lotrtensor.core.ranks.goal import Goal, Rank, make_goal
 from lotrtensor.core.ranks.tolerance import fit_within
-from lotrtensor.core.stacks.protocol import SliceStack, check_stack
-from lotrtensor.errors import DataError, LotrWarning
+from lotrtensor.core.stacks.protocol import SliceStack
+from lotrtensor.errors import LotrWarning, OptionError
 
 Weights = Sequence[float] | Literal["equal"]
 
 
 def tucker2(
-    stack: SliceStack,
+    stack: Operand,
     rank: Rank | None = None,
     *,
     tolerance: float | None = None,
@@ -43,8 +45,8 @@ def tucker2(
 
     Parameters
     ----------
-    stack : SliceStack
-        K slices ΔW_k of shape m × n: a `LowRankStack`, `DenseStack` or `LazyStack`.
+    stack : SliceStack, Tucker2, array (K, m, n) or list of pairs (B_k, A_k)
+        K slices ΔW_k of shape m × n; see `as_stack`.
     rank : int or (int, int), optional
         Left and right rank (p, q); one number stands for both.
     tolerance : float, optional
@@ -81,8 +83,9 @@ def tucker2(
         If a rank is below 1 or larger than the stack can need, a tolerance or energy lies outside
         (0, 1) or is out of reach, ``parameters`` are below the smallest decomposition, or none or
         more than one of them is given.
-    DataError
-        If the weights are not K positive finite numbers, or the method is unknown.
+    OptionError
+        If the weights are not K positive finite numbers, or the method, dtype, seed or max_passes
+        are none.
 
     Warns
     -----
@@ -109,15 +112,14 @@ def tucker2(
     >>> fit.tucker2.rank, bool(fit.relative_error < 1e-12)
     ((8, 8), True)
     """
-    check_stack(stack)
+    stack = as_stack(stack)
     if dtype is not None:
         _check_dtype(stack, dtype)
-    if not isinstance(seed, int | np.integer) or seed < 0:
-        raise DataError(f"seed is {seed!r}; expected an integer of at least 0")
+    seed = check_integer(seed, "seed", 0)
     goal = make_goal(rank, tolerance, energy, parameters, largest=stack.max_rank)
     kind, solver = check_method(method)
-    if max_passes is not None and not (isinstance(max_passes, int) and max_passes >= 1):
-        raise DataError(f"max_passes is {max_passes!r}; expected an integer of at least 1")
+    if max_passes is not None:
+        max_passes = check_integer(max_passes, "max_passes", 1)
     size = stack.magnitude()
     if size and not 1e-60 < size < 1e60:
         # Squares would leave the range of float64: fit the stack brought to size 1.
@@ -190,11 +192,11 @@ def check_method(method: str) -> tuple[Kind, Solver]:
 
     Raises
     ------
-    DataError
+    OptionError
         If there is no such method.
     """
     if not isinstance(method, str) or method not in METHODS:
-        raise DataError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+        raise OptionError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
     return METHODS[method]
 
 
@@ -203,7 +205,7 @@ def slice_weights(stack: SliceStack, weights: Weights | None) -> np.ndarray | No
 
     Raises
     ------
-    DataError
+    OptionError
         If ``weights`` are not K positive finite numbers.
     """
     if weights is None:
@@ -211,17 +213,21 @@ def slice_weights(stack: SliceStack, weights: Weights | None) -> np.ndarray | No
     slices = stack.shape[0]
     if isinstance(weights, str):
         if weights != "equal":
-            raise DataError(f"weights is {weights!r}; expected numbers or 'equal'")
+            raise OptionError(f"weights is {weights!r}; expected numbers or 'equal'")
         norms = np.sqrt(to_numpy(stack.norms2()))
         return 1.0 / np.where(norms > 0, norms, 1.0)
     try:
         scales = np.asarray(weights, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(f"weights are {weights!r}; expected {slices} numbers or 'equal'") from error
+        raise OptionError(
+            f"weights are {weights!r}; expected {slices} numbers or 'equal'"
+        ) from error
     if scales.shape != (slices,) or not (np.isfinite(scales).all() and (scales > 0).all()):
-        raise DataError(f"weights are {weights!r}; expected {slices} positive finite numbers")
+        raise OptionError(f"weights are {weights!r}; expected {slices} positive finite numbers")
     if not (scales.min() > 1e-100 and scales.max() < 1e100):
-        raise DataError("weights are outside 1e-100 … 1e100, where their squares lose their range")
+        raise OptionError(
+            "weights are outside 1e-100 … 1e100, where their squares lose their range"
+        )
     return scales
 
 
@@ -230,7 +236,7 @@ def _check_dtype(stack: SliceStack, dtype: Any) -> None:
     try:
         cast = namespace(like).astype(like, dtype)
     except (TypeError, AttributeError, ValueError) as error:
-        raise DataError(
+        raise OptionError(
             f"dtype is {dtype!r}; expected a real floating dtype of {namespace(like).__name__}"
         ) from error
     check_real_floating(cast, "dtype")

@@ -50,16 +50,16 @@ def tucker2_parameters(
     return np.asarray(np.multiply(m, p) + np.multiply(n, q) + cores)
 
 
-def energies_outside(energy: np.ndarray) -> np.ndarray:
+def outside2(core2: np.ndarray) -> np.ndarray:
     """Squared error of keeping the leading (p, q) corner of every core, for all p and q at once.
 
-    ``energy`` (a × b) is Σ_k of the squared entries of the cores. Entry [p − 1, q − 1] of the
+    ``core2`` (a × b) is Σ_k of the squared entries of the cores. Entry [p − 1, q − 1] of the
     result is its sum outside the p × q corner, a sum of what is left out: nothing cancels. With
     orthonormal factors this is the error of the truncated decomposition.
     """
-    right_of = np.cumsum(energy[:, ::-1], axis=1)[:, ::-1]
-    right_of = np.concatenate([right_of[:, 1:], np.zeros((energy.shape[0], 1))], axis=1)
-    rows = energy.sum(axis=1)
+    right_of = np.cumsum(core2[:, ::-1], axis=1)[:, ::-1]
+    right_of = np.concatenate([right_of[:, 1:], np.zeros((core2.shape[0], 1))], axis=1)
+    rows = core2.sum(axis=1)
     below = np.concatenate([np.cumsum(rows[::-1])[::-1][1:], [0.0]])
     lost: np.ndarray = np.cumsum(right_of, axis=0) + below[:, None]
     return lost

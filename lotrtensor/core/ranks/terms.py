@@ -107,7 +107,7 @@ def rank_one_terms(spectra: Sequence[np.ndarray], costs: Sequence[int]) -> list[
         for k, (values, cost) in enumerate(zip(spectra, costs, strict=True))
         for i, value in enumerate(values[1:])
     ]
-    return [(k, energy) for _, k, _, energy in sorted(terms)]
+    return [(k, value2) for _, k, _, value2 in sorted(terms)]
 
 
 def _uniform(spectra: Sequence[np.ndarray]) -> list[list[int]]:
@@ -123,11 +123,11 @@ def _size(ranks: Sequence[int], costs: Sequence[int]) -> int:
 def _terms_by_cost(
     spectra: Sequence[np.ndarray], costs: Sequence[int]
 ) -> dict[int, list[tuple[int, float]]]:
-    """The terms beyond the first of every slice that hold energy, by cost, the largest first."""
+    """The terms beyond the first of every slice with any energy, by cost, the largest first."""
     terms: dict[int, list[tuple[int, float]]] = {cost: [] for cost in costs}
-    for k, energy in rank_one_terms(spectra, [1] * len(costs)):
-        if energy > 0.0:
-            terms[costs[k]].append((k, energy))
+    for k, value2 in rank_one_terms(spectra, [1] * len(costs)):
+        if value2 > 0.0:
+            terms[costs[k]].append((k, value2))
     return terms
 
 
@@ -136,7 +136,7 @@ def _left_out(terms: Sequence[tuple[int, float]]) -> np.ndarray:
 
     It falls with every term, for none is below the mean of those after it.
     """
-    lost2: np.ndarray = np.cumsum([0.0, *(energy for _, energy in reversed(terms))])[::-1]
+    lost2: np.ndarray = np.cumsum([0.0, *(value2 for _, value2 in reversed(terms))])[::-1]
     return lost2
 
 

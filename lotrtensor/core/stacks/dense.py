@@ -19,11 +19,12 @@ from lotrtensor.core.arrays import (
     namespace,
 )
 from lotrtensor.core.linalg import largest_entry, norm2
+from lotrtensor.core.stacks.algebra import LinearOperators
 from lotrtensor.core.stacks.protocol import SliceStack, Sweep, check_one_shape, check_stack
 from lotrtensor.errors import DataError, ShapeError
 
 
-class LazyStack:
+class LazyStack(LinearOperators):
     """K slices ΔW_k that are produced one at a time, so that memory holds one.
 
     Parameters
@@ -207,15 +208,8 @@ class LazyStack:
 
     __radd__ = __add__
 
-    def __sub__(self, other: SliceStack) -> LazyStack:
-        """Slice-wise difference, formed slice by slice."""
-        return self + other * -1.0
-
-    def __mul__(self, factor: float) -> LazyStack:
-        """Every slice times a number."""
+    def _times(self, factor: float) -> LazyStack:
         return self.scaled([factor] * self.shape[0])
-
-    __rmul__ = __mul__
 
 
 class DenseStack(LazyStack):

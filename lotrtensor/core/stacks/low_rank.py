@@ -18,13 +18,14 @@ from lotrtensor.core.arrays import (
     namespace,
 )
 from lotrtensor.core.linalg import gram_root, largest_entry, norms2, orthonormal_basis
+from lotrtensor.core.stacks.algebra import LinearOperators
 from lotrtensor.core.stacks.batches import batches, one_below_another, side_by_side
 from lotrtensor.core.stacks.factors import check_factors, listed
-from lotrtensor.core.stacks.protocol import SliceStack, Sweep, check_one_shape
+from lotrtensor.core.stacks.protocol import SliceStack, Sweep, check_one_shape, check_stack
 from lotrtensor.errors import ShapeError
 
 
-class LowRankStack:
+class LowRankStack(LinearOperators):
     """Slices ΔW_k = B_k A_k kept as thin factors; the ranks r_k may differ.
 
     Parameters
@@ -223,8 +224,9 @@ class LowRankStack:
 
     def __add__(self, other: SliceStack) -> Any:
         """Slice-wise sum; with another of thin factors, kept as factors of rank r_k + r'_k."""
+        check_stack(other)
         if not isinstance(other, LowRankStack):
-            return NotImplemented
+            return NotImplemented  # whole slices are formed by the other one
         check_one_shape(self, other)
         namespace(self.empty(), other.empty())
         pairs = [(self.factors(k), other.factors(k)) for k in range(self.shape[0])]
@@ -233,15 +235,8 @@ class LowRankStack:
             [self.xp.concat([a, a2], axis=0) for (_, a), (_, a2) in pairs],
         )
 
-    def __mul__(self, factor: float) -> LowRankStack:
-        """Every slice times a number."""
+    def _times(self, factor: float) -> LowRankStack:
         return self.scaled([factor] * self.shape[0])
-
-    __rmul__ = __mul__
-
-    def __sub__(self, other: SliceStack) -> Any:
-        """Slice-wise difference, kept like a sum."""
-        return self + other * -1.0
 
     def to_dense(self) -> Array:
         """The slices as one array (K × m × n)."""

@@ -114,8 +114,8 @@ def check_stack(stack: object) -> None:
     if not isinstance(stack, SliceStack):
         kind = f"{type(stack).__module__}.{type(stack).__name__}"
         raise DataError(
-            f"expected a stack of slices, found a {kind}: DenseStack(array) makes one of an array "
-            "(K, m, n), LowRankStack(B, A) of thin factors, to_low_rank() of a Tucker2"
+            f"expected a stack of slices, found a {kind}: as_stack makes one of an array "
+            "(K, m, n), of a list of pairs (B_k, A_k) or of a Tucker2"
         )
 
 
