@@ -364,10 +364,10 @@ def test_budgets_are_those_of_convert(lora, analysis):
 @pytest.mark.filterwarnings("ignore::lotrtensor.errors.LotrWarning")
 def test_groups_too_large_for_the_exact_problem(lora, analysis, monkeypatch, types_fit):
     """Looked at along leading directions: no better than it is, and no row beyond what was seen."""
-    monkeypatch.setattr(representations, "EXACT_FLOPS", 0)
+    monkeypatch.setattr(representations, "JOINED_FLOPS", 0)
     monkeypatch.setattr(representations, "JOINED", 12)
     if not types_fit:
-        monkeypatch.setattr("lotrtensor.core.fit.reduction.EXACT_FLOPS", 0)
+        monkeypatch.setattr("lotrtensor.core.fit.tuning.EXACT_FLOPS", 0)
         monkeypatch.setattr(representations, "WIDEST", 4)
     found = analyze(lora)
     names = {curve.representation for curve in found.curves}

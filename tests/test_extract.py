@@ -23,7 +23,7 @@ from lotrtensor import (
     load,
     merge,
 )
-from lotrtensor.core.fit import reduction
+from lotrtensor.core.fit import tuning
 from tests.adapters_fixtures import (
     DTYPES,
     Peft,
@@ -453,9 +453,9 @@ def test_options_that_nothing_answers_to(tmp_path, options, named):
 @pytest.mark.parametrize("form", ["lotr", "lora"])
 def test_fits_that_did_not_converge_are_told_once(tmp_path, monkeypatch, form):
     """One warning for all, with their number and the first names."""
-    monkeypatch.setattr(reduction, "EXACT_FLOPS", 0)
-    monkeypatch.setattr(reduction, "LAZY_PASSES", 1)
-    monkeypatch.setattr(reduction, "FACTOR_PASSES", 1)
+    monkeypatch.setattr(tuning, "EXACT_FLOPS", 0)
+    monkeypatch.setattr(tuning, "LAZY_PASSES", 1)
+    monkeypatch.setattr(tuning, "FACTOR_PASSES", 1)
     base, tuned, _, _ = pair(tmp_path, pattern="query|value|intermediate")
     with pytest.warns(LotrWarning) as told:
         extract(base, tuned, rank=1, form=form, group_by="none")

@@ -501,7 +501,7 @@ def test_the_svd_of_a_whole_matrix(shape, seed, width):
 @pytest.mark.parametrize(("width", "tolerance"), [(6, 0.0), (None, 0.1)])
 def test_the_svd_of_a_whole_matrix_by_block_iteration(monkeypatch, width, tolerance):
     """Where a full one would take too long: the same leading values."""
-    monkeypatch.setattr("lotrtensor.core.fit.reduction.EXACT_FLOPS", 0.0)
+    monkeypatch.setattr("lotrtensor.core.fit.tuning.EXACT_FLOPS", 0.0)
     rng = np.random.default_rng(0)
     u, v = orthogonal(rng, 120), orthogonal(rng, 90)
     values = 0.7 ** np.arange(90)

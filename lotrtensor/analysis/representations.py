@@ -14,8 +14,9 @@ from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.analysis.rows import AdapterPoint, Curve, CurvePoint, GroupPoint, Kind
 from lotrtensor.core.clusters import cluster
+from lotrtensor.core.fit import tuning
 from lotrtensor.core.fit.reduced_stack import ReducedStack
-from lotrtensor.core.fit.reduction import EXACT_FLOPS, exact_flops, reduce_between, reduce_stack
+from lotrtensor.core.fit.reduction import exact_flops, reduce_between, reduce_stack
 from lotrtensor.core.ranks.allocation import allocate_error, allocate_parameters, allocation_walk
 from lotrtensor.core.ranks.curve import pair_at
 from lotrtensor.core.ranks.goal import Goal
@@ -31,7 +32,8 @@ WIDEST = 512
 """Directions a side that are looked at where a group is too large for the exact problem."""
 
 SOLVED = 256
-"""Side of the small problems up to which all tolerances are solved for: seconds in all."""
+"""Side of the small problems up to which all tolerances are solved for. At this side a group takes
+0.2 s for each of about 15 pairs of ranks, and seven groups half a minute on one core."""
 
 POINTS = 96
 """Points of a curve, at most; a few more where it has gaps."""
@@ -301,7 +303,7 @@ def _joined(modules: Sequence[LoraModule], parts: Sequence[ReducedStack]) -> Red
     if len(parts) == 1:
         return parts[0]
     stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
-    if exact_flops(stack) <= EXACT_FLOPS:
+    if exact_flops(stack) <= JOINED_FLOPS:
         return ReducedStack(stack, reduce_stack(stack, kind="exact"), slice_ranks=stack.ranks)
     if not all(part.exact for part in parts):
         return None
@@ -310,6 +312,9 @@ def _joined(modules: Sequence[LoraModule], parts: Sequence[ReducedStack]) -> Red
     spaces = np.concatenate(lefts, axis=1), np.concatenate(rights, axis=1)
     return ReducedStack(stack, reduce_between(stack, *spaces), slice_ranks=stack.ranks)
 
+
+JOINED_FLOPS = tuning.EXACT_FLOPS
+"""What the exact reduction of all matrices of a shape may cost."""
 
 JOINED = 1024
 """Directions a side that the groups of one shape bring together."""

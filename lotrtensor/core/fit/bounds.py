@@ -7,11 +7,9 @@ import math
 import numpy as np
 
 from lotrtensor.core.arrays import Array, as_accumulator, constant, namespace, to_numpy
+from lotrtensor.core.fit import tuning
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.stacks.protocol import SliceStack
-
-LARGEST = 512
-"""Side of a Gram matrix up to which its spectrum costs no more than a few passes."""
 
 
 def discarded_energy(stack: SliceStack, rank: tuple[int, int]) -> float:
@@ -30,7 +28,7 @@ def discarded_energy(stack: SliceStack, rank: tuple[int, int]) -> float:
     Returns
     -------
     float
-        0, which is always true, unless the slices are thin factors with Σ_k r_k ≤ `LARGEST`.
+        0, which is always true, unless the slices are thin factors with Σ_k r_k ≤ `GRAM_SIDE`.
 
     Notes
     -----
@@ -38,7 +36,7 @@ def discarded_energy(stack: SliceStack, rank: tuple[int, int]) -> float:
     less the leading eigenvalues, so that errors below 1e-6 of the whole are left to the small
     problem, which measures them without cancellation.
     """
-    if not isinstance(stack, LowRankStack) or sum(stack.ranks) > LARGEST:
+    if not isinstance(stack, LowRankStack) or sum(stack.ranks) > tuning.GRAM_SIDE:
         return 0.0
     factors = (stack.left_factor(), stack.right_factor())
     return max(_tail2(factor, r) for factor, r in zip(factors, rank, strict=True))

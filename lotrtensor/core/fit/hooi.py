@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from lotrtensor.core.arrays import Array, namespace, to_numpy
+from lotrtensor.core.fit import tuning
 from lotrtensor.core.fit.convergence import still_to_come
 from lotrtensor.core.linalg import leading_left
 
@@ -44,8 +45,8 @@ def hooi(
     *,
     norm2: float,
     squared: bool,
-    rtol: float = 1e-6,
-    max_sweeps: int = 500,
+    rtol: float = tuning.RTOL,
+    max_sweeps: int = tuning.MAX_SWEEPS,
 ) -> Hooi:
     """Maximise the captured energy Σ_k ‖Uᵀ ΔW_k V‖² by turns over U and V.
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lotrtensor.core.arrays import Array, as_accumulator, namespace, to_numpy
+from lotrtensor.core.fit import tuning
 from lotrtensor.core.fit.bounds import discarded_energy
 from lotrtensor.core.fit.hosvd import hosvd
 from lotrtensor.core.fit.iteration import Iteration, block_iteration
@@ -21,27 +22,6 @@ from lotrtensor.core.tucker2 import Tucker2
 
 Kind = Literal["exact", "matrix-free", "projected"]
 """How a small problem came about: equal, from block iteration, or between given spaces."""
-
-EXACT_FLOPS = 2e11
-"""What the exact reduction may cost before ``auto`` goes matrix-free: seconds on two cores."""
-
-OVERSAMPLE = 8
-"""Columns that a block has beyond the rank wanted, at least."""
-
-FACTOR_PASSES = 30
-"""Passes over thin factors, at most."""
-
-FACTOR_RTOL = 1e-4
-"""Share of the squared error that a pass over thin factors must gain for another to follow."""
-
-REFINEMENT_RTOL = 1e-3
-"""The same for a round of refinement, two passes."""
-
-LAZY_RTOL = 3e-3
-"""The same where a pass costs the reading of all slices."""
-
-LAZY_PASSES = 5
-"""Passes over slices that are read on demand; the error of what is returned takes one more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,14 +108,14 @@ def reduce_stack(
         inner = reduce_stack(DenseStack(whole.core), rank, **options, **passes)
         return inner.inside(whole.left, whole.right)
     if kind == "auto":
-        affordable = not stack.lazy and exact_flops(stack) <= EXACT_FLOPS
+        affordable = not stack.lazy and exact_flops(stack) <= tuning.EXACT_FLOPS
         kind = "exact" if affordable else "matrix-free"
     if kind == "exact":
         left, small, right = stack.reduce()
         return Reduction("exact", left, small, right, to_numpy(small.norms2()))
     iteration: dict[str, Any] = {
-        "rtol": LAZY_RTOL if stack.lazy else FACTOR_RTOL,
-        "max_passes": max_passes or (LAZY_PASSES if stack.lazy else FACTOR_PASSES),
+        "rtol": tuning.LAZY_RTOL if stack.lazy else tuning.FACTOR_RTOL,
+        "max_passes": max_passes or (tuning.LAZY_PASSES if stack.lazy else tuning.FACTOR_PASSES),
         "seed": seed,
     }
     if rank is None:
@@ -169,7 +149,7 @@ def reduce_between(stack: LowRankStack, left: Array, right: Array) -> Reduction:
 
 def _wide_enough(stack: SliceStack, tolerance: float, options: dict[str, Any]) -> Reduction:
     """The small problem of blocks so wide that little of ``tolerance`` is lost outside."""
-    width, passes = (32, 32), 0
+    width, passes = (tuning.FIRST_WIDTH, tuning.FIRST_WIDTH), 0
     start: tuple[Array, Array] | None = None
     while True:
         found = block_iteration(stack, _block(stack, width), start=start, **options)
@@ -204,7 +184,7 @@ def _refined(
         (start[0], start[1]),
         start2=(1.0 - wide.history[-1] ** 2) * wide.norm2,
         norm2=wide.norm2,
-        rtol=REFINEMENT_RTOL,
+        rtol=tuning.REFINEMENT_RTOL,
         max_rounds=rounds,
     )
     return replace(
@@ -229,7 +209,7 @@ def _block(stack: SliceStack, rank: tuple[int, int]) -> tuple[int, int]:
     """
 
     def width(r: int, most: int) -> int:
-        return min(r + max(OVERSAMPLE, r if stack.lazy else r // 4), most)
+        return min(r + max(tuning.OVERSAMPLE, r if stack.lazy else r // 4), most)
 
     return width(rank[0], stack.max_rank[0]), width(rank[1], stack.max_rank[1])
 

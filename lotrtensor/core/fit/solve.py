@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal, NamedTuple
 
 from lotrtensor.core.arrays import Array, namespace
+from lotrtensor.core.fit import tuning
 from lotrtensor.core.fit.hooi import Hooi, hooi
 from lotrtensor.core.fit.hosvd import Hosvd
 from lotrtensor.core.linalg import leading_left
@@ -81,18 +82,14 @@ def _refine(
 
     The better of the two starts is taken, so that transposition changes nothing.
     """
-    if max(small.shape[1:]) > CHEAP:
+    if max(small.shape[1:]) > tuning.CHEAP:
         return hooi(small, right, rank, norm2=norm2, squared=squared)
-    options: dict[str, Any] = {"norm2": norm2, "squared": squared, "rtol": 1e-9}
+    options: dict[str, Any] = {"norm2": norm2, "squared": squared, "rtol": tuning.CHEAP_RTOL}
     from_right = hooi(small, right, rank, **options)
     turned = hooi(_Transposed(small), left, (rank[1], rank[0]), **options)
     if turned.history[-1] < from_right.history[-1]:
         return turned._replace(left=turned.right, right=turned.left)
     return from_right
-
-
-CHEAP = 128
-"""Largest side of a small problem whose sweeps cost little: HOOI runs twice, to the end."""
 
 
 class _Transposed:

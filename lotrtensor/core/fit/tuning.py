@@ -1,0 +1,49 @@
+"""The constants that a fit is tuned by, each with what was measured or where it comes from.
+
+Times are seconds of one core of a server CPU, for LoRAs in float32. The constants are read as
+attributes of this module, so that a test can set them.
+"""
+
+from __future__ import annotations
+
+EXACT_FLOPS = 2e11
+"""What the exact reduction may cost before ``auto`` goes matrix-free. 2e10 flops (32 layers of rank
+16, 2048 × 2048) took 0.3 s and 0.6 s for every pair of ranks solved: this is ten times as much."""
+
+CHEAP = 128
+"""Largest side of a small problem that HOOI solves twice, to the end: 0.2 s at this side, as much
+as one run to the usual share at twice the side."""
+
+RTOL = 1e-6
+"""Share of the squared error that the sweeps left out by HOOI could still gain."""
+
+CHEAP_RTOL = 1e-9
+"""The same where sweeps are cheap: errors then agree to nine digits under any change of basis."""
+
+MAX_SWEEPS = 500
+"""Sweeps of HOOI at most. LoRAs with falling spectra took 9 to 36; ties can need any number."""
+
+OVERSAMPLE = 8
+"""Columns that a block has beyond the rank wanted, at least. Halko, Martinsson and Tropp, SIAM
+Review 53 (2011), recommend 5 to 10 for one-sided problems."""
+
+FACTOR_PASSES = 30
+"""Passes over thin factors, at most; a fit that would need more says so in a warning."""
+
+FACTOR_RTOL = 1e-4
+"""Share of the squared error that further passes over thin factors must promise."""
+
+REFINEMENT_RTOL = 1e-3
+"""The same for a round of refinement, two passes."""
+
+LAZY_RTOL = 3e-3
+"""The same where a pass costs the reading of all slices."""
+
+LAZY_PASSES = 5
+"""Passes over slices that are read on demand; the error of what is returned takes one more."""
+
+FIRST_WIDTH = 32
+"""Width of the first blocks where a tolerance decides; it doubles until little is left outside."""
+
+GRAM_SIDE = 512
+"""Side of a Gram matrix up to which its spectrum costs no more than a few passes."""
