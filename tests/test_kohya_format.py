@@ -356,8 +356,6 @@ Q = BLOCK.format(0, 0, "q")
         (f"{Q}.oft_blocks", "OFT"),
         (f"{Q}.a1.weight", "GLoRA"),
         (f"{Q}.on_input", "IA³"),
-        (f"{Q}.diff", "full weight differences"),
-        (f"{Q}.w_norm", "full weight differences"),
         ("unet.q.lora_B.bias", "bias"),
         (f"{Q}.lora_down.0.weight", "split"),
         ("bundle_emb.cat.string_to_param.*", "textual inversion"),

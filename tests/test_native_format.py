@@ -336,7 +336,7 @@ def test_every_wrong_tensor_is_named(native, key, change):
         f"{PREFIX}{VALUE[1]}.lotr_core",
         f"{PREFIX}encoder.layer.3.attention.self.value.lotr_core",
         f"{PREFIX}{VALUE[0]}.lora_A.weight",
-        f"{PREFIX}scorer.weight",
+        f"{PREFIX}scorer.scale",
     ],
 )
 def test_leftover_tensors_are_named(native, key):

@@ -372,7 +372,7 @@ DAMAGE = [
     (None, stray_factor, lt.UnsupportedAdapterError, r"lotr_left\.nowhere"),
     (None, diverge, lt.DataError, r"query\.lotr_core holds NaN"),
     (lambda c: c.update(format_version=7), None, lt.FormatError, "format_version 7"),
-    (lambda c: c["groups"][0].pop("rank"), None, lt.FormatError, "lacks or mistypes 'rank'"),
+    (lambda c: c["groups"][0].pop("rank"), None, lt.FormatError, "rank of a group is missing"),
     (
         lambda c: c["groups"][0]["modules"].append("encoder.layer.9.attention.self.query"),
         None,

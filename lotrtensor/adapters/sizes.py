@@ -27,7 +27,8 @@ def check_dtype(dtype: np.dtype | str) -> np.dtype:
     Raises
     ------
     OptionError
-        If it is not one of float32, float16, bfloat16 and float64.
+        If adapters are not stored in it: float64, float32, float16, bfloat16, float8_e4m3fn and
+        float8_e5m2 are.
     """
     found = next((known for known in FLOATS if str(dtype) == known.name), None)
     if found is None:

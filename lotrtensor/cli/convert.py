@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lotrtensor.adapters.formats.directory import check_inputs_outside, check_output
+from lotrtensor.adapters.formats.native import check_native
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import (
     AdapterPath,
@@ -45,7 +46,10 @@ def convert(
         int | None, typer.Option(help="Split every group among this many pairs of factors.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Type to store: float32, float16, bfloat16, float64.")
+        str | None,
+        typer.Option(
+            help="Type to store: float32, float16, bfloat16, float64, float8_e4m3fn, float8_e5m2."
+        ),
     ] = None,
     force: Force = False,
     json: Json = False,
@@ -60,6 +64,7 @@ def convert(
     check_inputs_outside(output, adapter, in_place=True)
     with progress_bar() as progress:
         source = load(adapter)
+        check_native(source.config, source.extras, adapter)
         lotr = convert_adapter(
             source,
             rank=rank,

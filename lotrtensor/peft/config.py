@@ -9,8 +9,10 @@ from typing import Any, Self
 
 from peft import PeftConfig
 
+from lotrtensor.adapters.formats.group_record import GroupRecord
 from lotrtensor.adapters.formats.native import FORMAT_VERSION, PEFT_TYPE
 from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.adapters.modules import FitRecord
 from lotrtensor.errors import DataError, FormatError
 from lotrtensor.torch.groups import (
     DEFAULT_ALPHA,
@@ -21,8 +23,6 @@ from lotrtensor.torch.groups import (
     check_rank,
 )
 from lotrtensor.torch.init import INITS
-
-GROUP_FIELDS = ("name", "modules", "shape", "rank", "slice_ranks", "scale")
 
 
 @dataclass
@@ -55,6 +55,9 @@ class LotrConfig(PeftConfig):
     share_factors : str, optional
         Name of an adapter of the same model whose factors this one uses, training cores alone.
         Adapters that share factors run in one mixed batch at little more than the cost of one.
+    ensure_weight_tying : bool
+        Give layers that share the weight of an adapted layer, a head tied to the embedding say, the
+        same update. Without it they keep the base weight, and merging is refused.
     bias, fan_in_fan_out, modules_to_save, layers_to_transform, layers_pattern, layer_replication, \
 trainable_token_indices : optional
         As in LoRA.
@@ -80,6 +83,7 @@ trainable_token_indices : optional
     init: str = "orthogonal"
     train: str = "all"
     share_factors: str | None = None
+    ensure_weight_tying: bool = False
     bias: str = "none"
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
@@ -167,7 +171,7 @@ trainable_token_indices : optional
         FormatError
             If one of them lacks a field or mistypes it.
         """
-        return tuple(_read_group(record) for record in self.groups or ())
+        return tuple(_read_group(entry) for entry in self.groups or ())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON holds them, sets in order so that equal configs are equal."""
@@ -196,32 +200,27 @@ def _is_pickled(directory: Path) -> bool:
 
 def write_group(plan: GroupPlan) -> dict[str, Any]:
     """Return a group as ``adapter_config.json`` lists it."""
-    return {
-        "name": plan.name,
-        "modules": list(plan.modules),
-        "shape": list(plan.shape),
-        "rank": list(plan.rank),
-        "slice_ranks": list(plan.slice_ranks),
-        "scale": plan.scale,
-        "embedding": plan.embedding,
-        "fit": dict(plan.fit) if plan.fit else None,
-    }
+    return GroupRecord(
+        name=plan.name,
+        modules=plan.modules,
+        shape=plan.shape,
+        rank=plan.rank,
+        slice_ranks=plan.slice_ranks,
+        scale=plan.scale,
+        embedding=plan.embedding,
+        fit=FitRecord(**plan.fit) if plan.fit else None,
+    ).to_json()
 
 
-def _read_group(record: Mapping[str, Any]) -> GroupPlan:
-    try:
-        (m, n), (p, q) = record["shape"], record["rank"]
-        return GroupPlan(
-            name=str(record["name"]),
-            modules=tuple(record["modules"]),
-            shape=(int(m), int(n)),
-            rank=(int(p), int(q)),
-            scale=float(record["scale"]),
-            slice_ranks=tuple(int(rank) for rank in record["slice_ranks"]),
-            embedding=bool(record.get("embedding")),
-            fit=record.get("fit"),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(
-            f"a group of the config lacks or mistypes {error}; expected {', '.join(GROUP_FIELDS)}"
-        ) from error
+def _read_group(entry: Any) -> GroupPlan:
+    record = GroupRecord.from_json(entry, "the adapter's config")
+    return GroupPlan(
+        name=record.name,
+        modules=record.modules,
+        shape=record.shape,
+        rank=record.rank,
+        scale=record.scale,
+        slice_ranks=record.slice_ranks,
+        embedding=record.embedding,
+        fit=asdict(record.fit) if record.fit else None,
+    )

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from lotrtensor.adapters.formats.peft import PREFIX
+from lotrtensor.adapters.formats.carried import PREFIX
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 from lotrtensor.peft.config import LotrConfig

@@ -8,7 +8,8 @@ turned into underscores, cannot be turned back.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from lotrtensor.adapters.grouping import FLAT_PREFIXES
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
@@ -36,11 +37,19 @@ _METHODS = (
     (r"\.(oft_blocks|oft_diag|oft_R)", "OFT"),
     (r"\.[ab][12]\.weight$", "GLoRA"),
     (r"\.on_input$", "IA³"),
-    (r"\.(diff|diff_b|w_norm|b_norm)$", "full weight differences"),
     (r"\.lora_(up|B)\.bias$|\.lora_B\.default\.bias$", "a trained bias"),
     (r"\.lora_(down|up)\.\d", "DyLoRA's or split weights"),
     (r"^(emb_params|bundle_emb|clip_[gl]$)", "a textual inversion"),
 )
+
+
+# Whole differences of a weight, bias, modulation or norm, that a file may hold beside factors.
+_DIFFERENCE = re.compile(r".+\.(diff(_[a-z]+)?|w_norm|b_norm)")
+
+
+def is_difference(key: str) -> bool:
+    """Whether a tensor is a whole difference of a parameter, which is carried as it is."""
+    return bool(_DIFFERENCE.fullmatch(key))
 
 
 def split_key(key: str) -> tuple[str, str, int] | None:
@@ -78,6 +87,10 @@ _INSIDE = (
     (r"text_model\.", "lora_te_"),
     (r"(single_)?transformer_blocks\.", "lora_transformer_"),
 )
+# What transformers called the CLIP text model inside a CLIPTextModel, up to its version 5.5;
+# kohya's names have it still.
+_CLIP_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_CLIP_INSIDE = re.compile(r"(encoder\.layers|embeddings|final_layer_norm)(\.|$)")
 # Attention processors of old diffusers releases, and the layers that they stood for.
 _PROCESSOR = {"to_out": "to_out.0"}
 _TEXT_PROCESSOR = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -89,7 +102,15 @@ def component(name: str) -> str | None:
     return match["component"] if match else None
 
 
-def flat_names(names: Iterable[str], styles: dict[str, str]) -> dict[str, str]:
+def base_class(config: Mapping[str, Any]) -> str | None:
+    """Return the class of the model that was adapted, where PEFT wrote it into the config."""
+    mapping = config.get("auto_mapping") or {}
+    return mapping.get("base_model_class")
+
+
+def flat_names(
+    names: Iterable[str], styles: dict[str, str], model_class: str | None = None
+) -> dict[str, str]:
     """Return kohya's name of every module.
 
     Parameters
@@ -99,6 +120,9 @@ def flat_names(names: Iterable[str], styles: dict[str, str]) -> dict[str, str]:
         transformer or text encoder.
     styles : dict of str to str
         Styles of modules whose file had another than PEFT's.
+    model_class : str, optional
+        Class of the model whose paths the names are: of a CLIP text encoder in recent releases of
+        transformers they do not say so themselves.
 
     Raises
     ------
@@ -109,7 +133,10 @@ def flat_names(names: Iterable[str], styles: dict[str, str]) -> dict[str, str]:
     two_encoders = any(component(name) == "text_encoder_2" for name in names)
     found: dict[str, str] = {}
     for name in names:
-        flat = _flat_name(_modern(name, styles.get(name)), two_encoders)
+        modern = _modern(name, styles.get(name))
+        if model_class in _CLIP_CLASSES and component(modern) is None:
+            modern = f"text_encoder.{modern}"
+        flat = _flat_name(modern, two_encoders)
         if flat in found:
             raise FormatError(f"{found[flat]} and {name} are both {flat} in kohya's form")
         found[flat] = name
@@ -130,6 +157,8 @@ def _flat_name(name: str, two_encoders: bool) -> str:
     match = _COMPONENTS.fullmatch(name)
     if match:
         prefix, path = _prefix(match["component"], two_encoders), match["path"]
+        if match["component"].startswith("text_encoder") and _CLIP_INSIDE.match(path):
+            path = f"text_model.{path}"
     else:
         prefix = next((known for inside, known in _INSIDE if re.match(inside, name)), "")
         path = name

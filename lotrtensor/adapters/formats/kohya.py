@@ -24,27 +24,30 @@ from typing import Any
 import numpy as np
 
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, write_file
+from lotrtensor.adapters.formats.factors import (
+    Factor,
+    as_matrices,
+    check_pair,
+    scaled_module,
+    widest,
+    with_kernel,
+)
 from lotrtensor.adapters.formats.image_names import (
     ALPHA,
     KOHYA,
     STYLES,
+    base_class,
     check_methods,
     component,
     flat_names,
+    is_difference,
     split_key,
 )
 from lotrtensor.adapters.formats.layout import LAYOUT, Layout, read_layout
-from lotrtensor.adapters.formats.peft import (
-    PREFIX,
-    Factor,
-    LoraContent,
-    check_pair,
-    check_plain,
-    lora_scale,
-    scaled_module,
-    widest,
-)
-from lotrtensor.adapters.formats.tensors import Tensors, file_bytes, read_file
+from lotrtensor.adapters.formats.lora_config import check_plain, lora_scale
+from lotrtensor.adapters.formats.peft import KERNELS, LoraContent
+from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME, Tensors, file_bytes, read_file
+from lotrtensor.adapters.formats.wrappers import unwrapped_names
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.rounding import rounded
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
@@ -76,12 +79,14 @@ def read_single_file(path: Path) -> LoraContent:
         If a factor is not finite floating point.
     """
     tensors, metadata = read_file(path)
+    plain = unwrapped_names(tensors, path)
+    tensors = {plain[key]: tensor for key, tensor in tensors.items()}
     check_methods(tensors, path)
-    pairs, styles, alphas = _split(tensors, path)
+    pairs, styles, alphas, extras = _split(tensors, path)
     peft_config = _peft_config(metadata, path)
     modules, kernels, dtypes = [], {}, set()
     for name in sorted(pairs, key=layer_order):
-        up, down, kernel = _matrices(name, pairs[name], path)
+        up, down, kernel = _matrices(pairs[name], path)
         check_pair(up, down, path)
         if name in alphas:
             scale = _alpha(alphas[name], path) / down.tensor.shape[0]
@@ -99,7 +104,7 @@ def read_single_file(path: Path) -> LoraContent:
         metadata=metadata,
     )
     config = {"base_model_name_or_path": metadata.get("ss_sd_model_name"), LAYOUT: asdict(layout)}
-    return tuple(modules), config, widest(dtypes), {}
+    return tuple(modules), config, widest(dtypes), extras
 
 
 def write_single_file(
@@ -127,11 +132,6 @@ def write_single_file(
         If tensors beside the update would be lost.
     """
     modules, config, dtype, extras = content
-    if extras:
-        raise UnsupportedAdapterError(
-            f"{next(iter(extras))} is no LoRA factor, and a single file holds nothing else; write "
-            "a PEFT directory, which carries it"
-        )
     if any(module.embedding for module in modules):
         raise UnsupportedAdapterError(
             "embeddings have no place in a single file; write a directory"
@@ -141,8 +141,15 @@ def write_single_file(
     styles = {module.name: KOHYA if kohya else layout.style_of(module.name) for module in modules}
     names = {module.name: module.name for module in modules}
     if kohya:
-        names = flat_names(names, {name: layout.style_of(name) for name in names})
-    tensors: Tensors = {}
+        own = {name: layout.style_of(name) for name in names}
+        names = flat_names(names, own, base_class(config))
+    if extras and (LAYOUT not in config or any(name != flat for name, flat in names.items())):
+        raise UnsupportedAdapterError(
+            f"{next(iter(extras))} is no LoRA factor, and has no place in a single file of these "
+            "names; write the adapter in the form that it came in, which carries it"
+        )
+    kernels = layout.kernels | config.get(KERNELS, {})
+    tensors: Tensors = dict(extras)
     for module in modules:
         style, name = styles[module.name], names[module.name]
         down_end, up_end = STYLES[style]
@@ -155,10 +162,9 @@ def write_single_file(
         else:
             padding = (0, largest - module.rank)
             down, up = np.pad(module.A, (padding, (0, 0))), np.pad(module.B, ((0, 0), padding))
-        kernel = layout.kernels.get(module.name)
+        kernel = kernels.get(module.name)
         if kernel:
-            down = _kernel_shape(module.name, down, kernel, path)
-            up = up.reshape(*up.shape, *(1 for _ in kernel))
+            up, down = with_kernel(module.name, up, down, kernel, path)
         tensors[name + down_end] = rounded(down, dtype, name + down_end)
         tensors[name + up_end] = rounded(up, dtype, name + up_end)
     metadata = _metadata(layout, {module.rank for module in modules}, tensors)
@@ -168,15 +174,20 @@ def write_single_file(
 _Pairs = dict[str, dict[int, Factor]]
 
 
-def _split(tensors: Tensors, path: Path) -> tuple[_Pairs, dict[str, str], dict[str, Factor]]:
-    """Sort tensors into factors by module and side, the modules' styles, and alphas."""
+def _split(
+    tensors: Tensors, path: Path
+) -> tuple[_Pairs, dict[str, str], dict[str, Factor], Tensors]:
+    """Sort tensors into factors by module and side, the modules' styles, alphas, and the rest."""
     pairs: _Pairs = {}
+    extras: Tensors = {}
     styles: dict[str, str] = {}
     alphas: dict[str, Factor] = {}
     unknown = []
     for key, tensor in tensors.items():
         found = split_key(key)
-        if found is None and key.endswith(ALPHA):
+        if is_difference(key):
+            extras[key] = tensor
+        elif found is None and key.endswith(ALPHA):
             alphas[key.removesuffix(ALPHA)] = Factor(key, tensor)
         elif found is None:
             unknown.append(key)
@@ -197,26 +208,14 @@ def _split(tensors: Tensors, path: Path) -> tuple[_Pairs, dict[str, str], dict[s
             f"{path}: {unknown[0]} belongs to no LoRA of an image model that is known here; it "
             "would be lost"
         )
-    return pairs, styles, alphas
+    return pairs, styles, alphas, extras
 
 
-def _matrices(
-    name: str, sides: dict[int, Factor], path: Path
-) -> tuple[Factor, Factor, tuple[int, ...]]:
+def _matrices(sides: dict[int, Factor], path: Path) -> tuple[Factor, Factor, tuple[int, ...]]:
     """Return up and down of a module as matrices, and its kernel, empty for a linear layer."""
     if len(sides) != 2:
         raise FormatError(f"{path}: {sides.popitem()[1].key} has no partner; expected down and up")
-    down, up = sides[0], sides[1]
-    kernel = down.tensor.shape[2:]
-    if up.tensor.ndim != down.tensor.ndim or any(size != 1 for size in up.tensor.shape[2:]):
-        raise UnsupportedAdapterError(
-            f"{path}: {down.key} is {down.tensor.shape} and {up.key} is {up.tensor.shape}; "
-            "expected matrices, or a convolution (r, c, k, k) and one of kernel 1 (m, r, 1, 1)"
-        )
-    if kernel and 0 not in down.tensor.shape:
-        up = up._replace(tensor=up.tensor.reshape(up.tensor.shape[:2]))
-        down = down._replace(tensor=down.tensor.reshape(down.tensor.shape[0], -1))
-    return up, down, kernel
+    return as_matrices(sides[1], sides[0], path)
 
 
 def _alpha(factor: Factor, path: Path) -> float:
@@ -246,22 +245,17 @@ def _peft_scale(
     own = inside or (config if "r" in config else {})
     if own:
         check_plain(own, path)
-        return lora_scale(name.removeprefix(f"{part}.") if inside else name, down, own, path)
+        inner = name.removeprefix(f"{part}.") if inside else name
+        return lora_scale((inner,), down.key, down.tensor.shape[0], own, path)
     if style.startswith("peft") and part is None:
-        where = "the adapter directory that this file belongs to" if PREFIX in name else "no header"
         raise FormatError(
-            f"{path}: {down.key} has no alpha, and {where} has the scale; expected names that "
-            f"begin with unet., transformer. or text_encoder., or a directory with {CONFIG_NAME}"
+            f"{path}: {down.key} has no alpha, and its name no component such as unet., "
+            "transformer. or text_encoder., so that the scale alpha / r is unknown; make a "
+            f"directory of the file as {WEIGHTS_NAME} with its {CONFIG_NAME}, such as "
+            f'{{"peft_type": "LORA", "r": {down.tensor.shape[0]}, "lora_alpha": '
+            f"{down.tensor.shape[0]}}}, where lora_alpha = r is the scale 1"
         )
     return 1.0
-
-
-def _kernel_shape(name: str, down: np.ndarray, kernel: list[int], path: Path) -> np.ndarray:
-    if down.shape[1] % math.prod(kernel):
-        raise FormatError(
-            f"{path}: {name} has {down.shape[1]} inputs, which {kernel} do not divide"
-        )
-    return down.reshape(down.shape[0], -1, *kernel)
 
 
 def _metadata(layout: Layout, ranks: set[int], tensors: Tensors) -> dict[str, str]:

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lotrtensor.adapters.formats.carried import PREFIX, split_extras
 from lotrtensor.adapters.formats.directory import write_directory
-from lotrtensor.adapters.formats.layout import read_layout
-from lotrtensor.adapters.formats.peft import PREFIX, split_extras
+from lotrtensor.adapters.formats.group_record import GroupRecord
+from lotrtensor.adapters.formats.layout import LAYOUT, read_layout
+from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
+from lotrtensor.adapters.formats.peft import KERNELS
 from lotrtensor.adapters.formats.tensors import (
     Tensors,
     adapter_files,
@@ -31,7 +33,7 @@ from lotrtensor.adapters.formats.tensors import (
     read_config,
     read_tensors,
 )
-from lotrtensor.adapters.modules import Core, FactoredCore, FitRecord, LotrGroup
+from lotrtensor.adapters.modules import Core, FactoredCore, LotrGroup
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 
 FORMAT_VERSION = 1
@@ -39,25 +41,9 @@ PEFT_TYPE = "LOTR"
 LEFT, RIGHT = "base_model.lotr_left.", "base_model.lotr_right."
 CORE, CORE_LEFT, CORE_RIGHT = ".lotr_core", ".lotr_core_left", ".lotr_core_right"
 
-# Fields of PEFT's configs that say to what an adapter applies, whatever its method; and, of an
-# adapter that was a single file, how that file named and shaped its tensors.
-COMMON_FIELDS = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "layer_replication",
-    "layers_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-    "revision",
-    "single_file",
-    "target_modules",
-    "task_type",
-    "trainable_token_indices",
-)
+# To what an adapter applies, whatever its method; of one that was a single file, how that named and
+# shaped its tensors; and the kernels of convolutions.
+COMMON_FIELDS = (*CARRIED_FIELDS, LAYOUT, KERNELS)
 
 LotrContent = tuple[tuple[LotrGroup, ...], Mapping[str, Any], np.dtype, Mapping[str, np.ndarray]]
 """Groups, config, storage type and carried tensors: the fields of a `LotrAdapter`."""
@@ -91,17 +77,20 @@ def read_lotr(directory: Path) -> LotrContent:
             f"{directory} has format_version {version!r}; this release reads {FORMAT_VERSION}: "
             "update lotrtensor or convert the source again"
         )
-    records = config.get("groups")
-    if not isinstance(records, list) or not records:
+    entries = config.get("groups")
+    if not isinstance(entries, list) or not entries:
         raise FormatError(f"{directory}: the config has no groups; expected a list of them")
     read_layout(config, directory)
+    check_types(config, CARRIED_FIELDS, directory)
     tensors = read_tensors(directory)
     groups = tuple(
-        _read_group(_checked(record, directory), tensors, directory) for record in records
+        _read_group(GroupRecord.from_json(entry, directory), tensors, directory)
+        for entry in entries
     )
     dtype = groups[0].left.dtype
-    extras = split_extras(tensors, config, directory)
-    common = {key: config[key] for key in COMMON_FIELDS if key in config}
+    adapted = {name: group.embedding for group in groups for name in group.modules}
+    extras = split_extras(tensors, config, adapted, directory)
+    common = {key: config[key] for key in (*CARRIED_FIELDS, LAYOUT) if key in config}
     return groups, common, dtype, extras
 
 
@@ -112,10 +101,13 @@ def write_lotr(directory: Path, content: LotrContent, *, force: bool = False) ->
     ------
     FormatError
         If the output exists and ``force`` is not given, or cannot be written.
+    UnsupportedAdapterError
+        If the adapter has what such a directory has no place for; see `check_native`.
     """
     groups, source_config, _, extras = content
+    check_native(source_config, extras, directory)
     tensors: Tensors = dict(extras)
-    records = []
+    entries = []
     for group in groups:
         tensors[LEFT + group.name] = group.left
         tensors[RIGHT + group.name] = group.right
@@ -125,94 +117,78 @@ def write_lotr(directory: Path, content: LotrContent, *, force: bool = False) ->
                 tensors[PREFIX + module + CORE_RIGHT] = core.right
             else:
                 tensors[PREFIX + module + CORE] = core
-        records.append(
-            {
-                "name": group.name,
-                "modules": list(group.modules),
-                "shape": list(group.shape),
-                "rank": list(group.rank),
-                "slice_ranks": list(group.slice_ranks),
-                "scale": group.scale,
-                "embedding": group.embedding,
-                "fit": asdict(group.fit) if group.fit else None,
-            }
-        )
+        entries.append(_record(group).to_json())
     config = {key: source_config[key] for key in COMMON_FIELDS if key in source_config}
-    config |= {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION, "groups": records}
+    config |= {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION, "groups": entries}
     config.setdefault("target_modules", sorted(m for group in groups for m in group.modules))
     write_directory(directory, adapter_files(config, tensors), force=force)
 
 
-def _checked(record: Any, directory: Path) -> dict[str, Any]:
-    """Return a group of the config, every field of the type and length that the format says."""
+def check_native(
+    config: Mapping[str, Any], extras: Mapping[str, np.ndarray], where: object
+) -> None:
+    """Refuse an adapter of which those who load a LoTR directory would leave a part out.
 
-    def integers(value: Any, length: int) -> bool:
-        return (
-            isinstance(value, list)
-            and len(value) == length
-            and all(type(item) is int and item > 0 for item in value)
+    Parameters
+    ----------
+    config, extras : mapping
+        Of the adapter.
+    where : object
+        The file, named in messages.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        If it has convolutions of a PEFT model, or differences of whole weights and biases that a
+        single file carries.
+    """
+    if config.get(KERNELS):
+        name = next(iter(config[KERNELS]))
+        raise UnsupportedAdapterError(
+            f"{where}: {name} is a convolution, to which the PEFT method of a LoTR directory does "
+            "not apply; lower its rank as a LoRA (lotr truncate)"
+        )
+    if extras and config.get(LAYOUT):
+        raise UnsupportedAdapterError(
+            f"{where}: {next(iter(extras))} is no LoRA factor, and what loads a LoTR directory "
+            "would leave it out; lower the ranks of the file itself, which carries it (lotr "
+            "truncate)"
         )
 
-    def refuse(field: str, expected: str) -> FormatError:
-        found = record.get(field) if isinstance(record, dict) else record
-        return FormatError(
-            f"{directory}: {field} of a group is {str(found)[:80]}; expected {expected}"
-        )
 
-    if not isinstance(record, dict):
-        raise refuse("an entry", "an object")
-    name, modules, scale = record.get("name"), record.get("modules"), record.get("scale")
-    if not isinstance(name, str) or not name:
-        raise refuse("name", "a string")
-    strings = isinstance(modules, list) and all(isinstance(module, str) for module in modules)
-    if not strings or not modules or len(set(modules)) != len(modules):
-        raise refuse("modules", "a list of different module paths")
-    for field in ("shape", "rank"):
-        if not integers(record.get(field), 2):
-            raise refuse(field, "two positive integers")
-    ranks = record.get("slice_ranks")
-    if not integers(ranks, len(modules)):
-        raise refuse("slice_ranks", f"{len(modules)} positive integers, one a module")
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) < 1e30:
-        raise refuse("scale", "a finite number")
-    fit = record.get("fit")
-    if fit is not None and not _is_fit(fit):
-        raise refuse("fit", f"null, or the numbers {', '.join(_FIT_FIELDS)}")
-    return record
-
-
-_FIT_FIELDS = tuple(field.name for field in fields(FitRecord))
-
-
-def _is_fit(fit: Any) -> bool:
-    return (
-        isinstance(fit, dict)
-        and set(fit) == set(_FIT_FIELDS)
-        and all(type(value) in (int, float) and 0 <= value < 1e30 for value in fit.values())
+def _record(group: LotrGroup) -> GroupRecord:
+    return GroupRecord(
+        name=group.name,
+        modules=group.modules,
+        shape=group.shape,
+        rank=group.rank,
+        slice_ranks=group.slice_ranks,
+        scale=group.scale,
+        embedding=group.embedding,
+        fit=group.fit,
     )
 
 
-def _read_group(record: dict[str, Any], tensors: Tensors, directory: Path) -> LotrGroup:
+def _read_group(record: GroupRecord, tensors: Tensors, directory: Path) -> LotrGroup:
     """Take the tensors of one group out of ``tensors``; whatever is left belongs to no group."""
-    name, modules = record["name"], tuple(record["modules"])
-    (m, n), (p, q) = record["shape"], record["rank"]
-    left = _take(tensors, LEFT + name, (m, p), directory)
-    right = _take(tensors, RIGHT + name, (n, q), directory)
+    (m, n), (p, q) = record.shape, record.rank
+    left = _take(tensors, LEFT + record.name, (m, p), directory)
+    right = _take(tensors, RIGHT + record.name, (n, q), directory)
     cores = []
-    for module, rank in zip(modules, record["slice_ranks"], strict=True):
+    for module, rank in zip(record.modules, record.slice_ranks, strict=True):
         core = _read_core(module, rank, (p, q), tensors, directory)
         _check_core_rank(core, rank, module, directory)
         cores.append(core)
     return LotrGroup(
-        name=name,
-        modules=modules,
+        name=record.name,
+        modules=record.modules,
         left=left,
         right=right,
         cores=tuple(cores),
-        slice_ranks=tuple(record["slice_ranks"]),
-        embedding=bool(record.get("embedding")),
-        fit=FitRecord(**record["fit"]) if record.get("fit") else None,
-        scale=float(record["scale"]),
+        slice_ranks=record.slice_ranks,
+        embedding=record.embedding,
+        fit=record.fit,
+        scale=record.scale,
     )
 
 
@@ -231,7 +207,10 @@ def _check_core_rank(core: Core, rank: int, module: str, directory: Path) -> Non
 
 
 # A float64 core may have been fitted to factors in float32.
-_ROUNDOFF = {"float64": 2.0**-22, "float32": 2.0**-22, "float16": 2.0**-11, "bfloat16": 2.0**-9}
+_ROUNDOFF = {
+    **{"float64": 2.0**-22, "float32": 2.0**-22, "float16": 2.0**-11, "bfloat16": 2.0**-9},
+    **{"float8_e4m3fn": 2.0**-4, "float8_e5m2": 2.0**-3},
+}
 
 
 def _read_core(

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from lotrtensor.adapters.formats.carried import PREFIX, split_extras
 from lotrtensor.adapters.formats.directory import write_directory
+from lotrtensor.adapters.formats.factors import (
+    Factor,
+    as_matrices,
+    check_pair,
+    scaled_module,
+    widest,
+    with_kernel,
+)
+from lotrtensor.adapters.formats.lora_config import OWN_FIELDS, check_plain, lora_scale
 from lotrtensor.adapters.formats.tensors import (
-    BFLOAT16,
     Tensors,
     adapter_files,
-    check_floating,
     read_config,
     read_tensors,
 )
+from lotrtensor.adapters.formats.wrappers import unwrapped, without_wrappers
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.rounding import rounded
 from lotrtensor.errors import FormatError, RankError, UnsupportedAdapterError
-
-PREFIX = "base_model.model."
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's max_lora_rank takes."""
@@ -34,34 +40,11 @@ _FACTOR = re.compile(
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?"
 )
 
-# Config fields that, when set, make the update something else than a plain BA.
-_VARIANTS = {
-    "use_dora": "DoRA",
-    "lora_bias": "lora_bias",
-    "target_parameters": "target_parameters",
-    "use_qalora": "QALoRA",
-    "alora_invocation_tokens": "activated LoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-}
-# Initialisations that change the base weights: ΔW counts from another base than the user's.
-_MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
-
-# Fields of a LoRA config that describe its own factors and are written anew.
-_OWN_FIELDS = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
-
+KERNELS = "conv_kernels"
+"""Field of a config in memory: kernels of the modules that are convolutions, never in a file."""
 
 LoraContent = tuple[tuple[LoraModule, ...], Mapping[str, Any], np.dtype, Mapping[str, np.ndarray]]
 """Modules, config, storage type and carried tensors: the fields of a `LoraAdapter`."""
-
-
-class Factor(NamedTuple):
-    """A stored factor under the key that an error names."""
-
-    key: str
-    tensor: np.ndarray
 
 
 def read_lora(directory: Path) -> LoraContent:
@@ -93,11 +76,19 @@ def read_lora(directory: Path) -> LoraContent:
             f"{directory} has peft_type {config.get('peft_type')!r}; expected LORA or LOTR"
         )
     check_plain(config, directory)
-    pairs, extras = _split(read_tensors(directory), config, directory)
-    modules, dtypes = [], set()
+    tensors = read_tensors(directory)
+    plain = unwrapped(tensors, directory)
+    pairs, extras = _split(tensors, plain, config, directory)
+    modules, kernels, dtypes = [], {}, set()
     for name in sorted(pairs, key=layer_order):
-        modules.append(_read_module(name, pairs[name], config, directory))
+        module, kernel = _read_module(name, pairs[name], config, directory)
+        modules.append(module)
+        if kernel:
+            kernels[name] = list(kernel)
         dtypes |= {factor.tensor.dtype for factor in pairs[name].values()}
+    config = _plain_names(config, [module.name for module in modules])
+    if kernels:
+        config[KERNELS] = kernels
     return tuple(modules), config, widest(dtypes), extras
 
 
@@ -128,6 +119,7 @@ def write_lora(
     if pad:
         rank = _vllm_rank(rank)
     tensors: Tensors = dict(extras)
+    kernels = source_config.get(KERNELS, {})
     patterns = {}
     for module in modules:
         zeros = (0, rank - module.rank if uniform else 0)
@@ -135,11 +127,14 @@ def write_lora(
             # PEFT matches a pattern to the end of a path: anchored, it means this module alone.
             patterns["^" + re.escape(module.name)] = module.rank
         b, a = np.pad(module.B, ((0, 0), zeros)), np.pad(module.A, (zeros, (0, 0)))
+        if module.name in kernels:
+            b, a = with_kernel(module.name, b, a, kernels[module.name], directory)
         stem, tail = ("lora_embedding_", "") if module.embedding else ("lora_", ".weight")
         for side, factor in (("A", a), ("B", b)):
             key = f"{PREFIX}{module.name}.{stem}{side}{tail}"
             tensors[key] = rounded(factor, dtype, key)
-    config = {key: value for key, value in source_config.items() if key not in _OWN_FIELDS}
+    dropped = OWN_FIELDS | {KERNELS}
+    config = {key: value for key, value in source_config.items() if key not in dropped}
     config.setdefault("target_modules", sorted({m.name for m in modules}))
     config |= {
         "peft_type": "LORA",
@@ -163,83 +158,30 @@ def _vllm_rank(rank: int) -> int:
     return larger[0]
 
 
-def is_factor_of_another_method(key: str) -> bool:
-    """Whether a tensor belongs to the update itself in a way that is not known here."""
-    return bool(re.search(r"(^|\.)(lora_|vera_|loha|lokr|hada_|ia3_|oft_|boft_|lotr_)", key))
-
-
-def split_extras(tensors: Tensors, config: Mapping[str, Any], directory: Path) -> Tensors:
-    """Return the tensors that an adapter carries beside its update, or refuse the rest by name.
-
-    Modules in ``modules_to_save``, trained biases, trained token rows and saved embedding layers
-    are carried under their own keys.
-
-    Raises
-    ------
-    UnsupportedAdapterError
-        If a tensor is none of these.
-    """
-    for key in tensors:
-        carried = (
-            _names_saved_module(key, config, directory)
-            or (config.get("bias", "none") != "none" and key.endswith(".bias"))
-            or "trainable_tokens_delta" in key
-            or re.search(
-                r"(embed|lm_head|wte|wpe|shared|output_layer)[^.]*(\.base_layer)?\.weight$", key
-            )
-        )
-        if not carried or is_factor_of_another_method(key):
-            raise UnsupportedAdapterError(
-                f"{directory}: {key} is neither a LoRA factor nor a tensor that its config carries "
-                "(modules_to_save, bias, embeddings); it would be lost"
-            )
-    return dict(tensors)
-
-
-def _names_saved_module(key: str, config: Mapping[str, Any], directory: Path) -> bool:
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise FormatError(
-            f"{directory}: modules_to_save is {saved!r}; expected a list of module names"
-        )
-    return any(re.search(rf"(^|\.){re.escape(name)}\.", key) for name in saved)
-
-
-def check_plain(config: Mapping[str, Any], directory: Path) -> None:
-    """Refuse a LoRA config whose update is no plain BA.
-
-    Raises
-    ------
-    UnsupportedAdapterError
-        By the name of the variant.
-    """
-    for field, method in _VARIANTS.items():
-        if config.get(field):
-            raise UnsupportedAdapterError(
-                f"{directory} uses {method} ({field} = {config[field]!r}); only plain LoRA, "
-                "ΔW = s · B · A, has a LoTR form"
-            )
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
-        raise UnsupportedAdapterError(
-            f"{directory} has init_lora_weights = {init!r}, which changes the base weights; save "
-            "it as a plain LoRA first (PEFT: save_pretrained with "
-            "path_initial_model_for_weight_conversion)"
-        )
+def _plain_names(config: Mapping[str, Any], modules: list[str]) -> dict[str, Any]:
+    """Return the config with the modules' names as the plain model has them."""
+    found = {key: value for key, value in config.items() if key != KERNELS}
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        if field in found:
+            found[field] = without_wrappers(found[field])
+    targets = found.get("target_modules")
+    if isinstance(targets, str) and "_orig_mod" in targets:
+        found["target_modules"] = sorted(modules)
+    return found
 
 
 def _split(
-    tensors: Tensors, config: Mapping[str, Any], directory: Path
+    tensors: Tensors, plain: Mapping[str, str], config: Mapping[str, Any], directory: Path
 ) -> tuple[dict[str, dict[str, Factor]], Tensors]:
     """Sort tensors into factor pairs by module and side, and what is carried along."""
     pairs: dict[str, dict[str, Factor]] = {}
     extras: Tensors = {}
     adapters = set()
     for key, tensor in tensors.items():
-        match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
+        match = _FACTOR.fullmatch(plain[key].removeprefix(PREFIX))
         if match is None:
             _check_variant_key(key, directory)
-            extras[key] = tensor
+            extras[plain[key]] = tensor
             continue
         adapters.add(match["adapter"])
         side = (match["embedding"] or "") + match["side"]
@@ -255,7 +197,8 @@ def _split(
         )
     if not pairs:
         raise FormatError(f"{directory} has no lora_A and lora_B tensors; nothing to convert")
-    return pairs, split_extras(extras, config, directory)
+    adapted = {name: "embedding_A" in sides for name, sides in pairs.items()}
+    return pairs, split_extras(extras, config, adapted, directory)
 
 
 def _check_variant_key(key: str, directory: Path) -> None:
@@ -274,7 +217,8 @@ def _check_variant_key(key: str, directory: Path) -> None:
 
 def _read_module(
     name: str, sides: dict[str, Factor], config: Mapping[str, Any], directory: Path
-) -> LoraModule:
+) -> tuple[LoraModule, tuple[int, ...]]:
+    """Return a module, and its kernel if it is a convolution."""
     embedding = any(side.startswith("embedding_") for side in sides)
     a, b = (sides.get(("embedding_" if embedding else "") + side) for side in "AB")
     if a is None or b is None:
@@ -282,111 +226,9 @@ def _read_module(
         raise FormatError(
             f"{directory}: {found} has no partner; expected both lora_A and lora_B of {name}"
         )
-    for factor in (a, b):
-        if factor.tensor.ndim == 4:
-            raise UnsupportedAdapterError(
-                f"{directory}: {factor.key} has shape {factor.tensor.shape}; convolutions are not "
-                "read, expected a matrix"
-            )
+    b, a, kernel = as_matrices(b, a, directory)
     check_pair(b, a, directory)
-    return scaled_module(name, b, a, lora_scale(name, a, config, directory), directory, embedding)
-
-
-def check_pair(b: Factor, a: Factor, path: Path) -> None:
-    """Refuse two stored factors that are no pair of matrices (m, r) and (r, n).
-
-    Raises
-    ------
-    FormatError
-        If a shape is wrong.
-    DataError
-        If a factor is not finite floating point.
-    """
-    for factor in (a, b):
-        if factor.tensor.ndim != 2 or 0 in factor.tensor.shape:
-            raise FormatError(
-                f"{path}: {factor.key} has shape {factor.tensor.shape}; expected a matrix "
-                "of rank at least 1 (an empty one comes from a sharded run saved without gathering)"
-            )
-        check_floating(factor.key, factor.tensor, path)
-    if b.tensor.shape[1] != a.tensor.shape[0]:
-        raise FormatError(
-            f"{path}: {b.key} is {b.tensor.shape} and {a.key} is {a.tensor.shape}; expected "
-            "(m, r) and (r, n) with one r"
-        )
-
-
-def scaled_module(
-    name: str, b: Factor, a: Factor, scale: float, path: Path, embedding: bool = False
-) -> LoraModule:
-    """Return a module from its two stored matrices, ``scale`` folded into B.
-
-    Raises
-    ------
-    FormatError
-        If the scale makes them infinite.
-    """
-    wide = np.result_type(*(_as_wide(f.tensor.dtype) for f in (a, b)))
-    with np.errstate(over="ignore"):
-        scaled = b.tensor.astype(wide) * wide.type(scale)
-    if not np.isfinite(scaled).all():
-        raise FormatError(
-            f"{path}: {b.key} times its scale {scale:.3g} (alpha over r) is infinite; "
-            "expected a scale of ordinary size"
-        )
-    return LoraModule(
-        name=name,
-        B=scaled,
-        A=a.tensor.astype(wide),
-        embedding=embedding,
-        stored=(b.tensor.dtype, a.tensor.dtype),
-    )
-
-
-def lora_scale(name: str, a: Factor, config: Mapping[str, Any], directory: Path) -> float:
-    """Return the scale of a module by PEFT's rules, after checking its rank against the config."""
-    rank = _by_pattern(name, "rank_pattern", config, config.get("r", 8), directory)
-    alpha = _by_pattern(name, "alpha_pattern", config, config.get("lora_alpha", 8), directory)
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
-        raise FormatError(
-            f"{directory}: lora_alpha of {name} is {repr(alpha)[:40]}; expected a number such as 16"
-        )
-    found = a.tensor.shape[0]
-    if rank != found:
-        raise FormatError(
-            f"{directory}: the config gives {name} the rank {rank!r}, but {a.key} has rank "
-            f"{found}; they belong to different adapters"
-        )
-    return alpha / (math.sqrt(found) if config.get("use_rslora") else found)
-
-
-def _by_pattern(
-    name: str, field: str, config: Mapping[str, Any], default: Any, directory: Path
-) -> Any:
-    """Look a module up as PEFT does: the first pattern that its path ends with."""
-    patterns = config.get(field) or {}
-    if not isinstance(patterns, dict):
-        raise FormatError(f"{directory}: {field} is {patterns!r}; expected patterns and numbers")
-    for pattern, value in patterns.items():
-        try:
-            matches = re.match(rf"(.*\.)?({pattern})$", name)
-        except re.error as error:
-            raise FormatError(
-                f"{directory}: {field} has {pattern!r}, which is no regular expression: {error}"
-            ) from error
-        if matches:
-            return value
-    return default
-
-
-def _as_wide(dtype: np.dtype) -> np.dtype:
-    """Type that a stored factor is worked with in: float64 stays, the rest is float32."""
-    return np.dtype("float64") if dtype == np.float64 else np.dtype("float32")
-
-
-def widest(dtypes: set[np.dtype]) -> np.dtype:
-    """Return the one storage type, or float32 where half-precision types are mixed."""
-    if len(dtypes) == 1:
-        return next(iter(dtypes))
-    half = {BFLOAT16, np.dtype("float16")}
-    return np.dtype("float64") if np.dtype("float64") in dtypes - half else np.dtype("float32")
+    # In a model that was wrapped, the config's patterns speak of the wrapped path.
+    trained = a.key.removeprefix(PREFIX).rpartition(".lora_")[0]
+    scale = lora_scale((name, trained), a.key, a.tensor.shape[0], config, directory)
+    return scaled_module(name, b, a, scale, directory, embedding), kernel

@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
@@ -19,7 +20,16 @@ from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
 WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = "adapter_model.safetensors.index.json"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOATS = (np.dtype("float64"), np.dtype("float32"), np.dtype("float16"), BFLOAT16)
+FLOAT8 = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+"""The 8-bit types by their names in a header: safetensors writes them, but does not read them."""
+FLOATS: tuple[np.dtype[Any], ...] = (
+    *(np.dtype("float64"), np.dtype("float32"), np.dtype("float16"), BFLOAT16),
+    *FLOAT8.values(),
+)
+"""Types that factors are stored in."""
 
 Tensors = dict[str, np.ndarray]
 
@@ -97,10 +107,10 @@ def check_floating(key: str, tensor: np.ndarray, directory: Path) -> None:
     """
     if tensor.dtype not in FLOATS:
         raise DataError(
-            f"{directory}: {key} has dtype {tensor.dtype}; expected float32, float16, bfloat16 "
-            "or float64: dequantise the adapter first"
+            f"{directory}: {key} has dtype {tensor.dtype}; expected "
+            f"{', '.join(known.name for known in FLOATS)}: dequantise the adapter first"
         )
-    if not np.isfinite(tensor.astype(np.float32) if tensor.dtype == BFLOAT16 else tensor).all():
+    if not np.isfinite(tensor.astype(np.float64)).all():
         raise DataError(
             f"{directory}: {key} holds NaN or infinite values; expected finite numbers: "
             "the training run that wrote it diverged, take an earlier checkpoint"
@@ -128,22 +138,37 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
     DataError
         If a tensor has a type that NumPy does not hold.
     """
-    tensors = {}
+    tensors: dict[str, Any] = {}
     try:
         with safe_open(path, "numpy") as file:
             metadata = dict(file.metadata() or {})
             for key in file.keys():  # noqa: SIM118 - the file is no mapping
-                tensors[key] = file.get_tensor(key)
+                name = file.get_slice(key).get_dtype()
+                tensors[key] = None if name in FLOAT8 else file.get_tensor(key)
+        missing = [key for key, tensor in tensors.items() if tensor is None]
+        tensors |= _read_float8(path, missing)
     except (SafetensorError, OSError) as error:
         raise FormatError(
             f"{path} cannot be read ({error}); the file is damaged or incomplete: fetch it again"
         ) from error
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: {key} has a dtype that NumPy does not hold ({error}); expected float32, "
-            "float16, bfloat16 or float64: dequantise the adapter first"
+            f"{path}: {key} has a dtype that NumPy does not hold ({error}); expected "
+            f"{', '.join(known.name for known in FLOATS)}: dequantise the adapter first"
         ) from error
     return tensors, metadata
+
+
+def _read_float8(path: Path, keys: list[str]) -> Tensors:
+    if not keys:
+        return {}
+    entries = dict(safetensors.deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
+    return {
+        key: np.frombuffer(entries[key]["data"], FLOAT8[entries[key]["dtype"]]).reshape(
+            entries[key]["shape"]
+        )
+        for key in keys
+    }
 
 
 def file_bytes(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:

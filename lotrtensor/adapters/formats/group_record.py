@@ -1,0 +1,141 @@
+"""A group in ``adapter_config.json``: what its entry holds, written and read here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from lotrtensor.adapters.modules import FitRecord
+from lotrtensor.errors import FormatError
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """The entry of a group.
+
+    Attributes
+    ----------
+    name : str
+        Name of the group; also its key in the file.
+    modules : tuple of str
+        Paths of the adapted modules, one a slice.
+    shape : (int, int)
+        Shape (m, n) of one ΔW_k.
+    rank : (int, int)
+        Left and right rank (p, q).
+    slice_ranks : tuple of int
+        Rank r_k that each ΔW_k had before.
+    scale : float
+        Factor of every ΔW beside U G_k Vᵀ.
+    embedding : bool
+        Whether the modules are embeddings.
+    fit : FitRecord or None
+        How well the group stands for what it was fitted to.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    shape: tuple[int, int]
+    rank: tuple[int, int]
+    slice_ranks: tuple[int, ...]
+    scale: float
+    embedding: bool = False
+    fit: FitRecord | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as JSON holds it."""
+        return {
+            "name": self.name,
+            "modules": list(self.modules),
+            "shape": list(self.shape),
+            "rank": list(self.rank),
+            "slice_ranks": list(self.slice_ranks),
+            "scale": self.scale,
+            "embedding": self.embedding,
+            "fit": asdict(self.fit) if self.fit else None,
+        }
+
+    @classmethod
+    def from_json(cls, entry: Any, where: object) -> GroupRecord:
+        """Read an entry, every field of the type and length that the format says.
+
+        Parameters
+        ----------
+        entry : object
+            An element of ``groups``.
+        where : object
+            The file or adapter, named in messages.
+
+        Raises
+        ------
+        FormatError
+            Naming the field, what was found and what was expected.
+        """
+        if not isinstance(entry, Mapping):
+            raise _refusal(where, "an entry", entry, "an object")
+        for field, (holds, expected) in _EXPECTED.items():
+            if not holds(entry.get(field)):
+                raise _refusal(where, field, entry.get(field, "missing"), expected)
+        modules, ranks, fit = entry["modules"], entry["slice_ranks"], entry.get("fit")
+        if len(ranks) != len(modules):
+            raise _refusal(
+                where, "slice_ranks", ranks, f"{len(modules)} positive integers, one a module"
+            )
+        return cls(
+            name=entry["name"],
+            modules=tuple(modules),
+            shape=(entry["shape"][0], entry["shape"][1]),
+            rank=(entry["rank"][0], entry["rank"][1]),
+            slice_ranks=tuple(ranks),
+            scale=float(entry["scale"]),
+            embedding=bool(entry.get("embedding")),
+            fit=FitRecord(**fit) if fit else None,
+        )
+
+
+def _refusal(where: object, field: str, found: object, expected: str) -> FormatError:
+    return FormatError(f"{where}: {field} of a group is {str(found)[:80]}; expected {expected}")
+
+
+def _integers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(v) is int and v > 0 for v in value)
+
+
+def _pair(value: Any) -> bool:
+    return _integers(value) and len(value) == 2
+
+
+def _names(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and bool(value)
+        and all(isinstance(name, str) for name in value)
+        and len(set(value)) == len(value)
+    )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _fit(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, Mapping)
+        and set(value) == set(_FIT_FIELDS)
+        and all(type(number) in (int, float) and 0 <= number < 1e30 for number in value.values())
+    )
+
+
+_FIT_FIELDS = tuple(field.name for field in fields(FitRecord))
+
+_EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda v: isinstance(v, str) and bool(v), "a string"),
+    "modules": (_names, "a list of different module paths"),
+    "shape": (_pair, "two positive integers"),
+    "rank": (_pair, "two positive integers"),
+    "slice_ranks": (_integers, "positive integers, one a module"),
+    "scale": (_finite, "a finite number"),
+    "embedding": (lambda v: v is None or isinstance(v, bool), "true or false"),
+    "fit": (_fit, f"null, or the numbers {', '.join(_FIT_FIELDS)}"),
+}

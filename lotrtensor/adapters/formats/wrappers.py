@@ -1,0 +1,115 @@
+"""Names that wrappers of a model put into the paths of its modules, and that no base model has.
+
+A compiled, distributed or checkpointed model is the same model in a wrapper, and a file saved from
+inside one names modules that the plain model does not have: loaded there, it does nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from lotrtensor.adapters.formats.carried import PREFIX
+from lotrtensor.errors import FormatError, LotrWarning
+
+# Private names, at any place of a path: torch.compile, FSDP (1 and older), activation
+# checkpointing, Lightning, Opacus.
+_WRAPPERS = {
+    *("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module"),
+    *("_forward_module", "_module"),
+}
+# What DDP, DataParallel and DeepSpeed call the model inside, which a model may call a part too:
+# it is taken for a wrapper only where it is around everything.
+_MODULE = "module"
+
+
+def unwrapped(keys: Iterable[str], where: object) -> dict[str, str]:
+    """Return the key that every tensor of a file has in the plain model, with PEFT's prefix.
+
+    Parameters
+    ----------
+    keys : iterable of str
+        Keys of the file, with or without ``base_model.model.``.
+    where : object
+        The file, named in messages.
+
+    Returns
+    -------
+    dict of str to str
+        The plain key of every key.
+
+    Raises
+    ------
+    FormatError
+        If two keys would become one.
+
+    Warns
+    -----
+    LotrWarning
+        Once, naming what was left out.
+    """
+    keys = list(keys)
+    plain = {key: PREFIX + path for key, path in _plain_paths(keys, peft=True).items()}
+    _check_distinct(plain, where)
+    changed = [key for key in keys if plain[key] not in (key, PREFIX + key)]
+    if changed:
+        _warn(changed[0], plain[changed[0]], len(changed), where)
+    return plain
+
+
+def unwrapped_names(keys: Iterable[str], where: object) -> dict[str, str]:
+    """Return the key of every tensor of a single file without what wrappers put into it.
+
+    As `unwrapped`, but for names that have no prefix of PEFT's, or keep it.
+    """
+    keys = list(keys)
+    plain = _plain_paths(keys, peft=False)
+    _check_distinct(plain, where)
+    changed = [key for key in keys if plain[key] != key]
+    if changed:
+        _warn(changed[0], plain[changed[0]], len(changed), where)
+    return plain
+
+
+def without_wrappers(value: Any) -> Any:
+    """Return a field of a config, names of modules, without the private names of wrappers."""
+    if isinstance(value, str):
+        return ".".join(part for part in value.split(".") if part not in _WRAPPERS)
+    if isinstance(value, list):
+        return [without_wrappers(item) for item in value]
+    return value
+
+
+def _plain_paths(keys: list[str], *, peft: bool) -> dict[str, str]:
+    """Take private names off everywhere, and around everything what else a wrapper adds."""
+    paths = {key: without_wrappers(key) for key in keys}
+    if peft:
+        paths = {key: _BEFORE_PREFIX.sub("", path) for key, path in paths.items()}
+    around = (PREFIX, f"{_MODULE}.") if peft else (f"{_MODULE}.",)
+    while found := [p for p in around if paths and all(x.startswith(p) for x in paths.values())]:
+        paths = {key: path.removeprefix(found[0]) for key, path in paths.items()}
+    return paths
+
+
+_BEFORE_PREFIX = re.compile(rf"^({_MODULE}\.)*{re.escape(PREFIX)}")
+
+
+def _check_distinct(plain: dict[str, str], where: object) -> None:
+    owners: dict[str, str] = {}
+    for key, path in plain.items():
+        if path in owners:
+            raise FormatError(
+                f"{where}: {owners[path]} and {key} are the same tensor, {path}; expected one"
+            )
+        owners[path] = key
+
+
+def _warn(key: str, plain: str, count: int, where: object) -> None:
+    warnings.warn(
+        f"{where}: {count} keys have names of wrappers around the model in them and are read "
+        f"without: {key} as {plain}",
+        LotrWarning,
+        stacklevel=4,
+    )
