@@ -55,6 +55,11 @@ def _any_of(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda v: any(holds(v) for holds in kinds)
 
 
+def _biases(value: Any) -> bool:
+    """PEFT's words for which biases are trained; a method's own end in ``_only``."""
+    return isinstance(value, str) and (value in ("none", "all") or value.endswith("_only"))
+
+
 _text, _number, _whole = _is(str), _is(int, float), _is(int)
 _switch = (_is(bool), "true or false")
 _texts = (_list_of(_text), "a list of module names")
@@ -72,7 +77,7 @@ FIELDS: Mapping[str, Field] = {
     "alpha_pattern": Field("honoured", _table_of(_number), "patterns and numbers"),
     "auto_mapping": Field("carried", *_options),
     "base_model_name_or_path": Field("carried", _text, "a string"),
-    "bias": Field("carried", _text, "'none', 'all' or 'lora_only'"),
+    "bias": Field("carried", _biases, "'none', 'all' or 'lora_only'"),
     "ensure_weight_tying": Field("carried", *_switch),
     "exclude_modules": Field("carried", *_targets),
     "fan_in_fan_out": Field("carried", *_switch),
