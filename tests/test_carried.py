@@ -32,6 +32,10 @@ def llama(peft, *, tied=False):
     return peft.transformers.LlamaForCausalLM(config)
 
 
+def tied_llama(peft):
+    return llama(peft, tied=True)
+
+
 def neox(peft):
     config = peft.transformers.GPTNeoXConfig(
         hidden_size=32,
@@ -113,7 +117,21 @@ CASES = {
         {"target_modules": ["q_proj"], "bias": "lora_only", "modules_to_save": ["lm_head"]},
         {},
     ),
+    "saved and tied": (
+        tied_llama,
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+        {},
+    ),
     "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, {}),
+    "tokens and a tied head": (
+        tied_llama,
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+        {},
+    ),
     "tokens and embeddings": (
         llama,
         {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
@@ -211,6 +229,11 @@ def test_every_carried_tensor_names_a_parameter_of_the_base(peft, tmp_path, case
             ("embed", "trainable_tokens_delta", "tokens"),
         ),
         ("embed.token_adapter.base_layer.weight", {}, ("embed", "weight", "base")),
+        (
+            "blocks.0.diff_b",
+            {"single_file": {"style": "peft"}},
+            ("blocks.0", "diff_b", "difference"),
+        ),
     ],
 )
 def test_kinds_of_carried_tensors(key, fields, expected):

@@ -395,6 +395,29 @@ def test_a_group_record_that_is_wrong(native, field, value):
     refused(native, FormatError)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("slice_ranks", value) for value in ([4, 1], [0, 1, 4], [2.5, 1, 4], ["4", 1, 4], 3)],
+        *[("rank", [4]), ("rank", [0, 0]), ("shape", None), ("modules", [VALUE[0]] * 3)],
+        *[("modules", "value"), ("modules", [1, 2, 3]), ("name", None), ("scale", "one")],
+        *[("scale", True), ("embedding", "no"), ("fit", {"relative_error": 0.5}), ("fit", "good")],
+    ],
+)
+def test_the_peft_method_refuses_the_same_records_in_the_same_words(native, field, value):
+    method = pytest.importorskip("lotrtensor.peft")
+    groups = read_config(native)["groups"]
+    assert len(method.LotrConfig(groups=groups).plans()) == len(groups)
+    groups[0][field] = value
+    edit_config(native, groups=groups)
+    with pytest.raises(FormatError) as ours:
+        lt.load(native)
+    with pytest.raises(FormatError) as theirs:
+        method.LotrConfig(groups=groups)
+    assert f"{field} of a group is" in str(ours.value)
+    assert str(ours.value).partition(": ")[2] == str(theirs.value).partition(": ")[2]
+
+
 @pytest.mark.parametrize("field", ["name", "modules", "shape", "rank", "slice_ranks", "scale"])
 def test_a_group_record_that_lacks_a_field(native, field):
     groups = read_config(native)["groups"]

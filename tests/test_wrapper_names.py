@@ -40,6 +40,7 @@ OUTSIDE = [
     *("base_model.model._fsdp_wrapped_module.", "base_model.model.base_model.model."),
     *("base_model.model.module.", "module.base_model.model._orig_mod.", "module."),
     *("base_model.model._orig_mod.module.", "_orig_mod."),
+    *("model.base_model.model.", "policy.net.base_model.model._orig_mod."),
 ]
 
 
@@ -166,4 +167,24 @@ def test_what_is_exported_has_effect_in_peft(tmp_path, prefix):
     document("export", tmp_path / "lotr", "-o", tmp_path / "back")
     found = peft.outputs(peft.load(peft.bert(2), tmp_path / "back"))
     assert np.abs(expected - plain).max() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@quiet
+def test_a_lotr_that_was_trained_in_a_compiled_model_is_exported_for_the_plain_one(tmp_path):
+    peft = Peft()
+    method = pytest.importorskip("lotrtensor.peft")
+    config = method.LotrConfig(r=4, target_modules=["query", "value"], modules_to_save=["pooler"])
+    inner = peft.bert(2)
+    adapted = peft.peft.get_peft_model(peft.torch.compile(inner, backend="eager"), config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * peft.torch.randn_like(parameter)
+    expected = peft.outputs(adapted.eval())
+    adapted.save_pretrained(tmp_path / "a")
+    assert any("_orig_mod" in key for key in read_arrays(tmp_path / "a"))
+    with pytest.warns(LotrWarning, match="_orig_mod"):
+        lt.load(tmp_path / "a").to_lora().save(tmp_path / "o")
+    assert not any("_orig_mod" in key for key in read_arrays(tmp_path / "o"))
+    found = peft.outputs(peft.load(peft.bert(2), tmp_path / "o"))
     np.testing.assert_allclose(found, expected, atol=1e-4)

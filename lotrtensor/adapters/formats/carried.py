@@ -22,13 +22,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from lotrtensor.adapters.formats.image_names import is_difference
+from lotrtensor.adapters.formats.layout import LAYOUT
 from lotrtensor.adapters.formats.tensors import Tensors
 from lotrtensor.adapters.grouping import module_kind
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 
 PREFIX = "base_model.model."
 
-CarriedKind = Literal["saved", "weight", "bias", "base", "tokens"]
+CarriedKind = Literal["saved", "weight", "bias", "base", "tokens", "difference"]
 
 
 class Carried(NamedTuple):
@@ -44,7 +46,8 @@ class Carried(NamedTuple):
         ``"saved"``: of a module in ``modules_to_save``; ``"weight"``: the weight of a module that
         has no update, in place of the base model's; ``"bias"``: the same of a bias; ``"base"``:
         weight or bias below an adapter, a copy of the base model's unless that was resized or
-        trained; ``"tokens"``: trained rows of an embedding.
+        trained; ``"tokens"``: trained rows of an embedding; ``"difference"``: what a single file
+        adds to a whole parameter.
     """
 
     module: str
@@ -67,6 +70,8 @@ def _describe(key: str, config: Mapping[str, Any]) -> Carried:
     module = _WRAPPED.sub("", path)
     if parameter == _TOKENS:
         return Carried(module, parameter, "tokens")
+    if config.get(LAYOUT) and is_difference(key):
+        return Carried(module, parameter, "difference")
     saved = _saved_module(key, config)
     if saved is not None and ".original_module" not in path:
         return Carried(saved, _WRAPPED.sub("", "." + key[len(PREFIX + saved) + 1 :])[1:], "saved")

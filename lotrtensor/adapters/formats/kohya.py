@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def read_single_file(path: Path) -> LoraContent:
     tensors = {plain[key]: tensor for key, tensor in tensors.items()}
     check_methods(tensors, path)
     pairs, styles, alphas, extras = _split(tensors, path)
-    peft_config = _peft_config(metadata, path)
+    configs = _peft_configs(metadata, pairs.keys() - alphas.keys(), path)
     modules, kernels, dtypes = [], {}, set()
     for name in sorted(pairs, key=layer_order):
         up, down, kernel = _matrices(pairs[name], path)
@@ -91,7 +91,7 @@ def read_single_file(path: Path) -> LoraContent:
         if name in alphas:
             scale = _alpha(alphas[name], path) / down.tensor.shape[0]
         else:
-            scale = _peft_scale(name, styles[name], down, peft_config, path)
+            scale = _peft_scale(name, styles[name], down, configs, path)
         modules.append(scaled_module(name, up, down, scale, path))
         dtypes |= {up.tensor.dtype, down.tensor.dtype}
         if kernel:
@@ -225,7 +225,10 @@ def _alpha(factor: Factor, path: Path) -> float:
     return value
 
 
-def _peft_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+def _peft_configs(
+    metadata: Mapping[str, str], names: Iterable[str], path: Path
+) -> dict[str | None, dict[str, Any]]:
+    """Return the LoRA config of every component that one of the modules ``names`` belongs to."""
     text = metadata.get(_PEFT_METADATA)
     try:
         config = json.loads(text) if text else {}
@@ -233,20 +236,24 @@ def _peft_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: {_PEFT_METADATA} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise FormatError(f"{path}: {_PEFT_METADATA} is {text!r:.40}; expected an object")
-    return config
+    found = {}
+    for part in {component(name) for name in names}:
+        inside = {k.partition(".")[2]: v for k, v in config.items() if k.partition(".")[0] == part}
+        own = inside or (config if "r" in config else {})
+        if own:
+            check_plain(own, path)
+            found[part] = own
+    return found
 
 
 def _peft_scale(
-    name: str, style: str, down: Factor, config: Mapping[str, Any], path: Path
+    name: str, style: str, down: Factor, configs: Mapping[str | None, Any], path: Path
 ) -> float:
     """Return the scale of a module without an alpha: its component's LoRA config, else 1."""
     part = component(name)
-    inside = {k.partition(".")[2]: v for k, v in config.items() if k.partition(".")[0] == part}
-    own = inside or (config if "r" in config else {})
-    if own:
-        check_plain(own, path)
-        inner = name.removeprefix(f"{part}.") if inside else name
-        return lora_scale((inner,), down.key, down.tensor.shape[0], own, path)
+    if part in configs:
+        names = (name.removeprefix(f"{part}."), name)
+        return lora_scale(names, down.key, down.tensor.shape[0], configs[part], path)
     if style.startswith("peft") and part is None:
         raise FormatError(
             f"{path}: {down.key} has no alpha, and its name no component such as unet., "

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lotrtensor.adapters.formats.tensors import (
     read_config,
     read_tensors,
 )
+from lotrtensor.adapters.formats.wrappers import unwrapped_names
 from lotrtensor.adapters.modules import Core, FactoredCore, LotrGroup
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 
@@ -82,11 +84,9 @@ def read_lotr(directory: Path) -> LotrContent:
         raise FormatError(f"{directory}: the config has no groups; expected a list of them")
     read_layout(config, directory)
     check_types(config, CARRIED_FIELDS, directory)
-    tensors = read_tensors(directory)
-    groups = tuple(
-        _read_group(GroupRecord.from_json(entry, directory), tensors, directory)
-        for entry in entries
-    )
+    records = [GroupRecord.from_json(entry, directory) for entry in entries]
+    tensors, records = _unwrapped(read_tensors(directory), records, directory)
+    groups = tuple(_read_group(record, tensors, directory) for record in records)
     dtype = groups[0].left.dtype
     adapted = {name: group.embedding for group in groups for name in group.modules}
     extras = split_extras(tensors, config, adapted, directory)
@@ -154,6 +154,19 @@ def check_native(
             "would leave it out; lower the ranks of the file itself, which carries it (lotr "
             "truncate)"
         )
+
+
+def _unwrapped(
+    tensors: Tensors, records: list[GroupRecord], directory: Path
+) -> tuple[Tensors, list[GroupRecord]]:
+    """Take the names of wrappers off, where the adapter was trained in a wrapped model."""
+    names = [name for record in records for name in record.modules]
+    own = [key for key in tensors if not key.startswith((LEFT, RIGHT))]  # these name groups
+    plain = unwrapped_names([*own, *names], directory)
+    return (
+        {plain.get(key, key): tensor for key, tensor in tensors.items()},
+        [replace(r, modules=tuple(plain[name] for name in r.modules)) for r in records],
+    )
 
 
 def _record(group: LotrGroup) -> GroupRecord:

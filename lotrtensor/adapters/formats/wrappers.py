@@ -86,6 +86,10 @@ def _plain_paths(keys: list[str], *, peft: bool) -> dict[str, str]:
     """Take private names off everywhere, and around everything what else a wrapper adds."""
     paths = {key: without_wrappers(key) for key in keys}
     if peft:
+        # PEFT's prefix is the root: what is in front of it, in every key, is around PEFT's model.
+        heads = {path.partition(PREFIX)[0] if PREFIX in path else None for path in paths.values()}
+        if len(heads) == 1 and None not in heads:
+            paths = {key: path.removeprefix(*heads) for key, path in paths.items()}
         paths = {key: _BEFORE_PREFIX.sub("", path) for key, path in paths.items()}
     around = (PREFIX, f"{_MODULE}.") if peft else (f"{_MODULE}.",)
     while found := [p for p in around if paths and all(x.startswith(p) for x in paths.values())]:
