@@ -48,7 +48,8 @@ def unwrapped(keys: Iterable[str], where: object) -> dict[str, str]:
     Warns
     -----
     LotrWarning
-        Once, naming what was left out.
+        Once, naming what was left out; and where a part is called ``module`` further inside, which
+        is kept, because it may be the model's own.
     """
     keys = list(keys)
     plain = {key: PREFIX + path for key, path in _plain_paths(keys, peft=True).items()}
@@ -56,6 +57,7 @@ def unwrapped(keys: Iterable[str], where: object) -> dict[str, str]:
     changed = [key for key in keys if plain[key] not in (key, PREFIX + key)]
     if changed:
         _warn(changed[0], plain[changed[0]], len(changed), where)
+    _warn_of_modules_inside(plain.values(), where)
     return plain
 
 
@@ -117,3 +119,14 @@ def _warn(key: str, plain: str, count: int, where: object) -> None:
         LotrWarning,
         stacklevel=4,
     )
+
+
+def _warn_of_modules_inside(keys: Iterable[str], where: object) -> None:
+    inside = [key for key in keys if _MODULE in key.split(".")]
+    if inside:
+        warnings.warn(
+            f"{where}: {inside[0]} has a part called {_MODULE}, which is kept; if it is not the "
+            "model's own but a wrapper's, the plain model has no such layer: take it off the keys",
+            LotrWarning,
+            stacklevel=3,
+        )
