@@ -1,21 +1,18 @@
-"""Weight deltas of checkpoints to an adapter, and an adapter back into a checkpoint."""
+"""Weight deltas of checkpoints to an adapter."""
 
 import itertools
 import json
 import re
-import shutil
 import tracemalloc
 import warnings
 
-import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
-from safetensors import safe_open
 
 from lotrtensor import (
     DataError,
     FormatError,
+    LoraAdapter,
     LotrError,
     LotrWarning,
     RankError,
@@ -23,250 +20,37 @@ from lotrtensor import (
     load,
     merge,
 )
+from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.core.fit import tuning
+from lotrtensor.verbs._extract import extraction_error
 from tests.adapters_fixtures import (
     DTYPES,
     Peft,
     assert_refused,
     assert_same_modules,
-    bert_pairs,
     dense_lora,
     dense_lotr,
     distance,
-    edit_config,
     lotr,
     lotr_process,
-    nth_call,
     quiet,
-    raw_safetensors,
     read_arrays,
     read_config,
-    snapshot,
-    write_lora,
+)
+from tests.checkpoint_fixtures import (
+    D,
+    F,
+    V,
+    deltas,
+    full,
+    model,
+    pair,
+    read,
+    tune,
+    write,
 )
 
-INDEX = "model.safetensors.index.json"
 unconverged = pytest.mark.filterwarnings("ignore:.*did not converge:lotrtensor.errors.LotrWarning")
-
-D, F, V = 12, 16, 20
-"""Width, inner width and vocabulary of the model."""
-
-
-def model(seed=0, layers=3):
-    """The tensors of a small encoder, float32, entries between 1/2 and 1."""
-    rng = np.random.default_rng(seed)
-    shapes = {"embeddings.word_embeddings.weight": (V, D), "embeddings.LayerNorm.weight": (D,)}
-    for i in range(layers):
-        prefix = f"encoder.layer.{i}."
-        shapes |= {
-            f"{prefix}attention.self.query.weight": (D, D),
-            f"{prefix}attention.self.query.bias": (D,),
-            f"{prefix}attention.self.value.weight": (D, D),
-            f"{prefix}intermediate.dense.weight": (F, D),
-            f"{prefix}intermediate.dense.bias": (F,),
-        }
-    return {key: rng.uniform(0.5, 1, shape).astype(np.float32) for key, shape in shapes.items()}
-
-
-def tune(tensors, seed=1, rank=None, pattern="query|intermediate|word_embeddings", size=0.05):
-    """Change the weights that match: by updates of some rank, or by full ones."""
-    rng, tuned = np.random.default_rng(seed), dict(tensors)
-    for key, x in tensors.items():
-        if re.search(pattern, key) and key.endswith("weight"):
-            m, n = x.shape
-            r = rank or min(m, n)
-            delta = size * rng.standard_normal((m, r)) @ rng.standard_normal((r, n)) / np.sqrt(r)
-            tuned[key] = (x + delta).astype(x.dtype)
-    return tuned
-
-
-def cast(tensors, dtype):
-    """Every tensor in one type."""
-    return {key: x.astype(DTYPES[dtype]) for key, x in tensors.items()}
-
-
-def write(path, tensors, shards=1, **files):
-    """A checkpoint directory: one file, or shards and their index."""
-    path.mkdir(parents=True)
-    keys = list(tensors)
-    names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-    if shards == 1:
-        names = ["model.safetensors"]
-    weight_map = {key: names[i * shards // len(keys)] for i, key in enumerate(keys)}
-    for name in names:
-        part = {k: x.copy(order="C") for k, x in tensors.items() if weight_map[k] == name}
-        safetensors.numpy.save_file(part, path / name, metadata={"format": "pt"})
-    if shards > 1:
-        size = sum(x.nbytes for x in tensors.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (path / INDEX).write_text(json.dumps(index))
-    (path / "config.json").write_text('{"model_type": "bert"}')
-    for name, text in files.items():
-        (path / name).write_text(text)
-    return path
-
-
-def read(path):
-    """All tensors of a checkpoint, and the file that each is in."""
-    tensors, files = {}, {}
-    for file in sorted(path.glob("*.safetensors")):
-        for key, x in safetensors.numpy.load_file(file).items():
-            tensors[key], files[key] = x, file.name
-    return tensors, files
-
-
-def pair(tmp_path, dtype="float32", shards=1, **how):
-    """Base and tuned checkpoint in one type, with their tensors."""
-    base = cast(model(), dtype)
-    tuned = cast(tune(model(), **how), dtype)
-    return (
-        write(tmp_path / "base", base, shards),
-        write(tmp_path / "tuned", tuned, shards),
-        base,
-        tuned,
-    )
-
-
-def deltas(base, tuned):
-    """ΔW of the changed matrices by module, out × in; an embedding's is transposed."""
-    found = {}
-    for key, x in base.items():
-        delta = tuned[key].astype(np.float64) - x.astype(np.float64)
-        if x.ndim == 2 and delta.any():
-            found[key.removesuffix(".weight")] = delta.T if "embeddings" in key else delta
-    return found
-
-
-def full(tmp_path, group_by="type"):
-    """An adapter of full rank, in float32."""
-    rank = (D, D) if group_by == "none" else (F, D)
-    both = tmp_path / "base", tmp_path / "tuned"
-    return extract(*both, rank=rank, dtype="float32", group_by=group_by)
-
-
-# ---------------------------------------------------------------- there and back
-
-
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("group_by", ["type", "shape", "none", "query|value"])
-def test_full_rank_and_merge_give_the_tuned_weights(tmp_path, shards, group_by):
-    """float32: to 1e-6 of the update, entry by entry; the rest bit by bit."""
-    base_dir, _, base, tuned = pair(tmp_path, shards=shards)
-    merge(base_dir, full(tmp_path, group_by=group_by), tmp_path / "merged")
-    found, files = read(tmp_path / "merged")
-    assert found.keys() == tuned.keys()
-    assert files == read(base_dir)[1]
-    for key, x in tuned.items():
-        assert found[key].dtype == np.float32
-        assert np.max(np.abs(found[key] - x)) <= 1e-6 * (1 + np.abs(x).max())
-        if np.array_equal(base[key], x):
-            assert np.array_equal(found[key], x)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("shards", [1, 2])
-def test_half_precision_comes_back_exactly(tmp_path, dtype, shards):
-    """base + ΔW rounds to the tuned weights, bit by bit."""
-    base_dir, _, _, tuned = pair(tmp_path, dtype, shards)
-    merge(base_dir, full(tmp_path), tmp_path / "merged")
-    found, _ = read(tmp_path / "merged")
-    for key, x in tuned.items():
-        assert found[key].dtype == DTYPES[dtype]
-        assert np.array_equal(found[key].astype(np.float64), x.astype(np.float64)), key
-
-
-def test_double_precision(tmp_path):
-    """float64 checkpoints keep their digits."""
-    base_dir, _, _, tuned = pair(tmp_path, "float64")
-    adapter = extract(base_dir, tmp_path / "tuned", rank=(F, D))
-    assert adapter.dtype == np.float64
-    merge(base_dir, adapter, tmp_path / "merged")
-    found, _ = read(tmp_path / "merged")
-    for key, x in tuned.items():
-        assert np.max(np.abs(found[key] - x)) <= 1e-13
-
-
-def test_mixed_types(tmp_path):
-    """A float32 base and a bfloat16 tuned model; each tensor keeps the base's type."""
-    base = model()
-    tuned = {k: x.astype(DTYPES["bfloat16"]) if x.ndim == 2 else x for k, x in tune(base).items()}
-    write(tmp_path / "base", base)
-    write(tmp_path / "tuned", tuned)
-    merge(tmp_path / "base", full(tmp_path), tmp_path / "merged")
-    found, _ = read(tmp_path / "merged")
-    for key in ("encoder.layer.0.attention.self.query.weight", "embeddings.word_embeddings.weight"):
-        assert found[key].dtype == np.float32
-        assert np.max(np.abs(found[key] - tuned[key].astype(np.float32))) < 1e-6
-
-
-@pytest.mark.parametrize("form", ["lotr", "lora"])
-@pytest.mark.parametrize("side", ["base", "tuned"])
-def test_slices_of_unlike_precision_share_a_group(tmp_path, form, side):
-    """One layer in float64, one in bfloat16, the rest in float32."""
-    both = {"base": model(), "tuned": tune(model(), rank=2)}
-    for layer, dtype in ((0, "float64"), (1, "bfloat16")):
-        key = f"encoder.layer.{layer}.attention.self.query.weight"
-        both[side][key] = both[side][key].astype(DTYPES[dtype])
-    for name, tensors in both.items():
-        write(tmp_path / name, tensors)
-    adapter = extract(tmp_path / "base", tmp_path / "tuned", rank=12, dtype="float64", form=form)
-    if form == "lotr":
-        adapter = adapter.to_lora()
-    found = {m.name: m.B.astype(float) @ m.A for m in adapter.modules}
-    assert distance(found, deltas(both["base"], both["tuned"])) < 1e-6
-
-
-@pytest.mark.parametrize("form", ["lotr", "lora"])
-def test_the_command_line_goes_there_and_back(tmp_path, form):
-    """extract, then merge; both tell what they did."""
-    base_dir, tuned_dir, _, tuned = pair(tmp_path, rank=2, shards=2)
-    out, merged = tmp_path / "adapter", tmp_path / "merged"
-    goal = ["--rank", 6, "--form", form]
-    found = lotr("extract", "--base", base_dir, "--tuned", tuned_dir, "-o", out, *goal)
-    assert found.code == 0, found.err
-    found = lotr("merge", out, "--base", base_dir, "-o", merged)
-    assert found.code == 0, found.err
-    assert "7 weights changed" in found.out
-    tensors, _ = read(merged)
-    for key, x in tuned.items():
-        assert np.max(np.abs(tensors[key] - x)) <= 2e-6, key
-
-
-def test_unchanged_modules_are_left_out(tmp_path):
-    """Of a group in part, and whole groups."""
-    base = model()
-    tuned = tune(base, pattern=r"layer.1.attention.self.query|intermediate", rank=2)
-    write(tmp_path / "base", base)
-    write(tmp_path / "tuned", tuned)
-    adapter = extract(tmp_path / "base", tmp_path / "tuned", rank=6)
-    names = sorted(name for group in adapter.groups for name in group.modules)
-    assert names == sorted(deltas(base, tuned))
-    assert len(names) == 4
-    assert adapter.config["target_modules"] == names
-    adapter.save(tmp_path / "adapter")
-    assert_same_modules(dense_lotr(tmp_path / "adapter"), deltas(base, tuned), 1e-5)
-
-
-@pytest.mark.parametrize("goal", [{"tolerance": 0.1}, {"budget": "50%"}, {"rank": 3}])
-def test_unchanged_groups_cost_nothing(tmp_path, goal):
-    """What does not differ takes no share of a budget, and no error of its own."""
-    base = model()
-    tuned = tune(base, pattern="query", rank=2)
-    write(tmp_path / "base", base)
-    write(tmp_path / "tuned", tuned)
-    adapter = extract(tmp_path / "base", tmp_path / "tuned", **goal)
-    assert [group.name for group in adapter.groups] == ["attention.self.query"]
-    assert adapter.relative_error is not None
-    assert adapter.relative_error < 1
-
-
-def test_a_budget_just_large_enough_for_what_changed(tmp_path):
-    """The smallest decomposition is that of the changed group: m + n + K numbers."""
-    base = model()
-    write(tmp_path / "base", base)
-    write(tmp_path / "tuned", tune(base, pattern="query", rank=2))
-    adapter = extract(tmp_path / "base", tmp_path / "tuned", budget=f"{D + D + 3}p")
-    assert adapter.parameters == D + D + 3
 
 
 # ---------------------------------------------------------------- goals
@@ -470,7 +254,7 @@ def test_weights_stored_in_by_out(tmp_path):
     base = {f"h.{i}.attn.c_attn.weight": rng.random((D, 3 * D), np.float32) for i in range(3)}
     tuned = tune(base, pattern="c_attn", rank=3)
     base_dir, tuned_dir = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned)
-    arguments = ["--base", base_dir, "--tuned", tuned_dir, "--rank", 9, "--fan-in-fan-out"]
+    arguments = ["--base", base_dir, "--tuned", tuned_dir, "--rank", 9, "--fan-in-fan-out", "."]
     found = lotr("extract", *arguments, "-o", tmp_path / "adapter")
     assert found.code == 0, found.err
     assert read_config(tmp_path / "adapter")["fan_in_fan_out"] is True
@@ -592,153 +376,7 @@ def test_peft_applies_the_extracted_lora(tmp_path):
     assert peft.outputs(adapted) == pytest.approx(peft.outputs(target), abs=1e-4)
 
 
-# ---------------------------------------------------------------- merge keeps the rest
-
-
-def test_a_lora_is_merged_with_its_scale(tmp_path):
-    """base + (alpha / r) B A, computed by hand; the file names are the base's."""
-    pairs = {n: x for n, x in bert_pairs(3).items() if "query" in n}
-    rng = np.random.default_rng(0)
-    base = {f"{n}.weight": rng.random((12, 10), np.float32) for n in pairs}
-    write(tmp_path / "base", base, shards=2)
-    write_lora(tmp_path / "lora", pairs)
-    found = lotr("merge", tmp_path / "lora", "--base", tmp_path / "base", "-o", tmp_path / "merged")
-    assert found.code == 0, found.err
-    merged, files = read(tmp_path / "merged")
-    assert files == read(tmp_path / "base")[1]
-    for name, (b, a) in pairs.items():
-        assert merged[f"{name}.weight"] == pytest.approx(
-            base[f"{name}.weight"] + 2 * b @ a, abs=1e-4
-        )
-
-
-def test_types_keys_shards_and_files_are_kept(tmp_path):
-    """Of every tensor, of any kind; so are metadata, index and the files beside."""
-    pair(tmp_path, rank=2)
-    adapter = full(tmp_path)
-    base = model() | {
-        "position_ids": np.arange(5),
-        "mask": np.array([True, False]),
-        "scalar": np.array(3.0, np.float64),
-        "empty": np.zeros((0, 3), np.float32),
-        "half.weight": np.ones((3, 3), np.float16),
-        "brain.weight": np.ones((3, 3), ml_dtypes.bfloat16),
-    }
-    base_dir = write(
-        tmp_path / "mixed", base, shards=4, **{"tokenizer.json": "{}", "vocab.txt": "a"}
-    )
-    changed = merge(base_dir, adapter, tmp_path / "merged")
-    found, files = read(tmp_path / "merged")
-    assert files == read(base_dir)[1]
-    assert found.keys() == base.keys()
-    for key, x in base.items():
-        assert (found[key].dtype, found[key].shape) == (x.dtype, x.shape)
-        assert np.array_equal(found[key], x) == (key not in changed)
-    for name in ("config.json", "tokenizer.json", "vocab.txt", INDEX):
-        assert (tmp_path / "merged" / name).read_bytes() == (base_dir / name).read_bytes()
-    for name in set(files.values()):
-        with safe_open(tmp_path / "merged" / name, "numpy") as file:
-            assert file.metadata() == {"format": "pt"}
-
-
-def test_a_model_with_a_head_takes_its_encoders_adapter(tmp_path):
-    """Names differ by the base model's prefix."""
-    _, _, base, tuned = pair(tmp_path, rank=2)
-    adapter = full(tmp_path)
-    headed = {f"bert.{key}": x for key, x in base.items()} | {
-        "cls.weight": np.ones((2, D), np.float32)
-    }
-    merge(write(tmp_path / "headed", headed), adapter, tmp_path / "merged")
-    found, _ = read(tmp_path / "merged")
-    for key, x in tuned.items():
-        assert found[f"bert.{key}"] == pytest.approx(x, abs=2e-6)
-
-
-def test_the_base_is_not_touched(tmp_path):
-    """Not a byte."""
-    base_dir, _, _, _ = pair(tmp_path, rank=2)
-    before = snapshot(base_dir)
-    merge(base_dir, full(tmp_path), tmp_path / "merged")
-    assert snapshot(base_dir) == before
-
-
 # ---------------------------------------------------------------- refusals
-
-
-def test_foreign_adapters_are_refused_by_name(tmp_path):
-    """A module that the checkpoint lacks, and one of another shape."""
-    base = {"encoder.layer.0.attention.self.query.weight": np.ones((12, 10), np.float32)}
-    write(tmp_path / "base", base)
-    query = "encoder.layer.0.attention.self.query"
-    absent = "encoder.layer.1.attention.self.query"
-    write_lora(tmp_path / "foreign", {name: bert_pairs(2)[name] for name in (query, absent)})
-    found = lotr("merge", tmp_path / "foreign", "--base", tmp_path / "base", "-o", tmp_path / "out")
-    assert_refused(found, absent)
-    write_lora(
-        tmp_path / "unlike", {query: (np.ones((10, 2), np.float32), np.ones((2, 12), np.float32))}
-    )
-    found = lotr("merge", tmp_path / "unlike", "--base", tmp_path / "base", "-o", tmp_path / "out")
-    assert_refused(found, query, "(12, 10)", "(10, 12)")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_ambiguous_name_is_refused(tmp_path):
-    """Two models in one checkpoint: neither is guessed."""
-    pairs = {"query": bert_pairs(1)["encoder.layer.0.attention.self.query"]}
-    write_lora(tmp_path / "lora", pairs)
-    base = {f"{side}.query.weight": np.ones((12, 10), np.float32) for side in ("left", "right")}
-    write(tmp_path / "base", base)
-    with pytest.raises(FormatError, match="query"):
-        merge(tmp_path / "base", load(tmp_path / "lora"), tmp_path / "out")
-
-
-def test_carried_tensors_are_refused_by_name(tmp_path):
-    """A fully trained head would be lost."""
-    extras = {"base_model.model.classifier.weight": np.ones((2, 10), np.float32)}
-    write_lora(tmp_path / "lora", extras=extras, modules_to_save=["classifier"])
-    write(tmp_path / "base", {"x.weight": np.ones((2, 2), np.float32)})
-    with pytest.raises(FormatError, match="classifier"):
-        merge(tmp_path / "base", load(tmp_path / "lora"), tmp_path / "out")
-
-
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64"])
-def test_quantised_weights_are_refused_by_name(tmp_path, dtype):
-    """An update rounded to integers is no update."""
-    pairs = {"query": bert_pairs(1)["encoder.layer.0.attention.self.query"]}
-    write_lora(tmp_path / "lora", pairs)
-    write(tmp_path / "base", {"query.weight": np.ones((12, 10), dtype)})
-    with pytest.raises(LotrError, match=r"query\.weight"):
-        merge(tmp_path / "base", load(tmp_path / "lora"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_types_that_numpy_cannot_read_are_refused_by_name(tmp_path):
-    """float8 tensors beside the weights: one sentence, no traceback."""
-    pairs = {"query": bert_pairs(1)["encoder.layer.0.attention.self.query"]}
-    write_lora(tmp_path / "lora", pairs)
-    weight = np.ones((12, 10), np.float32).tobytes()
-    header = {
-        "query.weight": {"dtype": "F32", "shape": [12, 10], "data_offsets": [0, 480]},
-        "scale_f8": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [480, 484]},
-    }
-    (tmp_path / "base").mkdir()
-    content = raw_safetensors(header, weight + b"\0" * 4)
-    (tmp_path / "base" / "model.safetensors").write_bytes(content)
-    found = lotr("merge", tmp_path / "lora", "--base", tmp_path / "base", "-o", tmp_path / "out")
-    if found.code == 0:
-        assert b"scale_f8" in (tmp_path / "out" / "model.safetensors").read_bytes()
-    else:
-        assert_refused(found, "scale_f8")
-
-
-def test_overflow_is_refused_by_name(tmp_path):
-    """A sum beyond float16 is no weight."""
-    write_lora(
-        tmp_path / "lora", {"q": (np.full((3, 1), 100, np.float32), np.ones((1, 2), np.float32))}
-    )
-    write(tmp_path / "base", {"q.weight": np.full((3, 2), 65500, np.float16)})
-    with pytest.raises(LotrError, match=r"q\.weight"):
-        merge(tmp_path / "base", load(tmp_path / "lora"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -753,15 +391,6 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value, side):
         write(tmp_path / name, tensors)
     with pytest.raises(DataError, match=re.escape(key)):
         extract(tmp_path / "base", tmp_path / "tuned", rank=2)
-
-
-def test_integer_weights_are_refused_by_name(tmp_path):
-    """A quantised checkpoint has no deltas."""
-    for name, seed in (("base", 0), ("tuned", 1)):
-        x = np.random.default_rng(seed).integers(0, 9, (4, 4)).astype(np.int8)
-        write(tmp_path / name, {"q.weight": x})
-    with pytest.raises(DataError, match=r"q\.weight"):
-        extract(tmp_path / "base", tmp_path / "tuned", rank=1)
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):
@@ -782,99 +411,6 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         arguments = ["--base", base, "--tuned", tuned, "-o", tmp_path / "out", "--rank", 2]
         assert_refused(lotr("extract", *arguments, *more), *parts)
         assert not (tmp_path / "out").exists()
-
-
-def test_damaged_checkpoints(tmp_path):
-    """Missing shards, damaged files, indices that lie."""
-    pair(tmp_path, rank=2, shards=3)
-    adapter = full(tmp_path)
-    adapter.save(tmp_path / "adapter")
-    shard = "model-00002-of-00003.safetensors"
-
-    def refuse(name, *parts):
-        for command in (
-            ["merge", tmp_path / "adapter", "--base", tmp_path / name, "-o", tmp_path / "out"],
-            [
-                "extract",
-                "--base",
-                tmp_path / name,
-                "--tuned",
-                tmp_path / "tuned",
-                "-o",
-                tmp_path / "out",
-                "--rank",
-                2,
-            ],
-        ):
-            assert_refused(lotr(*command), *parts)
-        assert not (tmp_path / "out").exists()
-
-    for name in ("missing", "cut", "outside", "list", "garbage"):
-        write(tmp_path / name, model(), shards=3)
-    (tmp_path / "missing" / shard).unlink()
-    refuse("missing", shard)
-    content = (tmp_path / "cut" / shard).read_bytes()
-    (tmp_path / "cut" / shard).write_bytes(content[: len(content) // 2])
-    refuse("cut", shard)
-    index = json.loads((tmp_path / "outside" / INDEX).read_text())
-    index["weight_map"] = {key: "../base/" + shard for key in index["weight_map"]}
-    (tmp_path / "outside" / INDEX).write_text(json.dumps(index))
-    refuse("outside", "shard")
-    (tmp_path / "list" / INDEX).write_text('{"weight_map": []}')
-    refuse("list", "weight_map")
-    (tmp_path / "garbage" / INDEX).write_text("{")
-    refuse("garbage", INDEX)
-
-
-def test_an_index_that_promises_a_tensor_of_another_file(tmp_path):
-    """What no shard holds is missing, by name."""
-    pair(tmp_path, rank=2, shards=2)
-    adapter = full(tmp_path)
-    index = json.loads((tmp_path / "base" / INDEX).read_text())
-    index["weight_map"]["pooler.dense.weight"] = "model-00001-of-00002.safetensors"
-    (tmp_path / "base" / INDEX).write_text(json.dumps(index))
-    with pytest.raises(FormatError, match=r"pooler\.dense\.weight"):
-        merge(tmp_path / "base", adapter, tmp_path / "merged")
-
-
-@pytest.mark.parametrize("side", ["base", "tuned"])
-def test_packed_weights_are_refused_by_name(tmp_path, side):
-    """Four-bit weights have other keys than the whole ones; they are not taken for absent."""
-    both = {"base": model(), "tuned": tune(model(), rank=2)}
-    module = "encoder.layer.1.attention.self.query"
-    del both[side][f"{module}.weight"]
-    both[side][f"{module}.qweight"] = np.ones((2, D), np.int32)
-    for name, tensors in both.items():
-        write(tmp_path / name, tensors)
-    options = ["--base", tmp_path / "base", "--tuned", tmp_path / "tuned", "--rank", 2]
-    found = lotr("extract", *options, "-o", tmp_path / "out")
-    assert_refused(found, side, f"{module}.qweight", "dequantise")
-    write_lora(tmp_path / "lora", {module: (np.ones((D, 1)), np.ones((1, D)))})
-    if side == "base":
-        found = lotr("merge", tmp_path / "lora", "--base", tmp_path / "base", "-o", tmp_path / "m")
-        assert_refused(found, f"{module}.qweight", "dequantise")
-
-
-def test_eight_bit_floats_are_refused_by_name(tmp_path):
-    """NumPy does not hold them; what differs in them is not lost without a word."""
-    for name, byte in (("base", b"\0"), ("tuned", b"\1")):
-        header = {"q.weight": {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}}
-        (tmp_path / name).mkdir()
-        content = raw_safetensors(header, byte * 4)
-        (tmp_path / name / "model.safetensors").write_bytes(content)
-    with pytest.raises(DataError, match=r"q\.weight has dtype F8_E4M3.*dequantise"):
-        extract(tmp_path / "base", tmp_path / "tuned", rank=1)
-
-
-def test_a_pickled_checkpoint_is_refused(tmp_path):
-    """With the way out."""
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"x")
-    for command in (["extract", "--tuned", tmp_path / "base", "--rank", 1], ["merge", "lora"]):
-        write_lora(tmp_path / "lora", bert_pairs(1))
-        arguments = [tmp_path / x if x == "lora" else x for x in command]
-        found = lotr(*arguments, "--base", tmp_path / "base", "-o", tmp_path / "out")
-        assert_refused(found, "pytorch_model.bin", "save_pretrained")
 
 
 def test_a_pattern_that_takes_long_to_match_nothing(tmp_path):
@@ -903,177 +439,7 @@ def test_other_tensors_that_differ_are_told(tmp_path, kind):
         extract(tmp_path / "base", tmp_path / "tuned", rank=4)
 
 
-def test_a_key_in_two_shards_is_read_where_the_index_says(tmp_path):
-    """A stale copy in the other shard is neither read nor changed."""
-    base_dir, _, base, tuned = pair(tmp_path, rank=2, shards=2)
-    key = "encoder.layer.0.attention.self.query.weight"
-    last = base_dir / "model-00002-of-00002.safetensors"
-    stale = {k: x for k, x in read(base_dir)[0].items() if k in safetensors.numpy.load_file(last)}
-    safetensors.numpy.save_file(stale | {key: np.zeros((D, D), np.float32)}, last)
-    adapter = full(tmp_path)
-    assert distance(dense_deltas(adapter), deltas(base, tuned)) < 1e-5
-    merge(base_dir, adapter, tmp_path / "merged")
-    first = safetensors.numpy.load_file(tmp_path / "merged" / "model-00001-of-00002.safetensors")
-    assert first[key] == pytest.approx(tuned[key], abs=1e-5)
-    assert not safetensors.numpy.load_file(tmp_path / "merged" / last.name)[key].any()
-
-
-def dense_deltas(adapter):
-    """ΔW of every module of a LoTR in memory."""
-    return {
-        name: group.tucker2().slice(k)
-        for group in adapter.groups
-        for k, name in enumerate(group.modules)
-    }
-
-
-# ---------------------------------------------------------------- the output
-
-
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
-@pytest.mark.parametrize("stands", [False, True])
-def test_the_output_appears_whole_or_not_at_all(tmp_path, monkeypatch, number, stands):
-    """A disk that fills up at any of four files leaves what was there, and nothing beside it."""
-    base_dir, _, _, _ = pair(tmp_path, rank=2, shards=3)
-    adapter, out = full(tmp_path), tmp_path / "merged"
-    if stands:
-        write(out, model(seed=9))
-    before = snapshot(tmp_path)
-    failing = nth_call(shutil.copyfile, number, OSError(28, "No space left on device"))
-    monkeypatch.setattr(shutil, "copyfile", failing)
-    with pytest.raises(FormatError, match="No space left"):
-        merge(base_dir, adapter, out, force=True)
-    assert snapshot(tmp_path) == before
-    merge(base_dir, adapter, out, force=True)
-    assert read(out)[0].keys() == model().keys()
-
-
-@pytest.mark.parametrize("command", ["merge", "extract"])
-def test_no_room_for_the_output(tmp_path, command):
-    """The operating system refuses to write that much: one sentence, and nothing is left."""
-    base_dir, tuned_dir, _, _ = pair(tmp_path, rank=2)
-    full(tmp_path).save(tmp_path / "adapter")
-    before = snapshot(tmp_path)
-    arguments = {
-        "merge": [tmp_path / "adapter", "--base", base_dir],
-        "extract": ["--base", base_dir, "--tuned", tuned_dir, "--rank", 4],
-    }
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
-    found = lotr_process(command, *arguments[command], "-o", tmp_path / "out", prelude=limit)
-    assert_refused(found, "out", "cannot be written")
-    assert snapshot(tmp_path) == before
-
-
-def test_a_failed_rename_restores_what_stood_there(tmp_path, monkeypatch):
-    """The old checkpoint is moved back."""
-    base_dir, _, _, _ = pair(tmp_path, rank=2)
-    adapter, out = full(tmp_path), tmp_path / "merged"
-    write(out, model(seed=9))
-    before = snapshot(tmp_path)
-    path_type = type(out)
-    failing = nth_call(path_type.rename, 2, OSError(5, "Input/output error"))
-    monkeypatch.setattr(path_type, "rename", failing)
-    with pytest.raises(FormatError, match="cannot be written"):
-        merge(base_dir, adapter, out, force=True)
-    assert snapshot(tmp_path) == before
-
-
-def test_outputs_that_stand_there(tmp_path):
-    """Refused without --force; with it only a checkpoint is replaced, whole."""
-    base_dir, _, _, _ = pair(tmp_path, rank=2)
-    full(tmp_path).save(tmp_path / "adapter")
-    command = ["merge", tmp_path / "adapter", "--base", base_dir, "-o"]
-    out = write(tmp_path / "out", model(seed=9), shards=2)
-    assert_refused(lotr(*command, out), "exists", "--force")
-    assert lotr(*command, out, "--force").code == 0
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "draft.txt").write_text("years")
-    assert_refused(lotr(*command, tmp_path / "thesis", "--force"), "no checkpoint")
-    (tmp_path / "file").write_text("x")
-    assert_refused(lotr(*command, tmp_path / "file", "--force"), "file")
-    assert (tmp_path / "thesis" / "draft.txt").read_text() == "years"
-
-
-@pytest.mark.parametrize("spelling", ["base", "./base", "base/../base", "link"])
-def test_the_base_is_no_output(tmp_path, monkeypatch, spelling):
-    """However it is spelled, --force or not."""
-    base_dir, _, _, _ = pair(tmp_path, rank=2)
-    full(tmp_path).save(tmp_path / "adapter")
-    (tmp_path / "link").symlink_to(base_dir)
-    before = snapshot(base_dir)
-    monkeypatch.chdir(tmp_path)
-    for more in ([], ["--force"]):
-        found = lotr("merge", "adapter", "--base", "base", "-o", spelling, *more)
-        assert_refused(found)
-    assert snapshot(base_dir) == before
-    assert (tmp_path / "link").is_symlink()
-
-
-def test_an_output_that_holds_the_base_is_refused(tmp_path):
-    """Replacing it would delete the base."""
-    outer = write(tmp_path / "outer", model(seed=9))
-    base_dir = write(outer / "base", model())
-    write(tmp_path / "base", model())
-    write(tmp_path / "tuned", tune(model(), rank=2))
-    adapter = full(tmp_path)
-    before = snapshot(base_dir)
-    with pytest.raises(FormatError):
-        merge(base_dir, adapter, outer, force=True)
-    assert snapshot(base_dir) == before
-
-
-def test_weights_of_other_forms_are_not_copied(tmp_path):
-    """They would be the base's, beside the merged ones; the rest is, of a directory only."""
-    base_dir, _, base, _ = pair(tmp_path, rank=2)
-    for name in (
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-        "tf_model.h5",
-        "spiece.model",
-    ):
-        (base_dir / name).write_text("x")
-    adapter = full(tmp_path)
-    merge(base_dir, adapter, tmp_path / "merged")
-    kept = ["config.json", "model.safetensors", "spiece.model"]
-    assert sorted(p.name for p in (tmp_path / "merged").iterdir()) == kept
-    merge(base_dir / "model.safetensors", adapter, tmp_path / "single")
-    assert [p.name for p in (tmp_path / "single").iterdir()] == ["model.safetensors"]
-    assert read(tmp_path / "single")[0].keys() == base.keys()
-
-
-def test_the_modules_of_a_sentence_encoder_are_copied(tmp_path):
-    """Pooling and dense layers have directories of their own; no path leads elsewhere."""
-    base_dir, _, _, _ = pair(tmp_path, rank=2)
-    paths = ["", "1_Pooling", "2_Dense", "../tuned", "absent"]
-    (base_dir / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
-    for name in ("1_Pooling", "2_Dense", "onnx"):
-        (base_dir / name).mkdir()
-        (base_dir / name / "config.json").write_text(name)
-    merge(base_dir, full(tmp_path), tmp_path / "merged")
-    found = snapshot(tmp_path / "merged")
-    assert found["2_Dense/config.json"] == b"2_Dense"
-    assert {name for name, x in found.items() if x == b"(directory)"} == {"1_Pooling", "2_Dense"}
-    for text in ("{", "[1]", "3", '[{"name": "x"}]'):
-        (base_dir / "modules.json").write_text(text)
-        with pytest.raises(FormatError, match=r"modules\.json"):
-            merge(base_dir, full(tmp_path), tmp_path / "other")
-        assert not (tmp_path / "other").exists()
-
-
-def test_outputs_that_hold_an_input_are_refused(tmp_path):
-    """The adapter that is merged, and the checkpoints that are compared, are not replaced."""
-    base_dir, tuned_dir, _, _ = pair(tmp_path, rank=2)
-    out = write(tmp_path / "out", model(seed=9))
-    full(tmp_path).save(out / "adapter")
-    assert_refused(
-        lotr("merge", out / "adapter", "--base", base_dir, "-o", out, "--force"), "adapter"
-    )
-    outer = write_lora(tmp_path / "outer", bert_pairs(1))
-    shutil.copytree(base_dir, outer / "base")
-    options = ["--base", outer / "base", "--tuned", tuned_dir, "--rank", 2, "-o", outer, "--force"]
-    assert_refused(lotr("extract", *options), "outer/base")
-    assert read(outer / "base")[0]
+# ---------------------------------------------------------------- output
 
 
 def test_extract_refuses_a_standing_output(tmp_path):
@@ -1083,17 +449,6 @@ def test_extract_refuses_a_standing_output(tmp_path):
     arguments = ["--base", base_dir, "--tuned", tuned_dir, "--rank", 2, "-o", tmp_path / "out"]
     assert_refused(lotr("extract", *arguments), "exists", "--force")
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_adapters_from_elsewhere_in_config(tmp_path):
-    """fan_in_fan_out of the config decides how an update is laid on."""
-    pairs = {"q": (np.ones((3, 1), np.float32), np.arange(4, dtype=np.float32)[None])}
-    write_lora(tmp_path / "lora", pairs)
-    edit_config(tmp_path / "lora", fan_in_fan_out=True)
-    write(tmp_path / "base", {"q.weight": np.zeros((4, 3), np.float32)})
-    merge(tmp_path / "base", load(tmp_path / "lora"), tmp_path / "out")
-    expected = 2 * np.arange(4)[:, None] * np.ones(3)
-    assert np.array_equal(read(tmp_path / "out")[0]["q.weight"], expected)
 
 
 # ---------------------------------------------------------------- memory
@@ -1137,16 +492,105 @@ def test_a_lora_takes_the_memory_of_a_few_slices(tmp_path, goal):
     assert peak <= 3 * factors + 10 * one.nbytes
 
 
-def test_merge_takes_the_memory_of_a_few_slices(tmp_path):
-    """One shard of twenty weights: the peak is that of one weight and its update."""
-    size, slices = 512, 20
-    one = np.ones((size, size), np.float32)
-    write(tmp_path / "base", {f"h.{i}.q.weight": one for i in range(slices)})
-    factors = np.ones((size, 2), np.float32), np.ones((2, size), np.float32)
-    write_lora(tmp_path / "lora", {f"h.{i}.q": factors for i in range(slices)})
-    adapter = load(tmp_path / "lora")
-    tracemalloc.start()
-    merge(tmp_path / "base", adapter, tmp_path / "out")
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak <= 5 * one.nbytes
+# ---------------------------------------------------------------- resized, renamed, and nothing
+
+
+@pytest.mark.parametrize("rows", [(20, 23), (23, 20)])
+@pytest.mark.parametrize("form", ["lotr", "lora"])
+def test_the_rows_in_common_of_a_resized_vocabulary(tmp_path, rows, form):
+    """Refused; on request with the base's shape, zero where the tuned one has no row."""
+    rng = np.random.default_rng(0)
+    for name, count in zip(("base", "tuned"), rows, strict=True):
+        write(tmp_path / name, {"embed_tokens.weight": rng.random((count, D), np.float32)})
+    both = tmp_path / "base", tmp_path / "tuned"
+    with pytest.raises(FormatError, match=r"resized.*--resized common-rows"):
+        extract(*both, rank=D, form=form)
+    with pytest.warns(LotrWarning, match=r"3 rows more; the 20 rows in common"):
+        adapter = extract(*both, rank=D, form=form, resized="common-rows", dtype="float32")
+    (module,) = (adapter if form == "lora" else adapter.to_lora()).modules
+    before, after = (read(path)[0]["embed_tokens.weight"] for path in both)
+    expected = np.zeros((rows[0], D))
+    expected[:20] = after[:20].astype(float) - before[:20]
+    assert pytest.approx(expected, abs=1e-5) == (module.B @ module.A).T
+    if form == "lora":
+        error = extraction_error(*both, adapter, resized="common-rows")
+        assert error == pytest.approx(0, abs=1e-6)
+
+
+def test_other_shapes_are_not_called_resized(tmp_path):
+    """Columns that differ are another model's."""
+    write(tmp_path / "base", {"q.weight": np.ones((4, 4), np.float32)})
+    write(tmp_path / "tuned", {"q.weight": np.ones((4, 5), np.float32)})
+    for resized in ("refuse", "common-rows"):
+        with pytest.raises(FormatError, match="different models"):
+            extract(tmp_path / "base", tmp_path / "tuned", rank=1, resized=resized)
+    with pytest.raises(DataError, match="resized is 'rows'"):
+        extract(tmp_path / "base", tmp_path / "tuned", rank=1, resized="rows")
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        ("mlp.experts.gate_up_proj", r"1 tensors.*gate_up_proj \(2 × 3 × 4\).*no LoTR form"),
+        ("conv.weight", r"conv\.weight"),
+        (None, "same weights"),
+    ],
+)
+def test_nothing_differs_is_said_where_nothing_does(tmp_path, extra, parts):
+    """Else what differs is named."""
+    block = np.ones((2, 3, 4), np.float32)
+    more = {extra: block} if extra else {}
+    write(tmp_path / "base", model() | more)
+    write(tmp_path / "tuned", model() | {key: 2 * x for key, x in more.items()})
+    with pytest.raises(FormatError, match=parts):
+        extract(tmp_path / "base", tmp_path / "tuned", rank=1)
+
+
+def test_what_a_pattern_leaves_out_is_not_nothing(tmp_path):
+    """The weights that it matches are the same, others are not."""
+    write(tmp_path / "base", model())
+    write(tmp_path / "tuned", tune(model(), pattern="query"))
+    with pytest.raises(FormatError, match=r"no weight that the pattern.*query"):
+        extract(tmp_path / "base", tmp_path / "tuned", rank=1, modules="intermediate")
+
+
+def test_checkpoints_that_name_their_weights_differently(tmp_path):
+    """As two releases of transformers do for one vision-language model; the base's names stay."""
+    rng = np.random.default_rng(0)
+    names = [f"layers.{i}.q_proj.weight" for i in range(2)]
+    before, after = ({n: rng.random((D, F), np.float32) for n in names} for _ in range(2))
+    write(tmp_path / "base", {f"language_model.model.{n}": x for n, x in before.items()})
+    write(tmp_path / "tuned", {f"model.language_model.{n}": x for n, x in after.items()})
+    with pytest.warns(LotrWarning, match=r"is taken for language_model\.model\.layers"):
+        adapter = extract(tmp_path / "base", tmp_path / "tuned", rank=D, form="lora")
+    assert len(adapter.modules) == 2
+    for module in adapter.modules:
+        name = module.name.removeprefix("language_model.model.") + ".weight"
+        assert pytest.approx(after[name] - before[name], abs=1e-5) == module.B @ module.A
+
+
+def test_some_names_that_both_have(tmp_path):
+    """The rest is found under other prefixes all the same; a shape that differs is not."""
+    rng = np.random.default_rng(0)
+    head = {"lm_head.weight": np.eye(4, dtype=np.float32), "q.weight": rng.random((2, 2), "f4")}
+    before, after = (rng.random((4, 4), np.float32) for _ in range(2))
+    write(tmp_path / "base", head | {"layers.0.v.weight": before})
+    write(tmp_path / "tuned", head | {"bert.layers.0.v.weight": after, "bert.q.weight": before})
+    with pytest.warns(LotrWarning) as told:
+        adapter = extract(tmp_path / "base", tmp_path / "tuned", rank=4, form="lora")
+    assert "other names for 1 tensors; bert.layers.0.v.weight" in str(told[0].message)
+    assert "1 tensors differ" in str(told[1].message)
+    (module,) = adapter.modules
+    assert module.name == "layers.0.v"
+    assert pytest.approx(after - before, abs=1e-5) == module.B @ module.A
+
+
+def test_the_error_of_large_numbers_is_summed_in_double_precision(tmp_path):
+    """Squares beyond float32."""
+    base = {"q.weight": np.zeros((4, 4), np.float32)}
+    tuned = {"q.weight": np.diag([3e19, 4e19, 0, 0]).astype(np.float32)}
+    both = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned)
+    nothing = LoraAdapter(
+        (LoraModule("q", np.diag([0, 4e19, 0, 0]), np.eye(4)),), {}, np.dtype("float32")
+    )
+    assert extraction_error(*both, nothing) == pytest.approx(0.6)

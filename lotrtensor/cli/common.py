@@ -45,6 +45,14 @@ Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to
 Budget = Annotated[
     str | None, typer.Option(help="Size at most: 500KB, 25% of the source, or 20000p parameters.")
 ]
+FanInFanOut = Annotated[
+    str | None,
+    typer.Option(
+        "--fan-in-fan-out",
+        metavar="PATTERN",
+        help="Modules stored in × out, as in GPT-2, where nothing else tells; '.' for all.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an adapter that stands there.")]
 

@@ -13,6 +13,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.cli.common import (
     Budget,
     Energy,
+    FanInFanOut,
     Force,
     Json,
     OutputPath,
@@ -46,9 +47,17 @@ def extract(
     modules: Annotated[
         str | None, typer.Option(help="Only modules in whose path this regular expression occurs.")
     ] = None,
-    fan_in_fan_out: Annotated[
-        bool, typer.Option("--fan-in-fan-out", help="Weights are in × out, as in GPT-2.")
-    ] = False,
+    fan_in_fan_out: FanInFanOut = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN", help="Embeddings, where the model's class does not tell them."
+        ),
+    ] = None,
+    resized: Annotated[
+        Literal["refuse", "common-rows"],
+        typer.Option(help="Weights with more rows on one side: refuse, or take those in common."),
+    ] = "refuse",
     dtype: Annotated[str | None, typer.Option(help="Type to store.")] = None,
     force: Force = False,
     json: Json = False,
@@ -73,14 +82,24 @@ def extract(
             group_by=group_by,
             allocation=allocation,
             modules=modules,
-            fan_in_fan_out=fan_in_fan_out,
+            fan_in_fan_out=fan_in_fan_out or False,
+            embeddings=embeddings,
+            resized=resized,
             dtype=dtype,
             progress=progress,
         )
     console = output_console()
     if isinstance(found, LoraAdapter):
         found.save(output, uniform=False, force=force)
-        told = extraction_error(base, tuned, LoraAdapter.load(output), modules=modules)
+        told = extraction_error(
+            base,
+            tuned,
+            LoraAdapter.load(output),
+            modules=modules,
+            resized=resized,
+            fan_in_fan_out=fan_in_fan_out or False,
+            embeddings=embeddings,
+        )
         document = inspect_document(found) | {"relative_error": told}
         table = lora_table(document)
     else:

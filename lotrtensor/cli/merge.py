@@ -7,10 +7,18 @@ from typing import Annotated
 
 import typer
 
-from lotrtensor.adapters.formats.checkpoint import check_checkpoint_output
+from lotrtensor.adapters.formats.checkpoint_writer import check_checkpoint_output
 from lotrtensor.adapters.formats.directory import check_inputs_outside
 from lotrtensor.adapters.loading import load
-from lotrtensor.cli.common import AdapterPath, Force, Json, OutputPath, output_console, print_json
+from lotrtensor.cli.common import (
+    AdapterPath,
+    FanInFanOut,
+    Force,
+    Json,
+    OutputPath,
+    output_console,
+    print_json,
+)
 from lotrtensor.verbs._merge import merge as merge_adapter
 
 
@@ -18,6 +26,7 @@ def merge(
     adapter: AdapterPath,
     base: Annotated[Path, typer.Option(help="Checkpoint that the adapter was trained on.")],
     output: OutputPath,
+    fan_in_fan_out: FanInFanOut = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -27,7 +36,7 @@ def merge(
     """
     check_checkpoint_output(output, force=force)
     check_inputs_outside(output, adapter)
-    changed = merge_adapter(base, load(adapter), output, force=force)
+    changed = merge_adapter(base, load(adapter), output, fan_in_fan_out=fan_in_fan_out, force=force)
     if json:
         print_json({"changed": list(changed)})
         return

@@ -7,14 +7,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from lotrtensor.adapters.deltas import WEIGHT, Deltas, compare_checkpoints
-from lotrtensor.adapters.formats.checkpoint import open_checkpoint
-from lotrtensor.adapters.grouping import Slot, group_modules, layer_order
+from lotrtensor.adapters.deltas import Resized
+from lotrtensor.adapters.grouping import Slot, group_modules
+from lotrtensor.adapters.layers import WEIGHT
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
@@ -27,7 +26,7 @@ from lotrtensor.core.slice_svd import dense_svd
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.dense import LazyStack
 from lotrtensor.core.tucker2 import Tucker2
-from lotrtensor.errors import FormatError, LotrWarning, OptionError
+from lotrtensor.errors import LotrWarning, OptionError
 from lotrtensor.verbs._fit_groups import WIDEST, Progress, fit_groups, warn_unconverged
 from lotrtensor.verbs._goals import (
     Allocation,
@@ -38,22 +37,7 @@ from lotrtensor.verbs._goals import (
 )
 from lotrtensor.verbs._lower_ranks import Update, lower_ranks
 from lotrtensor.verbs._sources import SourceGroup
-
-EMBEDDINGS = frozenset(
-    {
-        *("embed_tokens", "embed_positions", "embed_in", "embedding", "embeddings"),
-        *("word_embedding", "word_embeddings", "token_embedding", "tok_embeddings"),
-        *("tokens_embed", "positions_embed", "wte", "wpe", "shared"),
-        *("position_embedding", "position_embeddings", "token_type_embeddings"),
-        *("x_position_embeddings", "y_position_embeddings"),
-        *("h_position_embeddings", "w_position_embeddings"),
-        *("entity_embeddings", "lang_embeddings", "relative_attention_bias"),
-    }
-)
-"""Last names of modules that are embeddings in every model of transformers that has them.
-
-A part of a name does not tell: ``embed_out`` and ``embeddings_project`` are linear layers.
-"""
+from lotrtensor.verbs._tuned_weights import TunedWeights, tuned_weights
 
 
 def extract(
@@ -68,7 +52,9 @@ def extract(
     group_by: str = "type",
     allocation: Allocation = "optimal",
     modules: str | None = None,
-    fan_in_fan_out: bool = False,
+    fan_in_fan_out: bool | str = False,
+    embeddings: str | None = None,
+    resized: Resized = "refuse",
     dtype: np.dtype | str | None = None,
     progress: Progress | None = None,
 ) -> Adapter:
@@ -90,8 +76,16 @@ def extract(
     modules : str, optional
         Regular expression; only modules in whose path it occurs. All two-dimensional weights if
         not given.
-    fan_in_fan_out : bool
-        Whether weights are stored in × out, as GPT-2's are.
+    fan_in_fan_out : bool or str
+        Modules whose weights are stored in × out, as GPT-2's Conv1D layers are: a regular
+        expression that occurs in their paths, or True for all. Asked for where neither the class
+        of the model nor shapes and biases tell.
+    embeddings : str, optional
+        Regular expression that occurs in the paths of embeddings; asked for where neither the
+        class of the model nor names tell.
+    resized : str
+        A weight of which one checkpoint has more rows, a larger vocabulary: ``"refuse"``, or
+        ``"common-rows"``, which takes those that both have.
     dtype : dtype, optional
         Type to store in; the tuned checkpoint's own if not given.
     progress : callable, optional
@@ -117,7 +111,7 @@ def extract(
     -----
     LotrWarning
         If tensors differ that are no weight matrices, or are in one checkpoint only: they are not
-        part of the adapter.
+        part of the adapter. If weights are carried in full, or rows are left out.
 
     Notes
     -----
@@ -125,47 +119,38 @@ def extract(
     LoRA: every module is read once, its leading singular vectors are found by block iteration, at
     most `WIDEST` of them where a budget decides, and once more to measure what a tolerance allows.
 
-    Checkpoints do not tell what a weight belongs to: modules whose last name is one of
-    `EMBEDDINGS` are taken for embeddings, whose weight is the transpose of ΔW, all others for
-    linear layers.
+    What a weight belongs to is asked of the class that ``config.json`` of the base names, where
+    transformers is installed and has it. Modules then have the paths of today's transformers; a
+    weight that several modules share moves all of them; and a weight that is used without its
+    module being called, or belongs to a layer of its own kind, is carried in full, in
+    ``modules_to_save``, for an adapter there would change nothing.
     """
     if form not in ("lotr", "lora"):
         raise OptionError(f"form is {form!r}; expected 'lotr' or 'lora'")
     check_allocation(allocation, lora=form == "lora")
-    deltas = compare_checkpoints(open_checkpoint(Path(base)), open_checkpoint(Path(tuned)), modules)
-    if deltas.others:
-        warnings.warn(
-            f"{len(deltas.others)} tensors differ, or are in one checkpoint only, and are not part "
-            f"of the adapter, such as {deltas.others[0]}",
-            LotrWarning,
-            stacklevel=2,
-        )
-    if not deltas.names:
-        raise FormatError(f"{tuned} has the same weights as {base}; there is nothing to extract")
-    store = check_dtype(dtype) if dtype is not None else deltas.tuned.dtype(deltas.names[0])
-    slots = []
-    for name in sorted((key.removesuffix(WEIGHT) for key in deltas.names), key=layer_order):
-        embedding = name.rpartition(".")[2] in EMBEDDINGS
-        m, n = deltas.base.tensors[name + WEIGHT].shape
-        slots.append(Slot(name, (n, m) if embedding or fan_in_fan_out else (m, n), embedding))
+    weights = tuned_weights(
+        base,
+        tuned,
+        modules=modules,
+        resized=resized,
+        fan_in_fan_out=fan_in_fan_out,
+        embeddings=embeddings,
+    )
+    store = check_dtype(dtype) if dtype is not None else weights.dtype()
+    slots, extras, config = weights.slots(), weights.carried(store), weights.config(str(base))
     alone = form == "lora" or group_by == "none"
     members = {s.name: [s] for s in slots} if alone else group_modules(slots, group_by)
-    sources = [_source(name, group, deltas, fan_in_fan_out) for name, group in members.items()]
-    config = {
-        "base_model_name_or_path": str(base),
-        "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": sorted(slot.name for slot in slots),
-    }
+    sources = [_source(name, group, weights) for name, group in members.items()]
     asked = Asked(rank, tolerance, energy, budget)
     if form == "lora":
         largest = {slot.name: min(slot.shape) for slot in slots}
         whole = sum(source.bytes for source in sources)
         goal = lora_goal(asked, [slot.shape for slot in slots], largest, store, whole)
         updates = _updates(sources, goal, progress)
-        return LoraAdapter(lower_ranks(updates, goal, store, allocation), config, store)
+        return LoraAdapter(lower_ranks(updates, goal, store, allocation), config, store, extras)
     groups = fit_groups(sources, groups_goal(asked, sources, store), store, progress)
     changed = tuple(_changed(group) for group in groups if group.fit and group.fit.norm)
-    return LotrAdapter(changed, config, store)
+    return LotrAdapter(changed, config, store, extras)
 
 
 def extraction_error(
@@ -174,11 +159,15 @@ def extraction_error(
     adapter: LoraAdapter,
     *,
     modules: str | None = None,
+    resized: Resized = "refuse",
+    fan_in_fan_out: bool | str = False,
+    embeddings: str | None = None,
 ) -> float:
     """Relative Frobenius error of a LoRA against the weight deltas of two checkpoints.
 
     √(Σ_k ‖ΔW_k − B_k A_k‖² / Σ_k ‖ΔW_k‖²) over all two-dimensional weights that differ, or those
-    that ``modules`` matches; both checkpoints are read once, one slice of each in memory.
+    that ``modules`` matches, but for those that the adapter carries in full; both checkpoints are
+    read once, one slice of each in memory. Norms are summed in float64.
 
     Parameters
     ----------
@@ -188,34 +177,46 @@ def extraction_error(
         The LoRA; a module that it lacks counts as zero.
     modules : str, optional
         Regular expression, as for `extract`.
+    resized : str
+        As for `extract`.
+    fan_in_fan_out : bool or str
+        As for `extract`.
+    embeddings : str, optional
+        As for `extract`.
 
     Returns
     -------
     float
         The error.
     """
-    deltas = compare_checkpoints(open_checkpoint(Path(base)), open_checkpoint(Path(tuned)), modules)
+    with warnings.catch_warnings():  # extract has said it
+        warnings.simplefilter("ignore", LotrWarning)
+        weights = tuned_weights(
+            base,
+            tuned,
+            modules=modules,
+            resized=resized,
+            fan_in_fan_out=fan_in_fan_out,
+            embeddings=embeddings,
+        )
     found = {module.name: module for module in adapter.modules}
-    transposed = bool(adapter.config.get("fan_in_fan_out"))
     whole = SquaredError()
-    for key in deltas.names:
-        delta = deltas.read(key)
-        module = found.get(key.removesuffix(WEIGHT))
+    for slot in weights.slots():
+        delta = weights.read(slot.name)
         whole2 = float(norm2(delta))
-        if module is not None:
-            product = (module.B @ module.A).astype(delta.dtype)
-            delta -= product.T if transposed or module.embedding else product
+        if slot.name in found:
+            module = found[slot.name]
+            delta -= (module.B @ module.A).astype(delta.dtype)
         whole += SquaredError(float(norm2(delta)), whole2)
     return whole.relative
 
 
-def _source(name: str, slots: Sequence[Slot], deltas: Deltas, fan_in_fan_out: bool) -> SourceGroup:
+def _source(name: str, slots: Sequence[Slot], weights: TunedWeights) -> SourceGroup:
     m, n = slots[0].shape
-    transposed = fan_in_fan_out or slots[0].embedding
+    deltas = weights.deltas
 
     def read(k: int) -> np.ndarray:
-        delta = deltas.read(slots[k].name + WEIGHT)
-        return delta.T if transposed else delta
+        return weights.read(slots[k].name)
 
     keys = [slot.name + WEIGHT for slot in slots]
     wide = {deltas.base.dtype(key).itemsize for key in keys}

@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import struct
-import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from lotrtensor.adapters.formats.directory import (
-    check_inputs_outside,
-    expand,
-    replace_directory,
-)
+from lotrtensor.adapters.formats.directory import expand
+from lotrtensor.adapters.formats.header import Stored, read_header
 from lotrtensor.adapters.formats.tensors import BFLOAT16, read_json_object
-from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
+from lotrtensor.errors import DataError, FormatError, LotrWarning, UnsupportedAdapterError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+CONFIG = "config.json"
+_DIFFUSION = "diffusion_pytorch_model.safetensors"
+
+# What a library loads of a directory that has several: transformers the single file, diffusers
+# the shards.
+WEIGHT_NAMES = (SINGLE_NAME, INDEX_NAME, _DIFFUSION + ".index.json", _DIFFUSION)
 
 FLOAT_TYPES: dict[str, np.dtype] = {
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
     "BF16": BFLOAT16,
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 """Types that weights are computed with, by their names in a safetensors header."""
 
-_OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth"}
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _BLOCK = 2**24
-
-
-class Stored(NamedTuple):
-    """Where a tensor is: its file, type as the header names it, shape, and bytes in the file."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -57,32 +48,38 @@ class Checkpoint:
     directory : Path
         The checkpoint's directory.
     tensors : mapping of str to Stored
-        Every tensor by its key.
+        Every tensor by its name: its key, without the prefixes of wrappers.
+    config : mapping
+        The model's ``config.json``; empty where there is none.
     single : bool
         Whether a single file was named, rather than a directory.
+    index : str or None
+        File that lists the shards, where there are several.
     """
 
     directory: Path
     tensors: Mapping[str, Stored]
+    config: Mapping[str, Any] = field(default_factory=dict)
     single: bool = False
+    index: str | None = None
 
-    def dtype(self, key: str) -> np.dtype:
+    def dtype(self, name: str) -> np.dtype:
         """Type of a weight.
 
         Raises
         ------
         DataError
-            If the tensor is not floating point of 16 bits at the least: it is quantised.
+            If the tensor is not floating point: it is quantised.
         """
-        stored = self.tensors[key]
+        stored = self.tensors[name]
         if stored.dtype not in FLOAT_TYPES:
             raise DataError(
-                f"{self.directory / stored.file}: {key} has dtype {stored.dtype}; expected "
-                "float32, float16, bfloat16 or float64: dequantise the checkpoint first"
+                f"{self.place(name)}: {stored.key} has dtype {stored.dtype}, which is quantised; "
+                "expected floating point: dequantise the checkpoint first"
             )
         return FLOAT_TYPES[stored.dtype]
 
-    def read(self, key: str) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray:
         """Read one weight, in its own type.
 
         Raises
@@ -92,39 +89,66 @@ class Checkpoint:
         DataError
             If the tensor is not floating point.
         """
-        self.dtype(key)
-        path = self.directory / self.tensors[key].file
+        dtype, stored = self.dtype(name), self.tensors[name]
+        content = np.empty(stored.stop - stored.start, dtype=np.uint8)
         try:
-            with safe_open(path, "numpy") as file:
-                tensor: np.ndarray = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{path} cannot be read ({error}); fetch it again") from error
-        return tensor
+            with self.place(name).open("rb") as file:
+                file.seek(stored.start)
+                count = file.readinto(content.data)
+        except OSError as error:
+            raise self._unreadable(name, error) from error
+        if count != content.size:
+            raise self._unreadable(name, "it has become shorter")
+        return content.view(dtype).reshape(stored.shape)
 
-    def blocks(self, key: str) -> Iterable[np.ndarray]:
+    def blocks(self, name: str) -> Iterable[np.ndarray]:
         """Bytes of one tensor of any type, a block of them at a time."""
-        stored = self.tensors[key]
-        path = self.directory / stored.file
+        stored = self.tensors[name]
         try:
-            with path.open("rb") as file:
+            with self.place(name).open("rb") as file:
                 file.seek(stored.start)
                 for start in range(stored.start, stored.stop, _BLOCK):
                     count = min(_BLOCK, stored.stop - start)
                     yield np.frombuffer(file.read(count), dtype=np.uint8)
         except OSError as error:
-            raise FormatError(f"{path} cannot be read ({error}); fetch it again") from error
+            raise self._unreadable(name, error) from error
 
-    def packed(self) -> dict[str, str]:
-        """Modules that hold quantised numbers, each with the key of one."""
-        return {
-            key.rpartition(".")[0]: key
-            for key, stored in self.tensors.items()
-            if stored.dtype not in FLOAT_TYPES and len(stored.shape) > 0
-        }
+    def place(self, name: str) -> Path:
+        """Return the file that a tensor is in."""
+        return self.directory / self.tensors[name].file
+
+    def renamed(self, rename: Callable[[str], str]) -> Checkpoint:
+        """Return the checkpoint with other names for its tensors.
+
+        A tensor that has a name already keeps it, whatever else would be renamed to that.
+
+        Raises
+        ------
+        FormatError
+            If two tensors get one name.
+        """
+        tensors: dict[str, Stored] = {}
+        for name, stored in self.tensors.items():
+            new = rename(name)
+            if new != name and new in self.tensors:
+                new = name
+            if new in tensors:
+                raise FormatError(
+                    f"{self.directory}: {tensors[new].key} and {stored.key} are both {new} of the "
+                    "model; expected one"
+                )
+            tensors[new] = stored
+        return replace(self, tensors=tensors)
+
+    def _unreadable(self, name: str, error: object) -> FormatError:
+        return FormatError(f"{self.place(name)} cannot be read ({error}); fetch it again")
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
     """List the tensors of a checkpoint directory, or of a single safetensors file.
+
+    Of a directory with several, the file that transformers or diffusers would load is taken:
+    the one that ``transformers_weights`` of the config names, else the first of `WEIGHT_NAMES`.
 
     Raises
     ------
@@ -132,188 +156,103 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         If there is no checkpoint, or a shard is missing, damaged or lacks a tensor.
     UnsupportedAdapterError
         If there are only pickled weights.
+
+    Warns
+    -----
+    LotrWarning
+        If the directory holds a second set of weights, or names have the prefix of a wrapper.
     """
-    directory = expand(directory)
-    if directory.is_file() and directory.suffix == ".safetensors":
-        return Checkpoint(directory.parent, _read_header(directory), single=True)
-    if (directory / INDEX_NAME).is_file():
-        return Checkpoint(directory, _read_shards(directory))
-    if (directory / SINGLE_NAME).is_file():
-        return Checkpoint(directory, _read_header(directory / SINGLE_NAME))
+    path = expand(path)
+    single = path.is_file() and path.suffix == ".safetensors"
+    directory = path.parent if single else path
+    config = read_json_object(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    weights = path if single else directory / _chosen(directory, config)
+    if weights.suffix != ".json":
+        return _unwrapped(Checkpoint(directory, read_header(weights), config, single))
+    return _unwrapped(Checkpoint(directory, _read_shards(weights), config, index=weights.name))
+
+
+def _chosen(directory: Path, config: Mapping[str, Any]) -> str:
+    """Name of the file of a directory that says which weights count."""
+    named = config.get("transformers_weights")
+    if named is not None:
+        if not isinstance(named, str) or Path(named).name != named:
+            raise FormatError(
+                f"{directory / CONFIG}: transformers_weights is {named!r}; expected "
+                "the name of a file beside it"
+            )
+        if not (directory / named).is_file():
+            raise FormatError(f"{directory / CONFIG} names the weights {named}, which are missing")
+        return named
+    found = [name for name in WEIGHT_NAMES if (directory / name).is_file()]
+    if len(found) > 1:
+        warnings.warn(
+            f"{directory} holds {' and '.join(found)}; {found[0]} is read, as from_pretrained does",
+            LotrWarning,
+            stacklevel=2,
+        )
+    if found:
+        return found[0]
+    raise _no_weights(directory)
+
+
+def _no_weights(directory: Path) -> FormatError | UnsupportedAdapterError:
+    """Say what a directory without weights in safetensors form holds instead."""
     for pickled in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
         if (directory / pickled).is_file():
-            raise UnsupportedAdapterError(
+            return UnsupportedAdapterError(
                 f"{directory / pickled} is a pickle, which can run code when opened and is not "
                 f"read; load the model and save it with save_pretrained, which writes {SINGLE_NAME}"
             )
-    raise FormatError(
+    if (directory / "model_index.json").is_file():
+        return FormatError(
+            f"{directory} is a pipeline of several models; name the directory of one of them, such "
+            f"as {directory / 'transformer'}"
+        )
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    hint = f": name one of its files, such as {others[0]}, if that is it" if others else ""
+    return FormatError(
         f"{directory} has no {SINGLE_NAME} and no {INDEX_NAME}; expected a checkpoint in "
-        "safetensors form"
+        f"safetensors form{hint}"
     )
 
 
-def _read_shards(directory: Path) -> dict[str, Stored]:
-    weight_map = read_json_object(directory / INDEX_NAME).get("weight_map")
+def _read_shards(index: Path) -> dict[str, Stored]:
+    directory, weight_map = index.parent, read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{directory / INDEX_NAME} has no weight_map")
+        raise FormatError(f"{index} has no weight_map")
     tensors: dict[str, Stored] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         if Path(name).name != name or not (directory / name).is_file():
             raise FormatError(f"{directory}: the shard {name} is missing")
-        for key, stored in _read_header(directory / name).items():
+        for key, stored in read_header(directory / name).items():
             # Where two shards hold a key, the index says which of them counts.
             if weight_map.get(key, name) == name:
                 tensors[key] = stored
     missing = next((key for key in weight_map if key not in tensors), None)
     if missing is not None:
         raise FormatError(
-            f"{directory / INDEX_NAME} names {missing} in {weight_map[missing]}, which does not "
+            f"{index} names {missing} in {weight_map[missing]}, which does not "
             "hold it; fetch the checkpoint again"
         )
     return tensors
 
 
-def _read_header(path: Path) -> dict[str, Stored]:
-    """Type, shape and place of every tensor of a file that safetensors has found in order."""
-    try:
-        with safe_open(path, "numpy"):
-            pass
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} cannot be read ({error}); fetch it again") from error
-    return {
-        key: Stored(
-            path.name,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            8 + length + entry["data_offsets"][0],
-            8 + length + entry["data_offsets"][1],
-        )
-        for key, entry in header.items()
-        if key != "__metadata__"
-    }
+def _unwrapped(checkpoint: Checkpoint) -> Checkpoint:
+    """Take the names that wrappers (compile, DDP, FSDP) put into a path out of it."""
+    distributed = all(key.startswith("module.") for key in checkpoint.tensors)
 
+    def plain(key: str) -> str:
+        parts = [part for part in key.split(".") if part not in _WRAPPERS]
+        return ".".join(parts[1:] if distributed and parts[0] == "module" else parts)
 
-def rewrite_checkpoint(
-    source: Checkpoint,
-    output: Path,
-    keys: Iterable[str],
-    change: Callable[[str], np.ndarray],
-    *,
-    force: bool,
-) -> None:
-    """Copy a checkpoint with some tensors changed, shard by shard, atomically.
-
-    A changed tensor has the type and shape that it had, so that every header stays as it is and
-    all other tensors, of whatever type, are copied byte by byte.
-
-    Parameters
-    ----------
-    source : Checkpoint
-        The checkpoint. The files beside its weights are copied as they are: configuration,
-        tokenizer, the further modules of a sentence encoder; weights in other forms are not, for
-        they would be those of the base.
-    output : Path
-        Directory to make.
-    keys : iterable of str
-        Tensors that change.
-    change : callable
-        ``change(key)`` returns what is written for a tensor, in its type and shape.
-    force : bool
-        Replace a checkpoint directory that stands there.
-
-    Raises
-    ------
-    FormatError
-        If the output may not be replaced, or cannot be written; nothing has changed then.
-    """
-    check_checkpoint_output(output, force=force)
-    check_inputs_outside(output, source.directory)
-    output = Path(os.path.abspath(expand(output)))  # noqa: PTH100 - Path.resolve would follow a link
-    changed: dict[str, list[str]] = {stored.file: [] for stored in source.tensors.values()}
-    for key in keys:
-        changed[source.tensors[key].file].append(key)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-            fresh, old = Path(scratch) / "new", Path(scratch) / "old"
-            fresh.mkdir()
-            for path in _files_beside(source):
-                shutil.copy2(path, fresh / path.name)
-            for path in _module_directories(source):
-                shutil.copytree(path, fresh / path.name)
-            for shard in sorted(changed):
-                target = fresh / (SINGLE_NAME if source.single else shard)
-                _rewrite_shard(source, shard, target, changed[shard], change)
-            replace_directory(fresh, output, old)
-    except OSError as error:
-        raise FormatError(f"{output} cannot be written: {error.strerror or error}") from error
-
-
-def check_checkpoint_output(path: Path, *, force: bool) -> None:
-    """Refuse an output that exists and is not a checkpoint that ``force`` may replace.
-
-    Raises
-    ------
-    FormatError
-        Before any work is done.
-    """
-    path = expand(path)
-    try:
-        if not path.exists() and not path.is_symlink():
-            return
-    except OSError as error:
-        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
-    if not force:
-        raise FormatError(f"{path} exists; choose another output or add --force to replace it")
-    holds_weights = (path / SINGLE_NAME).is_file() or (path / INDEX_NAME).is_file()
-    if path.is_symlink() or not holds_weights:
-        raise FormatError(f"{path} exists and is no checkpoint directory; it is not replaced")
-
-
-def _files_beside(source: Checkpoint) -> list[Path]:
-    """Files that belong to the model and hold no weights; none beside a file named alone."""
-    if source.single:
-        return []
-    return [
-        path
-        for path in source.directory.iterdir()
-        if path.is_file()
-        and path.suffix not in {".safetensors", *_OTHER_WEIGHTS}
-        and (path.name == INDEX_NAME or not path.name.endswith(".index.json"))
-    ]
-
-
-def _module_directories(source: Checkpoint) -> list[Path]:
-    """Subdirectories that hold further modules of a sentence encoder: a pooling, a dense layer."""
-    listing = source.directory / "modules.json"
-    if source.single or not listing.is_file():
-        return []
-    try:
-        modules = json.loads(listing.read_text(encoding="utf-8"))
-        names = [str(module["path"]) for module in modules]
-    except (ValueError, TypeError, KeyError) as error:
-        raise FormatError(f"{listing} does not list modules and their paths: {error}") from error
-    return [
-        source.directory / name
-        for name in names
-        if name and Path(name).name == name and (source.directory / name).is_dir()
-    ]
-
-
-def _rewrite_shard(
-    source: Checkpoint,
-    shard: str,
-    path: Path,
-    keys: Iterable[str],
-    change: Callable[[str], np.ndarray],
-) -> None:
-    shutil.copyfile(source.directory / shard, path)
-    with path.open("r+b") as file:
-        for key in keys:
-            file.seek(source.tensors[key].start)
-            file.write(np.ascontiguousarray(change(key)).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+    wrapped = [key for key in checkpoint.tensors if plain(key) != key]
+    if not wrapped:
+        return checkpoint
+    warnings.warn(
+        f"{checkpoint.directory}: {len(wrapped)} names carry the prefix of a wrapper, such as "
+        f"{wrapped[0]}; read as {plain(wrapped[0])}",
+        LotrWarning,
+        stacklevel=3,
+    )
+    return checkpoint.renamed(plain)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +31,7 @@ from lotrtensor.adapters.formats.factors import (
     widest,
     with_kernel,
 )
+from lotrtensor.adapters.formats.header import data_start
 from lotrtensor.adapters.formats.image_names import (
     ALPHA,
     KOHYA,
@@ -287,8 +287,7 @@ def _hashes(tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, str]:
     """
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     content = file_bytes(tensors, training)
-    (length,) = struct.unpack("<Q", content[:8])
     return {
-        "sshs_model_hash": hashlib.sha256(content[8 + length :]).hexdigest(),
+        "sshs_model_hash": hashlib.sha256(content[data_start(content) :]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from lotrtensor.adapters.formats.directory import CONFIG_NAME
+from lotrtensor.adapters.formats.header import with_sorted_metadata
 from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -172,19 +172,11 @@ def _read_float8(path: Path, keys: list[str]) -> Tensors:
 
 
 def file_bytes(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file; equal tensors and metadata are equal bytes.
-
-    The library writes metadata in the order of a hash map, another one in each process.
-    """
+    """Return a safetensors file; equal tensors and metadata are equal bytes."""
     # Not ascontiguousarray, which makes a vector of a number.
     ordered = {key: np.asarray(tensors[key], order="C") for key in sorted(tensors)}
     content = safetensors.numpy.save(ordered, metadata=dict(metadata))
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+    return with_sorted_metadata(content, metadata)
 
 
 def _read_shards(index_path: Path) -> Tensors:

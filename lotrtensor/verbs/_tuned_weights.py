@@ -1,0 +1,158 @@
+"""What two checkpoints differ in, sorted: modules that get an update, weights carried in full."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lotrtensor.adapters.architecture import Architecture, Kind, read_architecture
+from lotrtensor.adapters.deltas import Deltas, Resized, compare_checkpoints, with_tied
+from lotrtensor.adapters.formats.carried import PREFIX
+from lotrtensor.adapters.formats.checkpoint import Checkpoint, open_checkpoint
+from lotrtensor.adapters.formats.tensors import BFLOAT16, Tensors
+from lotrtensor.adapters.grouping import Slot, layer_order
+from lotrtensor.adapters.layers import WEIGHT, Layers
+from lotrtensor.errors import DataError, FormatError, LotrWarning
+
+
+@dataclass(frozen=True, eq=False)
+class TunedWeights:
+    """The modules that differ between two checkpoints.
+
+    Attributes
+    ----------
+    deltas : Deltas
+        The checkpoints and what differs.
+    kinds : dict of str to str
+        What every module that differs is.
+    kept : frozenset of str
+        Those that an adapter carries in full, since an update would change nothing there.
+    """
+
+    deltas: Deltas
+    kinds: dict[str, Kind]
+    kept: frozenset[str]
+
+    def slots(self) -> list[Slot]:
+        """Modules that get an update, in the order of their layers."""
+        return [
+            Slot(name, self._shape(name), self.kinds[name] == "embedding")
+            for name in sorted(self.kinds.keys() - self.kept, key=layer_order)
+        ]
+
+    def read(self, module: str) -> np.ndarray:
+        """Return ΔW (m × n) of a module, out × in."""
+        delta = self.deltas.read(module + WEIGHT)
+        return delta.T if self._turned(module) else delta
+
+    def dtype(self) -> np.dtype:
+        """Type of the tuned weights, or the next that adapters are stored in."""
+        found = self.deltas.tuned.dtype(self.deltas.names[0])
+        return found if found.itemsize > 1 else BFLOAT16
+
+    def carried(self, dtype: np.dtype) -> Tensors:
+        """All tensors of the modules that are carried in full, as the tuned checkpoint has them.
+
+        Those in eight bits are widened to ``dtype``.
+        """
+        found = {}
+        for name in self.deltas.tuned.tensors:
+            if name.rpartition(".")[0] in self.kept:
+                tensor = self.deltas.tuned.read(name)
+                found[PREFIX + name] = tensor if tensor.dtype.itemsize > 1 else tensor.astype(dtype)
+        return found
+
+    def config(self, base: str) -> dict[str, Any]:
+        """Fields of the adapter's config: the base model and what is adapted in it."""
+        adapted = sorted(self.kinds.keys() - self.kept)
+        config: dict[str, Any] = {
+            "base_model_name_or_path": base,
+            "fan_in_fan_out": any(self.kinds[name] == "conv1d" for name in adapted),
+            "target_modules": adapted,
+        }
+        return config | ({"modules_to_save": sorted(self.kept)} if self.kept else {})
+
+    def _turned(self, module: str) -> bool:
+        return self.kinds[module] in ("embedding", "conv1d")
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        rows, columns = self.deltas.base.tensors[module + WEIGHT].shape
+        return (columns, rows) if self._turned(module) else (rows, columns)
+
+
+def tuned_weights(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    *,
+    modules: str | None,
+    resized: Resized,
+    fan_in_fan_out: bool | str,
+    embeddings: str | None = None,
+) -> TunedWeights:
+    """Compare two checkpoints under the names that the base's class has for its weights.
+
+    Parameters are those of `extract`, which says what is raised and warned of.
+    """
+    if resized not in ("refuse", "common-rows"):
+        raise DataError(f"resized is {resized!r}; expected 'refuse' or 'common-rows'")
+    before, after = open_checkpoint(Path(base)), open_checkpoint(Path(tuned))
+    architecture = read_architecture(before.directory, before.config)
+    if architecture is not None:
+        before, after = (side.renamed(architecture.rename) for side in (before, after))
+        _tell_untied(before, after, architecture)
+        before, after = (with_tied(side, architecture.ties) for side in (before, after))
+    deltas = compare_checkpoints(before, after, modules, resized)
+    if not deltas.names:
+        raise deltas.nothing()
+    if deltas.others:
+        _warn(
+            f"{len(deltas.others)} tensors differ, or are in one checkpoint only, and are not part "
+            f"of the adapter, such as {deltas.others[0]}"
+        )
+    layers = Layers(deltas.base, architecture, fan_in_fan_out, embeddings)
+    names = [name.removesuffix(WEIGHT) for name in deltas.names]
+    kinds = {name: layers.kind(name) for name in names}
+    kept = _uncalled(kinds, architecture)
+    if len(kept) == len(kinds):
+        raise FormatError(
+            f"{tuned} differs from {base} in weights alone that are used without their layer being "
+            f"called, such as {min(kept)}; an adapter would change nothing there"
+        )
+    return TunedWeights(deltas, kinds, kept)
+
+
+def _uncalled(kinds: dict[str, Kind], architecture: Architecture | None) -> frozenset[str]:
+    """Modules in which an adapter would change nothing, or that PEFT has no layer for."""
+    if architecture is None:
+        return frozenset()
+    direct, complete = architecture.read_directly
+    if not complete:
+        _warn(
+            f"{architecture.name} does not take a run without numbers, which would tell the "
+            "weights that it uses without calling their layer: an adapter changes nothing in such"
+        )
+    found = {name for name, kind in kinds.items() if kind == "other" or name + WEIGHT in direct}
+    if found:
+        _warn(
+            f"{len(found)} weights are used without their layer being called, or belong to a layer "
+            f"that PEFT does not adapt, such as {min(found)}; they are carried in full"
+        )
+    return frozenset(found)
+
+
+def _tell_untied(before: Checkpoint, after: Checkpoint, architecture: Architecture) -> None:
+    """Say which shared weights one checkpoint holds once, the other more often."""
+    for name in sorted((before.tensors.keys() ^ after.tensors.keys()) & architecture.ties.keys()):
+        others = sorted(architecture.ties[name] & before.tensors.keys() & after.tensors.keys())
+        if others:
+            side = before if name in before.tensors else after
+            _warn(f"{name} is in {side.directory} only; the other checkpoint has it as {others[0]}")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, LotrWarning, stacklevel=4)
