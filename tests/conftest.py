@@ -15,6 +15,10 @@ from hypothesis import HealthCheck, settings
 from lotrtensor import LowRankStack
 from tests.strategies import Factors
 
+# What the terminal that starts the tests looks like is not what they are about.
+for _name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "PYTHONIOENCODING"):
+    os.environ.pop(_name, None)
+
 # The gate asks the same of every machine; new cases are looked for by `make test-deep`.
 settings.register_profile(
     "gate",

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.distributed.fsdp
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,11 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lotrtensor.torch import param_groups
 from tests.peft_models import bert, config, ids
 
-MODES = ["ddp", "accelerate"]
-if hasattr(torch.distributed.fsdp, "fully_shard"):  # PyTorch 2.6
-    from torch.distributed.fsdp import fully_shard
-
-    MODES.append("fsdp2")
+MODES = ["ddp", "fsdp2", "accelerate"]
 if find_spec("deepspeed"):  # which no extra installs
     MODES.append("deepspeed")
 STEPS = 5

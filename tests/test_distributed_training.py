@@ -67,7 +67,6 @@ def test_two_processes_train_as_one(trained: Path, mode: str, alone) -> None:
     assert [len(group.modules) for group in groups] == [6, 3]
 
 
-@pytest.mark.skipif("fsdp2" not in MODES, reason="this PyTorch has no fully_shard")
 def test_the_shards_of_two_processes_are_one_checkpoint(trained: Path, tmp_path: Path) -> None:
     dcp_to_torch_save(trained / "fsdp2" / "shards", tmp_path / "whole.pt")
     whole = torch.load(tmp_path / "whole.pt")
