@@ -615,12 +615,28 @@ def test_a_terminal_without_greek_letters(lora, monkeypatch):
 
 SLOW = """
 import time
+from types import SimpleNamespace
+import lotrtensor.cli.common as common
 import lotrtensor.cli.convert as cli
+class Timer:  # whose second is over when the third of five groups begins, however busy the machine
+    ident, started = None, []
+    def __init__(self, seconds, act):
+        assert seconds == 1.0
+        self.act = act
+    def start(self):
+        self.started.append(self)
+    def cancel(self):
+        pass
+common.threading = SimpleNamespace(Timer=Timer)
 real = cli.convert_adapter
 def slow(source, *, progress, **options):
     for done in range(5):
         progress(f"group-{done}", done, 5)
-        time.sleep(0.5)
+        if done == 2:
+            for timer in Timer.started:
+                timer.act()
+        if done >= 2 and Timer.started:
+            time.sleep(0.5)
     return real(source, progress=progress, **options)
 cli.convert_adapter = slow
 """
