@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lotrtensor.errors import DataError
 from lotrtensor.peft.mixed import BASE, Rows, multiply_rows
 from lotrtensor.peft.quantized import restore_order
-from lotrtensor.torch.factors import SharedFactors
+from lotrtensor.torch.factors import SharedFactors, Transposed
 from lotrtensor.torch.functional import add_projected, add_rows, dense_update, project
 from lotrtensor.torch.groups import is_transposed, slot_of
 from lotrtensor.torch.watch import Watched
@@ -26,11 +26,15 @@ class LotrLayer(Watched, BaseTunerLayer):
 
     ``lotr_core[adapter]`` is G_k (p × q), the layer's own; ``lotr_shared[adapter]`` refers to the
     module that holds U and V, which the `LotrModel` owns. It is a plain dict: what it refers to is
-    not registered a second time.
+    not registered a second time. ``lotr_tied[adapter]`` is the layer of the same weight whose
+    update this one takes instead of having its own; it is a plain dict too.
     """
 
     adapter_layer_names = ("lotr_core",)
-    other_param_names = ("lotr_shared", "lotr_scale", "lotr_dropout", "lotr_trains_factors")
+    other_param_names = (
+        *("lotr_shared", "lotr_scale", "lotr_dropout", "lotr_trains_factors"),
+        "lotr_tied",
+    )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -39,7 +43,8 @@ class LotrLayer(Watched, BaseTunerLayer):
         )
         self.lotr_core = nn.ParameterDict({})
         self.lotr_dropout = nn.ModuleDict({})
-        self.lotr_shared: dict[str, SharedFactors] = {}
+        self.lotr_shared: dict[str, SharedFactors | Transposed] = {}
+        self.lotr_tied: dict[str, LotrLayer] = {}
         self.lotr_scale: dict[str, float] = {}
         self.lotr_trains_factors: dict[str, bool] = {}
         self._disable_adapters = False
@@ -82,6 +87,47 @@ class LotrLayer(Watched, BaseTunerLayer):
         self.lotr_trains_factors[adapter_name] = trains_factors
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def tie_to(self, owner: LotrLayer, adapter_name: str, *, dropout: float = 0.0) -> None:
+        """Take the update of another layer of the same weight, transposed where it is used so.
+
+        Parameters
+        ----------
+        owner : LotrLayer
+            The layer that has the core: an embedding (ΔW is m × n and its weight n × m), say, whose
+            weight a head uses as n × m.
+        adapter_name : str
+            Name of the adapter.
+        dropout : float
+            Dropout on the input of the update.
+        """
+        factors = owner.lotr_shared[adapter_name]
+        assert isinstance(factors, SharedFactors)
+        across = self.stores_transposed != owner.stores_transposed
+        self.lotr_tied[adapter_name] = owner
+        self.lotr_shared[adapter_name] = Transposed(factors) if across else factors
+        self.lotr_scale[adapter_name] = owner.lotr_scale[adapter_name]
+        if dropout and adapter_name not in self.lotr_dropout:
+            self.lotr_dropout[adapter_name] = nn.Dropout(dropout)
+
+    @property
+    def stores_transposed(self) -> bool:
+        """Whether the base weight is n × m: an embedding's, or that of a Conv1D."""
+        base = self.get_base_layer()
+        return is_transposed(base) or isinstance(base, nn.Embedding)
+
+    def carries(self, adapter_name: str) -> bool:
+        """Whether the adapter has an update here, its own or a tied one."""
+        return adapter_name in self.lotr_core or adapter_name in self.lotr_tied
+
+    def owner_of(self, adapter_name: str) -> LotrLayer:
+        """Return the layer whose core the adapter uses here: this one, or the one it is tied to."""
+        return self.lotr_tied.get(adapter_name, self)
+
+    def core(self, adapter_name: str) -> Tensor:
+        """Return G_k (p × q) of an adapter."""
+        core: Tensor = self.owner_of(adapter_name).lotr_core._parameters[adapter_name]  # type: ignore[assignment]
+        return core.T if isinstance(self.lotr_shared[adapter_name], Transposed) else core
+
     # PEFT asks the layers to say what trains. Factors follow the cores that they belong to, so
     # that every way of asking (set_adapter, disable_adapter, set_requires_grad) reaches them.
 
@@ -108,6 +154,7 @@ class LotrLayer(Watched, BaseTunerLayer):
         for name, core in self.lotr_core.items():
             if self.lotr_trains_factors[name]:
                 factors = self.lotr_shared[name]
+                assert isinstance(factors, SharedFactors)
                 trains[factors] = trains.get(factors, False) or core.requires_grad
         for factors, requires_grad in trains.items():
             factors.requires_grad_(requires_grad)
@@ -123,16 +170,16 @@ class LotrLayer(Watched, BaseTunerLayer):
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         if adapter_name in self.lotr_core:
             core, factors = self.lotr_core[adapter_name], self.lotr_shared[adapter_name]
+            assert isinstance(factors, SharedFactors)
             if not factors.left.is_meta and factors.left.device != core.device:
                 factors.to(core.device)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return ΔW_k of an adapter in the layout of the base weight: m × n, or n × m."""
         factors = self.lotr_shared[adapter_name]
-        core, scale = self.lotr_core[adapter_name], self.lotr_scale[adapter_name]
+        core, scale = self.core(adapter_name), self.lotr_scale[adapter_name]
         delta = dense_update(factors.left, core, factors.right, scale)
-        base = self.get_base_layer()
-        return delta.T if is_transposed(base) or isinstance(base, nn.Embedding) else delta
+        return delta.T if self.stores_transposed else delta
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -146,8 +193,8 @@ class LotrLayer(Watched, BaseTunerLayer):
         if safe_merge:
             self.check_finite("the layer", adapter_names)
         for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.lotr_core:
-                self.set_base_weight(self._sum([name]))
+            if self.carries(name):
+                self._write([name])
                 self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -160,7 +207,7 @@ class LotrLayer(Watched, BaseTunerLayer):
             Naming the layer as ``layer``.
         """
         names = check_adapters_to_merge(self, adapter_names)
-        if not torch.isfinite(self._sum([name for name in names if name in self.lotr_core])).all():
+        if not torch.isfinite(self._sum([name for name in names if self.carries(name)])).all():
             raise DataError(
                 f"{layer}: merging {', '.join(map(repr, names))} would write NaN or infinite "
                 "values; every weight is left as it was: the adapter has diverged, take an "
@@ -174,8 +221,16 @@ class LotrLayer(Watched, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            if name in self.lotr_core:
-                self.set_base_weight(self._sum([name], -1))
+            if self.carries(name):
+                self._write([name], -1)
+
+    def _write(self, names: Sequence[str], sign: int = 1) -> None:
+        """Put the sum in the place of the base weight, unless the owner of the update does so."""
+        weight = self.get_base_layer().weight
+        for name in names:
+            owner = self.owner_of(name)
+            if owner is self or owner.get_base_layer().weight is not weight:
+                self.set_base_weight(self._sum([name], sign))
 
     def get_base_weight(self) -> Tensor:
         """Return the base weight, dequantised."""
@@ -216,16 +271,16 @@ class LotrLayer(Watched, BaseTunerLayer):
         if adapter_names is not None:
             return self._add_mixed(y, x, adapter_names)
         for name in self.active_adapters:
-            if name in self.lotr_core:
+            if self.carries(name):
                 y = self._add(y, x, name)
         return y
 
     def _add(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        factors, core = self.lotr_shared[name], self.lotr_core[name]
+        factors, core = self.lotr_shared[name], self.core(name)
         left: Tensor = factors.left
         right: Tensor = factors.right
         if left.device != y.device:  # layers of a group may be spread over devices
-            left, right = left.to(y.device), right.to(y.device)
+            left, core, right = (x.to(y.device) for x in (left, core, right))
         h = self._project(x, right, name)
         return add_projected(y, h, left, core, self._scale(name))
 
@@ -237,12 +292,11 @@ class LotrLayer(Watched, BaseTunerLayer):
                 f"a row, {BASE!r} for none"
             )
         batch = adapter_names if isinstance(adapter_names, Rows) else Rows(adapter_names)
-        own = self.lotr_core._parameters  # a ParameterDict takes many times longer to look up
         for factors, rows, names, which in batch.split(self.lotr_shared):
             part = x if rows is None else x[rows]
             h = self._project(part, factors.right, names[0])
             # One product with all cores: scaling them one by one would cost more than the update.
-            cores = torch.stack([own[name] for name in names])  # type: ignore[misc]
+            cores = torch.stack([self.core(name) for name in names])
             scale = self._scale(names[0])
             if len(set(map(self.lotr_scale.__getitem__, names))) > 1:
                 cores = cores * cores.new_tensor(list(map(self._scale, names)))[:, None, None]
@@ -270,13 +324,10 @@ class LotrLayer(Watched, BaseTunerLayer):
 class Linear(LotrLayer, nn.Module):
     """LoTR on a linear layer or transformers' Conv1D."""
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, factors: SharedFactors, **options: Any
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **quantization: Any) -> None:
         nn.Module.__init__(self)
-        LotrLayer.__init__(self, base_layer, **options.pop("quantization", {}))
+        LotrLayer.__init__(self, base_layer, **quantization)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, factors, **options)
 
     def _project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
         if name in self.lotr_dropout:
@@ -290,13 +341,10 @@ class Linear(LotrLayer, nn.Module):
 class Embedding(LotrLayer, nn.Module):
     """LoTR on an embedding: x V is a look-up of rows of V; ΔW is m × n, the weight n × m."""
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, factors: SharedFactors, **options: Any
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **quantization: Any) -> None:
         nn.Module.__init__(self)
-        LotrLayer.__init__(self, base_layer, **options.pop("quantization", {}))
+        LotrLayer.__init__(self, base_layer, **quantization)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, factors, **options)
 
     def _project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
         base: Any = self.get_base_layer()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lotrtensor.torch.factors import SharedFactors
+from lotrtensor.torch.factors import SharedFactors, Transposed
 
 BASE = "__base__"
 """Adapter name of a row that gets no update."""
@@ -20,7 +20,7 @@ class Part(NamedTuple):
     ``rows`` is None for all of them; ``which`` says which of ``names`` each row has.
     """
 
-    factors: SharedFactors
+    factors: SharedFactors | Transposed
     rows: Tensor | None
     names: list[str]
     which: Tensor
@@ -38,7 +38,7 @@ class Rows(list[str]):
         self._distinct = list(dict.fromkeys(names))
         self._splits: dict[tuple[int, ...], list[Part]] = {}
 
-    def split(self, shared: Mapping[str, SharedFactors]) -> list[Part]:
+    def split(self, shared: Mapping[str, SharedFactors | Transposed]) -> list[Part]:
         """Return the rows of adapters that have the same factors, whatever their number.
 
         Parameters
@@ -53,8 +53,8 @@ class Rows(list[str]):
             parts = self._splits[key] = list(self._split(shared))
         return parts
 
-    def _split(self, shared: Mapping[str, SharedFactors]) -> Iterator[Part]:
-        by_factors: dict[SharedFactors, list[int]] = {}
+    def _split(self, shared: Mapping[str, SharedFactors | Transposed]) -> Iterator[Part]:
+        by_factors: dict[SharedFactors | Transposed, list[int]] = {}
         for row, name in enumerate(self):
             if name in shared:
                 by_factors.setdefault(shared[name], []).append(row)

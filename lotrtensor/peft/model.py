@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from peft.tuners import tuners_utils
+from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
+from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
 from lotrtensor.errors import DataError, FormatError
@@ -23,6 +25,7 @@ from lotrtensor.peft import state as keys
 from lotrtensor.peft.config import LotrConfig, write_group
 from lotrtensor.peft.hooks import mixed_batch_hooks
 from lotrtensor.peft.layer import Embedding, Linear, LotrLayer
+from lotrtensor.peft.merging import check_merge
 from lotrtensor.peft.planning import (
     AdapterPlan,
     base_layers,
@@ -32,6 +35,7 @@ from lotrtensor.peft.planning import (
     plan_adapter,
 )
 from lotrtensor.peft.quantized import restore_order
+from lotrtensor.peft.tying import owners, tied_layers
 from lotrtensor.peft.undo import Snapshot
 from lotrtensor.torch.factors import FactorTable, SharedFactors
 from lotrtensor.torch.fastpath import leave_fast_path
@@ -124,6 +128,7 @@ class LotrModel(BaseTuner):
         check_carried(config, model)
         names = [name for group in plan.groups for name in group.modules]
         check_called(model, names)
+        tied = tied_layers(model, names) if config.ensure_weight_tying else {}
         if plan.groups:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._make_factors(adapter_name, config, plan, layers)
@@ -137,6 +142,7 @@ class LotrModel(BaseTuner):
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
         self._fill(adapter_name, plan)
+        self._tie(adapter_name, tied)
         leave_fast_path(model, names)
 
     def _others(self, adapter_name: str) -> list[Any]:
@@ -156,7 +162,8 @@ class LotrModel(BaseTuner):
         self._prepare_adapter_config(config, self.get_model_config(model))
         # Name lists like "all-linear" are expanded in place; a copy keeps the user's word.
         named = tuners_utils._maybe_include_all_linear_layers(copy.copy(config), model)
-        return [name for name in layers if self._check_target_module_exists(named, name)]
+        found = [name for name in layers if self._check_target_module_exists(named, name)]
+        return owners(model, found) if config.ensure_weight_tying else found
 
     def _make_factors(
         self,
@@ -245,12 +252,36 @@ class LotrModel(BaseTuner):
         if isinstance(target, LotrLayer):
             target.update_layer(adapter_name, factors, **options)
             return
-        options["quantization"] = get_quantization_kwargs(self)
         kind = Embedding if group.embedding else Linear
-        layer = kind(target, adapter_name, factors, **options)
+        layer = kind(target, adapter_name, **get_quantization_kwargs(self))
+        layer.update_layer(adapter_name, factors, **options)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _tie(self, adapter_name: str, tied: Mapping[str, str]) -> None:
+        """Give every layer of ``tied`` the update of the layer whose weight it shares."""
+        for name, owner in tied.items():
+            parent, target, attribute = _get_submodules(self.model, name)
+            if not isinstance(target, LotrLayer):
+                kind = Embedding if isinstance(target, nn.Embedding) else Linear
+                layer = kind(target, adapter_name, **get_quantization_kwargs(self))
+                self._replace_module(parent, attribute, layer, target)
+                target = layer
+            config: Any = self.peft_config[adapter_name]
+            dropout = config.lotr_dropout
+            target.tie_to(self.model.get_submodule(owner), adapter_name, dropout=dropout)
+            target.set_adapter(self.active_adapters)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        # Layers are tied by their weights here; PEFT does so by the names that it knows.
+        if not peft_config.ensure_weight_tying or peft_config.modules_to_save:
+            super()._check_tied_modules(model, peft_config)
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: Any) -> None:
+        """Nothing: `tied_layers` finds them."""
+
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     def _sync_factors(self) -> None:
         for module in self.model.modules():
@@ -298,8 +329,12 @@ class LotrModel(BaseTuner):
                     self._table(adapter).add(name, twin)
         for module in self.model.modules():
             if isinstance(module, LotrLayer):
-                for user, factors in module.lotr_shared.items():
-                    module.lotr_shared[user] = dropped.get(id(factors), factors)
+                for user, own in module.lotr_shared.items():
+                    module.lotr_shared[user] = dropped.get(id(own), own)
+        for module in self.model.modules():
+            if isinstance(module, LotrLayer):
+                for user, owner in module.lotr_tied.items():
+                    module.tie_to(owner, user)
         return len(dropped)
 
     @contextmanager
@@ -326,11 +361,12 @@ class LotrModel(BaseTuner):
 
         Raises
         ------
+        UnsupportedAdapterError
+            If another layer uses one of the weights and does not carry the same update.
         DataError
-            If ``safe_merge`` and a merged weight would not be finite; no weight has changed then.
+            If ``safe_merge`` and a merged weight would not be finite. No weight has changed then.
         """
-        if safe_merge:
-            self._check_finite(adapter_names)
+        check_merge(self.model, adapter_names, safe=safe_merge)
         super().merge_adapter(adapter_names)
 
     def _unload_and_optionally_merge(
@@ -340,22 +376,14 @@ class LotrModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        if merge and safe_merge:
-            self._check_finite(adapter_names)
+        if merge:
+            check_merge(self.model, adapter_names, safe=safe_merge)
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
 
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
-        for name, module in self.model.named_modules():
-            if isinstance(module, LotrLayer):
-                with tuners_utils.onload_layer(module):
-                    module.check_finite(name, adapter_names)
-
     def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
-        if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
-            raise DataError("replicated layers share their weights and cannot be merged")
+        """Leave it to `lotrtensor.peft.merging.check_merge`, which knows the adapters."""
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from lotrtensor.torch.groups import (
 )
 from lotrtensor.torch.init import base_weight, check_init, init_factors
 from lotrtensor.torch.linear import LotrLinear
+from lotrtensor.torch.shared_weights import storage, weight_users
 from lotrtensor.torch.watch import watch
 from lotrtensor.torch.weight_reads import check_called
 
@@ -224,12 +224,13 @@ def merge(model: nn.Module, *, safe: bool = False) -> nn.Module:
     UnsupportedAdapterError
         If a base weight is quantised, or is another layer's weight too. No weight has changed then.
     """
-    users = _users_of_parameters(model)
+    users = weight_users(model, storage)
     for name, layer in lotr_layers(model):
-        if users[id(layer.weight)] > 1 and not layer.merged:
+        others = [user for user in users[storage(layer.weight)] if user != f"{name}.base"]
+        if others and not layer.merged:
             raise UnsupportedAdapterError(
-                f"{name} shares its weight with another layer, which merging would change too; "
-                "untie them first, or keep the update apart"
+                f"{name} shares its weight with {others[0].removesuffix('.base')}, which merging "
+                "would change too; untie them first, or keep the update apart"
             )
         try:
             layer.check_merge(safe=safe)
@@ -297,11 +298,6 @@ def factor_table(model: nn.Module) -> FactorTable:
     if not isinstance(table, FactorTable):
         raise FormatError(f"{type(model).__name__} has no LoTR layers; call apply_lotr first")
     return table
-
-
-def _users_of_parameters(model: nn.Module) -> Counter[int]:
-    """How many modules hold each parameter."""
-    return Counter(id(p) for m in model.modules() for p in m._parameters.values())
 
 
 def _check_plain(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,29 @@ class SharedFactors(nn.Module):
     def extra_repr(self) -> str:
         """Shapes for ``repr``."""
         return f"left={tuple(self.left.shape)}, right={tuple(self.right.shape)}"
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """Factors of the transposed update: V in the place of U, for a tied layer.
+
+    Parameters
+    ----------
+    factors : SharedFactors
+        U and V of ΔW_k; this is the pair of ΔW_kᵀ = scale · V G_kᵀ Uᵀ.
+    """
+
+    factors: SharedFactors
+
+    @property
+    def left(self) -> Tensor:
+        """V (n × q)."""
+        return self.factors.right
+
+    @property
+    def right(self) -> Tensor:
+        """U (m × p)."""
+        return self.factors.left
 
 
 class FactorTable(nn.ModuleDict):
