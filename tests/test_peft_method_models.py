@@ -31,6 +31,7 @@ from transformers import (  # noqa: E402
 
 import lotrtensor as lt  # noqa: E402
 import lotrtensor.torch as lotr  # noqa: E402
+from lotrtensor.peft import LotrLayer  # noqa: E402
 from lotrtensor.torch.weight_reads import weight_reads  # noqa: E402
 from tests.peft_models import (  # noqa: E402
     THIRD_PARTY,
@@ -70,6 +71,7 @@ def encoder() -> nn.Module:
 
 
 def whisper() -> nn.Module:
+    torch.manual_seed(0)
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 60, **heads}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -360,3 +362,25 @@ def test_an_embedding_whose_weight_is_a_head_too_is_not_merged() -> None:
         model = get_peft_model(Borrowed(), config(target_modules=["embedding"], r=2))
     with pytest.raises(lt.UnsupportedAdapterError, match=r"Borrowed\.forward uses the weight"):
         model.merge_adapter()
+
+
+@pytest.mark.parametrize("task", [None, "SEQ_2_SEQ_LM"])
+def test_all_linear_layers_of_a_model_that_takes_features(task: str | None, tmp_path: Path) -> None:
+    model = get_peft_model(whisper(), config(target_modules="all-linear", task_type=task)).eval()
+    randomize(model)
+    inputs = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": ids(2, 3)}
+    expected = model(**inputs).logits
+    names = [n for n, m in model.base_model.model.named_modules() if isinstance(m, LotrLayer)]
+    assert len(names) == 2 * (6 + 10) and "proj_out" not in names
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(whisper(), str(tmp_path)).eval()
+    torch.testing.assert_close(again(**inputs).logits, expected)
+    plain = whisper()
+    with torch.no_grad():
+        for name in names:
+            layer = model.base_model.model.get_submodule(name)
+            plain.get_submodule(name).weight += layer.get_delta_weight("default")
+    torch.testing.assert_close(plain(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    model.train()(input_features=inputs["input_features"], labels=ids(2, 3)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.generate(input_features=inputs["input_features"], max_new_tokens=3).shape[0] == 2

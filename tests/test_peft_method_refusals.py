@@ -83,14 +83,19 @@ def test_config_refusals(options, error) -> None:
         config(**options)
 
 
-def test_a_name_that_is_part_of_the_keys_is_refused() -> None:
-    with pytest.raises(lt.FormatError, match="'left'"):
-        get_peft_model(bert(), config(), adapter_name="left")
+@pytest.mark.parametrize("name", ["left", "train", "keys", "a.b"])
+def test_a_name_that_is_part_of_the_keys_is_refused(name: str) -> None:
+    base = bert()
+    with pytest.raises(lt.FormatError, match=f"cannot be named '{name}'"):
+        get_peft_model(base, config(), adapter_name=name)
+    assert unchanged(base)
 
 
-def test_injection_without_a_tuner_is_refused_by_peft() -> None:
-    with pytest.raises(ValueError, match="shared state"):
-        inject_adapter_in_model(config(), bert())
+def test_injection_without_a_tuner_is_refused() -> None:
+    base = bert()
+    with pytest.raises(lt.UnsupportedAdapterError, match="layers share factors"):
+        inject_adapter_in_model(config(), base)
+    assert unchanged(base)
 
 
 def test_the_users_config_is_not_written_to() -> None:

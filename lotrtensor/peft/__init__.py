@@ -13,9 +13,10 @@ from lotrtensor.peft.register import PeftVersionError, check_peft, register
 check_peft()
 
 from lotrtensor.peft.config import LotrConfig  # noqa: E402 - imports hooks that the check looks for
+from lotrtensor.peft.hotswap import hotswap_adapter  # noqa: E402
 from lotrtensor.peft.layer import LotrLayer  # noqa: E402
 from lotrtensor.peft.model import LotrModel  # noqa: E402
 
 register(LotrConfig, LotrModel, LotrModel.prefix)
 
-__all__ = ["LotrConfig", "LotrLayer", "LotrModel", "PeftVersionError"]
+__all__ = ["LotrConfig", "LotrLayer", "LotrModel", "PeftVersionError", "hotswap_adapter"]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from peft import PeftConfig
 from peft.tuners import tuners_utils
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
-    resolve_quantization_backend,
 )
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from lotrtensor.errors import DataError, FormatError
 from lotrtensor.peft import state as keys
 from lotrtensor.peft.config import LotrConfig, write_group
+from lotrtensor.peft.factors import fill_adapter, make_table, source_groups, tie_equal
 from lotrtensor.peft.hooks import mixed_batch_hooks
 from lotrtensor.peft.layer import Embedding, Linear, LotrLayer
 from lotrtensor.peft.merging import check_merge
@@ -33,15 +35,16 @@ from lotrtensor.peft.planning import (
     check_names,
     check_sharing,
     plan_adapter,
+    refuse_injection,
+    trained,
 )
-from lotrtensor.peft.quantized import restore_order
 from lotrtensor.peft.tying import owners, tied_layers
 from lotrtensor.peft.undo import Snapshot
-from lotrtensor.torch.factors import FactorTable, SharedFactors
+from lotrtensor.peft.weighted import check_weighted, weighted_config, weighted_sum
+from lotrtensor.torch.factors import FactorTable
 from lotrtensor.torch.fastpath import leave_fast_path
 from lotrtensor.torch.groups import GroupPlan
-from lotrtensor.torch.init import INITS, base_weight, init_factors
-from lotrtensor.torch.sources import from_numpy
+from lotrtensor.torch.init import INITS
 from lotrtensor.torch.watch import watch
 from lotrtensor.torch.weight_reads import check_called
 
@@ -56,25 +59,56 @@ class LotrModel(BaseTuner):
     ----------
     model : nn.Module
         The base model.
-    peft_config : LotrConfig or dict of str to LotrConfig
-        Config of the first adapter.
+    peft_config : dict of str to LotrConfig
+        Config of the first adapter, by its name.
     adapter_name : str
         Its name.
     low_cpu_mem_usage : bool
         Make the adapter on the meta device, for a file that is about to be read.
+    state_dict : dict, optional
+        As for every tuner of PEFT.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        If ``peft_config`` is a bare config, as ``inject_adapter_in_model`` passes it: the tuner is
+        let go then, and the factors with it.
     """
 
-    uses_shared_state = True
+    uses_shared_state = False  # it does; PEFT's refusal of that tells no way to load a directory
     prefix = "lotr_"
     tuner_layer_cls = LotrLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        if isinstance(peft_config, PeftConfig):
+            refuse_injection(model)
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.lotr_factors = nn.ModuleDict()
         self._lotr_plans: dict[str, AdapterPlan] = {}
+        self._lotr_arguments = frozenset(inspect.signature(type(model).forward).parameters)
         # Adapters that were made for a file whose tensors have not come yet, and what the model
         # was before: a failed load takes the adapter out again.
         self._lotr_pending: dict[str, Snapshot] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model, without the arguments that are None and that it does not name.
+
+        PEFT's classes for tasks pass ``input_ids=None`` to models that take features or images,
+        which hand it on and then have two.
+        """
+        named = self._lotr_arguments
+        given = {k: v for k, v in kwargs.items() if v is not None or k in named}
+        return self.model(*args, **given)
 
     def inject_adapter(
         self,
@@ -130,8 +164,11 @@ class LotrModel(BaseTuner):
         check_called(model, names)
         tied = tied_layers(model, names) if config.ensure_weight_tying else {}
         if plan.groups:
+            owner = config.share_factors if config.groups is None else None
+            table = self._table(owner) if owner else None
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._make_factors(adapter_name, config, plan, layers)
+                options = get_quantization_kwargs(self)
+                self.lotr_factors[adapter_name] = make_table(config, plan, layers, table, options)
             self._lotr_plans[adapter_name] = plan
             config.groups = [write_group(group) for group in plan.groups]
             config.init = config.init if config.init in INITS else "orthogonal"
@@ -141,7 +178,9 @@ class LotrModel(BaseTuner):
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
-        self._fill(adapter_name, plan)
+        if plan.source is not None:
+            fill_adapter(model, self._table(adapter_name), adapter_name, source_groups(plan))
+            self._lotr_plans[adapter_name] = AdapterPlan(plan.groups)
         self._tie(adapter_name, tied)
         leave_fast_path(model, names)
 
@@ -164,59 +203,6 @@ class LotrModel(BaseTuner):
         named = tuners_utils._maybe_include_all_linear_layers(copy.copy(config), model)
         found = [name for name in layers if self._check_target_module_exists(named, name)]
         return owners(model, found) if config.ensure_weight_tying else found
-
-    def _make_factors(
-        self,
-        adapter_name: str,
-        config: LotrConfig,
-        plan: AdapterPlan,
-        layers: Mapping[str, nn.Module],
-    ) -> None:
-        table = FactorTable()
-        # Numbers of a file replace whatever is drawn here.
-        init = "orthogonal" if config.groups is not None else config.init
-        for group in plan.groups:
-            if config.share_factors and config.groups is None:
-                table.add(group.name, self._table(config.share_factors).of(group.name))
-                continue
-            first = layers[group.modules[0]]
-            weight = next((w for w in first.parameters() if w.is_floating_point()), None)
-            factors = SharedFactors(
-                group.shape,
-                group.rank,
-                dtype=weight.dtype if weight is not None else torch.float32,
-                device=next((w.device for w in first.parameters()), None),
-            )
-            table.add(group.name, factors.requires_grad_(config.train == "all"))
-            if plan.source is None:
-                weights = self._weights(group, layers) if init == "svd" else []
-                init_factors(factors, init, weights)
-        self.lotr_factors[adapter_name] = table
-
-    def _weights(self, group: GroupPlan, layers: Mapping[str, nn.Module]) -> list[Tensor]:
-        """Base weights of a group (m × n), dequantised."""
-        options = get_quantization_kwargs(self)
-        weights = []
-        for name in group.modules:
-            backend = resolve_quantization_backend(layers[name], **options)
-            restore_order(layers[name])
-            dense = backend.get_base_weight(layers[name]) if backend else base_weight(layers[name])
-            weights.append(dense)
-        return weights
-
-    @torch.no_grad()
-    def _fill(self, adapter_name: str, plan: AdapterPlan) -> None:
-        """Take over the numbers of an adapter to start from."""
-        if plan.source is None:
-            return
-        for group, found in zip(plan.groups, plan.source.groups, strict=True):
-            factors = self._table(adapter_name).of(group.name)
-            factors.left.copy_(from_numpy(found.left))
-            factors.right.copy_(from_numpy(found.right))
-            for name, dense in zip(found.modules, found.tucker2().core, strict=True):
-                layer = self.model.get_submodule(name)
-                layer.lotr_core[adapter_name].copy_(from_numpy(dense) / group.scale)
-        self._lotr_plans[adapter_name] = AdapterPlan(plan.groups)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -306,6 +292,87 @@ class LotrModel(BaseTuner):
         self._lotr_plans.pop(adapter_name, None)
         self._lotr_pending.pop(adapter_name, None)
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | tuple[int, int] | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str | None = None,
+    ) -> float:
+        """Add the adapter Σ w_a ΔW_a, without building a ΔW.
+
+        Parameters
+        ----------
+        adapters : list of str
+            Adapters of this model.
+        weights : list of float
+            Weight of each.
+        adapter_name : str
+            Name of the new adapter, which is not made active.
+        combination_type : str
+            ``"cat"``: exact; ranks add up, but for adapters that share factors. ``"linear"``: the
+            cores are added, exactly, where the adapters share factors, and refused where not.
+            ``"svd"``: the exact sum, rounded to ``svd_rank`` by HOSVD and HOOI.
+        svd_rank : int or (int, int), optional
+            Ranks (p, q) for ``"svd"``; the largest of the adapters if not given.
+        svd_full_matrices, majority_sign_method
+            Ignored, as no such SVD and no vote takes place.
+        svd_clamp, svd_driver, density
+            Of LoRA's method; refused.
+
+        Returns
+        -------
+        float
+            Relative error of the new adapter against the weighted sum, as stored.
+
+        Raises
+        ------
+        FormatError, DataError, RankError, UnsupportedAdapterError
+            If names, weights, rank or combination have no meaning; nothing has changed then.
+        """
+        unused: dict[str, object] = {
+            "svd_clamp": svd_clamp,
+            "svd_driver": svd_driver,
+            "density": density,
+        }
+        if combination_type != "svd":
+            unused["svd_rank"] = svd_rank
+        chosen = check_weighted(
+            self.peft_config, adapters, weights, adapter_name, combination_type, unused
+        )
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, LotrLayer)}
+        groups, error = weighted_sum(layers, chosen, combination_type, svd_rank)
+        self.peft_config[adapter_name] = weighted_config(self.peft_config[adapters[0]], groups)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        self._lotr_pending.pop(adapter_name)
+        fill_adapter(self.model, self._table(adapter_name), adapter_name, groups)
+        return error
+
+    def factor_table(self, adapter_name: str) -> FactorTable:
+        """Return the shared factors of an adapter, by group."""
+        return self._table(adapter_name)
+
+    def plans(self, adapter_name: str) -> tuple[GroupPlan, ...]:
+        """Return the groups of an adapter."""
+        return self._lotr_plans[adapter_name].groups
+
+    def retrained(self, adapter_name: str) -> None:
+        """Note that an adapter has other numbers: its cores may have any rank, and no fit."""
+        groups = tuple(map(trained, self.plans(adapter_name)))
+        config: Any = self.peft_config[adapter_name]
+        config.groups = [write_group(group) for group in groups]
+        self._lotr_plans[adapter_name] = AdapterPlan(groups)
+
     def tie_factors(self) -> int:
         """Let adapters whose factors are equal to the bit hold one copy of them.
 
@@ -317,25 +384,8 @@ class LotrModel(BaseTuner):
         int
             Number of pairs U, V that were let go.
         """
-        kept: list[SharedFactors] = []
-        dropped: dict[int, SharedFactors] = {}
-        for adapter in self.lotr_factors:
-            for name, factors in list(self._table(adapter).groups()):
-                twin = next((k for k in kept if _equal(k, factors)), None)
-                if twin is None:
-                    kept.append(factors)
-                elif twin is not factors:
-                    dropped[id(factors)] = twin
-                    self._table(adapter).add(name, twin)
-        for module in self.model.modules():
-            if isinstance(module, LotrLayer):
-                for user, own in module.lotr_shared.items():
-                    module.lotr_shared[user] = dropped.get(id(own), own)
-        for module in self.model.modules():
-            if isinstance(module, LotrLayer):
-                for user, owner in module.lotr_tied.items():
-                    module.tie_to(owner, user)
-        return len(dropped)
+        layers = [module for module in self.model.modules() if isinstance(module, LotrLayer)]
+        return tie_equal([self._table(adapter) for adapter in self.lotr_factors], layers)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -425,13 +475,3 @@ class LotrModel(BaseTuner):
             self.delete_adapter(adapter_name)
         else:
             before.restore()
-
-
-def _equal(a: SharedFactors, b: SharedFactors) -> bool:
-    return a is b or (
-        a.shape == b.shape
-        and a.rank == b.rank
-        and a.left.device == b.left.device
-        and torch.equal(a.left, b.left)
-        and torch.equal(a.right, b.right)
-    )

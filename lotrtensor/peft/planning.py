@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -61,9 +61,9 @@ def plan_adapter(
     if config.groups is not None:
         groups = config.plans()
         check_plans(groups, layers)
-        return AdapterPlan(groups if config.inference_mode else tuple(map(_trained, groups)))
+        return AdapterPlan(groups if config.inference_mode else tuple(map(trained, groups)))
     if shared is not None:
-        return AdapterPlan(tuple(map(_trained, shared)))
+        return AdapterPlan(tuple(map(trained, shared)))
     if config.source is not None:
         return _from_source(config, layers)
     plans = plan_groups(
@@ -91,7 +91,7 @@ def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def _trained(group: GroupPlan) -> GroupPlan:
+def trained(group: GroupPlan) -> GroupPlan:
     """What a group becomes in training: its cores may gain rank, and no error holds any more."""
     return replace(group, slice_ranks=(min(group.rank),) * len(group.modules), fit=None)
 
@@ -113,7 +113,7 @@ def _from_source(config: LotrConfig, layers: Mapping[str, nn.Module]) -> Adapter
     rescaled = (
         replace(g, scale=scale_of(g.rank, config.alpha, rslora=config.use_rslora)) for g in groups
     )
-    return AdapterPlan(tuple(map(_trained, rescaled)), source)
+    return AdapterPlan(tuple(map(trained, rescaled)), source)
 
 
 def check_names(config: LotrConfig, layers: Iterable[str]) -> None:
@@ -159,6 +159,25 @@ def check_carried(config: LotrConfig, model: nn.Module) -> None:
                 )
 
 
+def refuse_injection(model: nn.Module) -> NoReturn:
+    """Refuse to be injected into a bare model, which would have no place for the factors.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        Saying what to call instead.
+    """
+    # transformers notes an adapter before it asks for one, and would look for its config.
+    if not hasattr(model, "peft_config"):
+        model.__dict__.pop("_hf_peft_config_loaded", None)
+    raise UnsupportedAdapterError(
+        "a LoTR cannot be injected into a bare model, as transformers' add_adapter, load_adapter "
+        "and from_pretrained do: layers share factors, which a PeftModel holds; use "
+        "peft.get_peft_model(model, config), PeftModel.from_pretrained(model, directory) or "
+        "peft's AutoPeftModel classes"
+    )
+
+
 def check_sharing(config: LotrConfig, adapter_name: str, existing: Iterable[str]) -> None:
     """Refuse a name or an owner of factors that cannot be.
 
@@ -167,10 +186,12 @@ def check_sharing(config: LotrConfig, adapter_name: str, existing: Iterable[str]
     FormatError
         If the adapter is named like a part of LoTR's own keys, or the owner does not exist.
     """
-    if adapter_name in ("left", "right"):
+    # Adapters are attributes of torch's dicts of modules and parameters.
+    taken = hasattr(nn.ModuleDict(), adapter_name) or hasattr(nn.ParameterDict(), adapter_name)
+    if adapter_name in ("left", "right", "") or "." in adapter_name or taken:
         raise FormatError(
-            f"an adapter cannot be named {adapter_name!r}, which is a part of LoTR's own keys; "
-            "choose another name"
+            f"an adapter cannot be named {adapter_name!r}, which is a part of LoTR's own keys or "
+            "of torch's; choose another name"
         )
     owner = config.share_factors
     if owner is not None and config.groups is None and owner not in set(existing) - {adapter_name}:
