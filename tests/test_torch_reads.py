@@ -42,6 +42,8 @@ class Reader(nn.Module):
         self.read_list = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
         self.by_list = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
         self.by_place = nn.ModuleDict({"a": nn.Linear(4, 4)})
+        self.by_items = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+        self.by_comprehension = nn.ModuleList([nn.Linear(4, 4)])
         self.never.weight.data.mul_(2.0)
 
     def take(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -66,6 +68,10 @@ class Reader(nn.Module):
         for _, caller in enumerate(self.by_list):
             x = x + caller(x)
         x = x + self.call(self.by_call, x) + run(self, x) + self.by_place["a"](x)
+        for _, caller in self.by_items.items():
+            x = x + caller(x)
+        x = x + sum({k: c(x) for k, c in enumerate(self.by_comprehension)}.values())
+        x = x + 0 * self.by_items["b"].weight.sum() + 0 * self.by_comprehension[0].weight.sum()
         other = self.by_alias
         x = x + other(x.to(self.by_dtype.weight.dtype))
         x = x + self.by_dtype(x) + checkpoint(self.by_checkpoint, x, use_reentrant=False)
@@ -81,7 +87,8 @@ def test_every_way_of_reading_is_seen_and_no_call_is_taken_for_one() -> None:
     found = weight_reads(model, linear_names(model))
     lost = {name for name, read in found.items() if not read.called}
     assert lost == {name for name in linear_names(model) if name.startswith("read_")}
-    assert {name for name, read in found.items() if read.called} == {"both"}
+    both = {"both", "by_comprehension.0"}
+    assert {name for name, read in found.items() if read.called} == both
     assert found["read_method"].where == "Reader.take"
 
 

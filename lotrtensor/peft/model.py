@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from peft import PeftConfig
 from peft.tuners import tuners_utils
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, replicate_layers
+from peft.tuners.tuners_utils import replicate_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -21,11 +21,10 @@ from peft.utils import (
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
-from lotrtensor.errors import DataError, FormatError
+from lotrtensor.errors import FormatError
 from lotrtensor.peft import state as keys
 from lotrtensor.peft.config import LotrConfig, write_group
-from lotrtensor.peft.factors import fill_adapter, make_table, source_groups, tie_equal
-from lotrtensor.peft.hooks import mixed_batch_hooks
+from lotrtensor.peft.factors import fill_adapter, make_table, source_groups
 from lotrtensor.peft.layer import Embedding, Linear, LotrLayer
 from lotrtensor.peft.merging import check_merge
 from lotrtensor.peft.planning import (
@@ -36,20 +35,17 @@ from lotrtensor.peft.planning import (
     check_sharing,
     plan_adapter,
     refuse_injection,
-    trained,
 )
+from lotrtensor.peft.several import SeveralAdapters
 from lotrtensor.peft.tying import owners, tied_layers
 from lotrtensor.peft.undo import Snapshot
-from lotrtensor.peft.weighted import check_weighted, weighted_config, weighted_sum
-from lotrtensor.torch.factors import FactorTable
 from lotrtensor.torch.fastpath import leave_fast_path
-from lotrtensor.torch.groups import GroupPlan
 from lotrtensor.torch.init import INITS
 from lotrtensor.torch.watch import watch
 from lotrtensor.torch.weight_reads import check_called
 
 
-class LotrModel(BaseTuner):
+class LotrModel(SeveralAdapters):
     """Low tensor rank adaptation (arXiv 2402.01376): W_k + scale · U G_k Vᵀ.
 
     ``lotr_factors[adapter]`` is the table of the shared factors of an adapter, the one owner of U
@@ -94,11 +90,11 @@ class LotrModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.lotr_factors = nn.ModuleDict()
-        self._lotr_plans: dict[str, AdapterPlan] = {}
+        self._lotr_plans = {}
         self._lotr_arguments = frozenset(inspect.signature(type(model).forward).parameters)
         # Adapters that were made for a file whose tensors have not come yet, and what the model
         # was before: a failed load takes the adapter out again.
-        self._lotr_pending: dict[str, Snapshot] = {}
+        self._lotr_pending = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model, without the arguments that are None and that it does not name.
@@ -165,7 +161,7 @@ class LotrModel(BaseTuner):
         tied = tied_layers(model, names) if config.ensure_weight_tying else {}
         if plan.groups:
             owner = config.share_factors if config.groups is None else None
-            table = self._table(owner) if owner else None
+            table = self.factor_table(owner) if owner else None
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 options = get_quantization_kwargs(self)
                 self.lotr_factors[adapter_name] = make_table(config, plan, layers, table, options)
@@ -179,18 +175,13 @@ class LotrModel(BaseTuner):
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
         if plan.source is not None:
-            fill_adapter(model, self._table(adapter_name), adapter_name, source_groups(plan))
+            fill_adapter(model, self.factor_table(adapter_name), adapter_name, source_groups(plan))
             self._lotr_plans[adapter_name] = AdapterPlan(plan.groups)
         self._tie(adapter_name, tied)
         leave_fast_path(model, names)
 
     def _others(self, adapter_name: str) -> list[Any]:
         return [config for name, config in self.peft_config.items() if name != adapter_name]
-
-    def _table(self, adapter_name: str) -> FactorTable:
-        table = self.lotr_factors[adapter_name]
-        assert isinstance(table, FactorTable)
-        return table
 
     def _targets(
         self, model: nn.Module, config: LotrConfig, layers: Mapping[str, nn.Module]
@@ -228,7 +219,7 @@ class LotrModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         group = self._lotr_plans[adapter_name].group_of(current_key)
-        factors = self._table(adapter_name).of(group.name)
+        factors = self.factor_table(adapter_name).of(group.name)
         options: dict[str, Any] = {
             "scale": group.scale,
             "dropout": peft_config.lotr_dropout,
@@ -269,140 +260,12 @@ class LotrModel(BaseTuner):
 
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
-    def _sync_factors(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, LotrLayer):
-                module.sync_factors()
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype and adapter_name in self.lotr_factors:
             for factor in self.lotr_factors[adapter_name].parameters():
                 if factor.dtype in (torch.float16, torch.bfloat16):
                     factor.data = factor.data.float()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and its factors unless another adapter shares them."""
-        super().delete_adapter(adapter_name)
-        self._forget(adapter_name)
-
-    def _forget(self, adapter_name: str) -> None:
-        if adapter_name in self.lotr_factors:
-            del self.lotr_factors[adapter_name]
-        self._lotr_plans.pop(adapter_name, None)
-        self._lotr_pending.pop(adapter_name, None)
-
-    def add_weighted_adapter(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | tuple[int, int] | None = None,
-        svd_clamp: float | None = None,
-        svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: str | None = None,
-    ) -> float:
-        """Add the adapter Σ w_a ΔW_a, without building a ΔW.
-
-        Parameters
-        ----------
-        adapters : list of str
-            Adapters of this model.
-        weights : list of float
-            Weight of each.
-        adapter_name : str
-            Name of the new adapter, which is not made active.
-        combination_type : str
-            ``"cat"``: exact; ranks add up, but for adapters that share factors. ``"linear"``: the
-            cores are added, exactly, where the adapters share factors, and refused where not.
-            ``"svd"``: the exact sum, rounded to ``svd_rank`` by HOSVD and HOOI.
-        svd_rank : int or (int, int), optional
-            Ranks (p, q) for ``"svd"``; the largest of the adapters if not given.
-        svd_full_matrices, majority_sign_method
-            Ignored, as no such SVD and no vote takes place.
-        svd_clamp, svd_driver, density
-            Of LoRA's method; refused.
-
-        Returns
-        -------
-        float
-            Relative error of the new adapter against the weighted sum, as stored.
-
-        Raises
-        ------
-        FormatError, DataError, RankError, UnsupportedAdapterError
-            If names, weights, rank or combination have no meaning; nothing has changed then.
-        """
-        unused: dict[str, object] = {
-            "svd_clamp": svd_clamp,
-            "svd_driver": svd_driver,
-            "density": density,
-        }
-        if combination_type != "svd":
-            unused["svd_rank"] = svd_rank
-        chosen = check_weighted(
-            self.peft_config, adapters, weights, adapter_name, combination_type, unused
-        )
-        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, LotrLayer)}
-        groups, error = weighted_sum(layers, chosen, combination_type, svd_rank)
-        self.peft_config[adapter_name] = weighted_config(self.peft_config[adapters[0]], groups)
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
-            raise
-        self._lotr_pending.pop(adapter_name)
-        fill_adapter(self.model, self._table(adapter_name), adapter_name, groups)
-        return error
-
-    def factor_table(self, adapter_name: str) -> FactorTable:
-        """Return the shared factors of an adapter, by group."""
-        return self._table(adapter_name)
-
-    def plans(self, adapter_name: str) -> tuple[GroupPlan, ...]:
-        """Return the groups of an adapter."""
-        return self._lotr_plans[adapter_name].groups
-
-    def retrained(self, adapter_name: str) -> None:
-        """Note that an adapter has other numbers: its cores may have any rank, and no fit."""
-        groups = tuple(map(trained, self.plans(adapter_name)))
-        config: Any = self.peft_config[adapter_name]
-        config.groups = [write_group(group) for group in groups]
-        self._lotr_plans[adapter_name] = AdapterPlan(groups)
-
-    def tie_factors(self) -> int:
-        """Let adapters whose factors are equal to the bit hold one copy of them.
-
-        Adapters that were trained on one basis and saved apart (``lotr unpack`` writes such) then
-        take the memory of one, and run in one mixed batch at little more than its cost.
-
-        Returns
-        -------
-        int
-            Number of pairs U, V that were let go.
-        """
-        layers = [module for module in self.model.modules() if isinstance(module, LotrLayer)]
-        return tie_equal([self._table(adapter) for adapter in self.lotr_factors], layers)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
-        if self.training:
-            raise DataError("adapter_names is for inference; call eval() first")
-        unknown = sorted(set(names) - set(self.lotr_factors) - {"__base__"})
-        if unknown:
-            raise DataError(
-                f"adapter_names has {unknown[0]!r}, which this model does not have; it has "
-                f"{', '.join(self.lotr_factors)}"
-            )
-        with mixed_batch_hooks(self, list(names), kwargs.get("num_beams")):
-            yield
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False

@@ -8,7 +8,6 @@ state-space kernels and heads that borrow an embedding's weight are written so.
 from __future__ import annotations
 
 import ast
-import builtins
 import inspect
 import textwrap
 import warnings
@@ -34,6 +33,10 @@ _ASKS_ONLY = frozenset(("isinstance", "hasattr", "len", "type", "id", "callable"
 _WALKS = frozenset(
     ("children", "modules", "named_children", "named_modules", "get_submodule", "_modules")
 )
+
+
+_DEPTH = 8
+"""Calls within calls that are followed; what lies deeper is taken for a use that is not known."""
 
 
 class Read(NamedTuple):
@@ -173,7 +176,8 @@ def _called_elsewhere(cls: type, path: Path) -> bool:
 class _Reader(ast.NodeVisitor):
     """Follows one function, and what it calls, with names bound to paths from ``self``."""
 
-    def __init__(self, cls: type, uses: Uses, seen: set[Any]) -> None:
+    def __init__(self, cls: type, uses: Uses, seen: set[Any], depth: int = 0) -> None:
+        self.depth = depth
         self.cls = cls
         self.uses = uses
         self.seen = seen
@@ -188,7 +192,7 @@ class _Reader(ast.NodeVisitor):
     ) -> bool:
         """Read ``function`` with its arguments bound; return whether its source was found."""
         function = inspect.unwrap(function)
-        if not isinstance(function, FunctionType):
+        if not isinstance(function, FunctionType) or self.depth >= _DEPTH:
             return False
         parameters = list(inspect.signature(function).parameters)
         bound = dict(zip(parameters, args, strict=False)) | dict(kwargs)
@@ -199,9 +203,9 @@ class _Reader(ast.NodeVisitor):
         self.seen.add(key)
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, TypeError, SyntaxError):
+        except (OSError, TypeError, SyntaxError, ValueError):
             return False
-        reader = _Reader(self.cls, self.uses, self.seen)
+        reader = _Reader(self.cls, self.uses, self.seen, self.depth + 1)
         reader.names, reader.function = names, function
         for node in ast.iter_child_nodes(tree):
             for statement in getattr(node, "body", []):
@@ -219,8 +223,9 @@ class _Reader(ast.NodeVisitor):
                 return self.path(node.value)
             place = node.slice.value if isinstance(node.slice, ast.Constant) else "*"
             return self._under(node.value, str(place))
-        if _is_call(node, "getattr") and isinstance(node.args[1], ast.Constant):  # type: ignore[attr-defined]
-            return self._under(node.args[0], str(node.args[1].value))  # type: ignore[attr-defined]
+        args = _arguments(node, "getattr")
+        if len(args) > 1 and isinstance(args[1], ast.Constant):
+            return self._under(args[0], str(args[1].value))
         return None
 
     def _under(self, node: ast.AST, name: str) -> Path | None:
@@ -296,8 +301,8 @@ class _Reader(ast.NodeVisitor):
             self.visit(test)
 
     def _iterate(self, target: ast.AST, over: ast.AST) -> None:
-        if _is_call(over, "enumerate") and isinstance(target, ast.Tuple):
-            target, over = target.elts[-1], over.args[0]  # type: ignore[attr-defined]
+        if isinstance(target, ast.Tuple) and (args := _arguments(over, "enumerate")):
+            target, over = target.elts[-1], args[0]
         path = self.path(over)
         if path:
             self._name(target, (*path, "*"))
@@ -312,29 +317,47 @@ class _Reader(ast.NodeVisitor):
         """Name the members before they are used."""
         self._comprehend(node)
 
-    def _comprehend(self, node: ast.ListComp | ast.GeneratorExp) -> None:
+    def visit_SetComp(self, node: ast.SetComp) -> None:
+        """Name the members before they are used."""
+        self._comprehend(node)
+
+    def visit_DictComp(self, node: ast.DictComp) -> None:
+        """Name the members before they are used."""
+        self._comprehend(node)
+
+    def _comprehend(
+        self, node: ast.ListComp | ast.GeneratorExp | ast.SetComp | ast.DictComp
+    ) -> None:
         for generator in node.generators:
             self.visit(generator)
-        self.visit(node.elt)
+        for part in (node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,):
+            self.visit(part)
 
     def visit_Call(self, node: ast.Call) -> None:
         """A layer is called, or a function that may use one is followed."""
         if any(_is_call(node, name) for name in _ASKS_ONLY):
             return
-        if _is_call(node, "getattr") and self.path(node) is None:
-            self.uses.unknown.add(self.path(node.args[0]) or ())
+        if (args := _arguments(node, "getattr")) and self.path(node) is None:
+            self.uses.unknown.add(self.path(args[0]) or ())
         path = self.path(node.func)
-        args = [self.path(arg) for arg in node.args]
+        reached = [self.path(arg) for arg in node.args]
         kwargs = {k.arg: self.path(k.value) for k in node.keywords if k.arg}
-        followed = any(self.follow(f, [*own, *args], kwargs) for f, own in self._called(node, path))
+        followed = any(
+            self.follow(f, [*own, *reached], kwargs) for f, own in self._called(node, path)
+        )
         if path is None:
             self.visit(node.func)
         elif "weight" in path[1:] or path[-1] in _WALKS:
             self._refer(node.func)  # type: ignore[arg-type]
-        else:
-            self.uses.called.add(path[:-1] if path[-1] == "forward" else path)
-        for arg, reached in zip(node.args, args, strict=True):
-            self._pass(arg, reached, followed)
+        elif path and path[-1] == "forward":
+            self.uses.called.add(path[:-1])
+        elif path:
+            self.uses.called.add(path)
+            if len(path) > 1 and isinstance(node.func, ast.Attribute):
+                # A method of something held, items() of a list say, may do anything with it.
+                self.uses.unknown.add(path[:-1])
+        for arg, path in zip(node.args, reached, strict=True):
+            self._pass(arg, path, followed)
         for keyword in node.keywords:
             self._pass(keyword.value, self.path(keyword.value), followed)
 
@@ -374,5 +397,9 @@ class _Reader(ast.NodeVisitor):
 
 
 def _is_call(node: ast.AST, name: str) -> bool:
-    named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    return named and node.func.id == name and (hasattr(builtins, name))  # type: ignore[attr-defined]
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+
+
+def _arguments(node: ast.AST, name: str) -> list[ast.expr]:
+    """Return the arguments of a call of ``name``, or none."""
+    return node.args if isinstance(node, ast.Call) and _is_call(node, name) else []
