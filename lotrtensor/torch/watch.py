@@ -141,6 +141,7 @@ def check_adapted(
     LotrWarning
         If layers did not run and were not read, or ran and were read as well.
     """
+    model = getattr(model, "_orig_mod", model)  # a compiled model would hide what it calls
     layers = dict(watched_layers(model))
     if not layers:
         raise FormatError(f"{type(model).__name__} has no LoTR layers; adapt it first")
