@@ -324,15 +324,39 @@ class Shared(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("module", [False, True])
-def test_a_shared_weight_is_merged_by_neither_way(module: bool) -> None:
-    model = get_peft_model(Shared(module), config(target_modules=r"layers\.[01]", r=2))
-    plain = lotr.apply_lotr(Shared(module), r"layers\.[01]", rank=2)
+def test_a_shared_weight_is_merged_by_neither_way() -> None:
+    model = get_peft_model(Shared(False), config(target_modules=r"layers\.[01]", r=2))
+    plain = lotr.apply_lotr(Shared(False), r"layers\.[01]", rank=2)
     for one, merge in ((model, model.merge_and_unload), (plain, lambda: lotr.merge(plain))):
         before = {key: value.clone() for key, value in one.state_dict().items()}
         with pytest.raises(lt.UnsupportedAdapterError, match=r"layers\.0 shares its weight"):
             merge()
         assert same_bits(one, before)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_layer_in_two_places_is_one_layer(tie: bool, tmp_path: Path) -> None:
+    options = {"target_modules": r"layers\.[012]", "r": 2, "ensure_weight_tying": tie}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="ensure_weight_tying is set, and no layer")
+        model = get_peft_model(Shared(True), config(**options))
+        x, expected = torch.randn(3, 6), Shared(True)
+        randomize(model)
+        for k in range(2):
+            delta = dense(model.base_model.model, f"layers.{k}").T
+            expected.layers[k].weight.data += delta
+        torch.testing.assert_close(model(x), expected(x))
+        model.save_pretrained(str(tmp_path / "peft"))
+        again = PeftModel.from_pretrained(Shared(True), str(tmp_path / "peft"))
+    torch.testing.assert_close(again(x), expected(x))
+    plain = again.merge_and_unload()
+    assert isinstance(plain.layers[2], nn.Linear) and plain.layers[2] is plain.layers[0]
+    torch.testing.assert_close(plain(x), expected(x))
+    loaded = lotr.load_lotr(Shared(True), tmp_path / "peft")
+    torch.testing.assert_close(loaded(x), expected(x))
+    plain = lotr.unload(lotr.merge(loaded))
+    assert isinstance(plain.layers[2], nn.Linear) and plain.layers[2] is plain.layers[0]
+    torch.testing.assert_close(plain(x), expected(x))
 
 
 def test_linear_layers_of_one_weight_take_one_update() -> None:

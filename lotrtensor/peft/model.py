@@ -41,6 +41,7 @@ from lotrtensor.peft.tying import owners, tied_layers
 from lotrtensor.peft.undo import Snapshot
 from lotrtensor.torch.fastpath import leave_fast_path
 from lotrtensor.torch.init import INITS
+from lotrtensor.torch.shared_weights import replace_everywhere
 from lotrtensor.torch.watch import watch
 from lotrtensor.torch.weight_reads import check_called
 
@@ -177,6 +178,8 @@ class LotrModel(SeveralAdapters):
         if plan.source is not None:
             fill_adapter(model, self.factor_table(adapter_name), adapter_name, source_groups(plan))
             self._lotr_plans[adapter_name] = AdapterPlan(plan.groups)
+        for name in names:
+            replace_everywhere(model, layers[name], model.get_submodule(name))
         self._tie(adapter_name, tied)
         leave_fast_path(model, names)
 
@@ -291,9 +294,13 @@ class LotrModel(SeveralAdapters):
     ) -> Any:
         if merge:
             check_merge(self.model, adapter_names, safe=safe_merge)
-        return super()._unload_and_optionally_merge(
+        layers = [module for module in self.model.modules() if isinstance(module, LotrLayer)]
+        model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
+        for layer in layers:
+            replace_everywhere(self.model, layer, layer.get_base_layer())  # type: ignore[arg-type]
+        return model
 
     def _check_merge_allowed(self) -> None:
         """Leave it to `lotrtensor.peft.merging.check_merge`, which knows the adapters."""
@@ -319,7 +326,8 @@ class LotrModel(SeveralAdapters):
             raise
         if tuner is not None:
             tuner._lotr_pending.pop(adapter_name, None)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return keys.add_aliases(found, dict(model.named_parameters(remove_duplicate=False)))
 
     @classmethod
     def _expected(cls, model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:

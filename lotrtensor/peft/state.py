@@ -45,6 +45,16 @@ def multiply_cores(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dense
 
 
+def add_aliases(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state with every other name of its parameters too, which PEFT would miss.
+
+    A layer in two places of a model has one core, which the file holds once.
+    """
+    known = {id(parameters[key]): key for key in state if key in parameters}
+    others = {key: known[id(p)] for key, p in parameters.items() if id(p) in known}
+    return {**state, **{key: state[first] for key, first in others.items()}}
+
+
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
     """Hold the tensors of a file against the shapes that the model has for them.
 

@@ -84,10 +84,10 @@ def _sharers(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for key, users in weight_users(model).items():
         if len(users) > 1 and names[key].endswith("weight"):
-            own = {
-                name.removesuffix(BASE): module
-                for name, module in users.items()
-                if not name.endswith(".original_module")
-            }
+            own: dict[str, nn.Module] = {}
+            for name, module in users.items():
+                # A layer in two places is one, and what stands behind a trained copy is none.
+                if module not in own.values() and not name.endswith(".original_module"):
+                    own[name.removesuffix(BASE)] = module
             found |= dict.fromkeys(own, own)
     return found

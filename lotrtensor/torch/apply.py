@@ -22,7 +22,7 @@ from lotrtensor.torch.groups import (
 )
 from lotrtensor.torch.init import base_weight, check_init, init_factors
 from lotrtensor.torch.linear import LotrLinear
-from lotrtensor.torch.shared_weights import storage, weight_users
+from lotrtensor.torch.shared_weights import replace_everywhere, storage, weight_users
 from lotrtensor.torch.watch import watch
 from lotrtensor.torch.weight_reads import check_called
 
@@ -123,11 +123,10 @@ def inject(model: nn.Module, plans: Sequence[GroupPlan], *, dropout: float = 0.0
         factors = SharedFactors(plan.shape, plan.rank, dtype=dtype, device=weight.device)
         table.add(plan.name, factors)
         for name in plan.modules:
-            layer = LotrLinear(
-                model.get_submodule(name), factors, scale=plan.scale, dropout=dropout
-            )
+            base = model.get_submodule(name)
+            layer = LotrLinear(base, factors, scale=plan.scale, dropout=dropout)
             layer.train(model.training)
-            model.set_submodule(name, layer)
+            replace_everywhere(model, base, layer)
     model.add_module(TABLE, table)
     leave_fast_path(model, names)
     watch(model)
@@ -272,8 +271,8 @@ def unload(model: nn.Module) -> nn.Module:
     nn.Module
         ``model`` without LoTR layers, for chaining.
     """
-    for name, layer in list(lotr_layers(model)):
-        model.set_submodule(name, layer.base)
+    for _, layer in list(lotr_layers(model)):
+        replace_everywhere(model, layer, layer.base)
     if TABLE in model._modules:
         delattr(model, TABLE)
     return model

@@ -1,4 +1,4 @@
-"""Which layers hold one and the same weight: merging an update into it changes all of them."""
+"""Weights that several layers hold, and layers that stand in several places."""
 
 from __future__ import annotations
 
@@ -39,3 +39,15 @@ def storage(weight: Tensor) -> int:
     """Return the address of a weight's numbers, or its identity where it has none."""
     plain = type(weight.data) is Tensor and not weight.is_meta and weight.numel() > 0
     return weight.data_ptr() if plain else id(weight)
+
+
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` stands in ``model``, but for the place within ``new`` itself.
+
+    A layer that stands in two places of a model is one layer: its update acts in both.
+    """
+    for holder in list(model.modules()):
+        if holder is not new:
+            for attribute, child in holder._modules.items():
+                if child is old:
+                    holder._modules[attribute] = new
