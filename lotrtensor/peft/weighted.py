@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lotrtensor.core.fit.truncate import truncate_tucker2
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
 from lotrtensor.peft.config import LotrConfig, write_group
@@ -190,12 +192,13 @@ def _cells(layers: Mapping[str, LotrLayer], weights: Mapping[str, float]) -> Ite
         own = {a: id(layer.lotr_shared[a]) for a in weights if a in layer.lotr_core}
         if own:
             cells.setdefault(tuple(own.get(a, 0) for a in weights), {})[path] = layer
-    kinds: dict[str, int] = {}
+    taken: set[str] = set()
     for members in cells.values():
         first = next(iter(members.values()))
         kind = next(iter(members)).rpartition(".")[2]
-        kinds[kind] = kinds.get(kind, 0) + 1
-        name = kind if kinds[kind] == 1 else f"{kind}-{kinds[kind]}"
+        numbered = (f"{kind}-{number}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain([kind], numbered) if name not in taken)
+        taken.add(name)
         yield _Cell(name, members, {a: w for a, w in weights.items() if a in first.lotr_core})
 
 
@@ -207,7 +210,7 @@ def _rank(svd_rank: int | tuple[int, int] | None, terms: Sequence[Tucker2]) -> t
 
 def _rounded(exact: Tucker2, rank: tuple[int, int]) -> Tucker2:
     pair = min(rank[0], exact.rank[0]), min(rank[1], exact.rank[1])
-    return exact if pair == exact.rank else exact.truncate(pair)
+    return exact if pair == exact.rank else truncate_tucker2(exact, pair)
 
 
 def _scaled_core(layer: LotrLayer, adapter: str) -> Tensor:
