@@ -26,6 +26,11 @@ def as_stack(slices: Operand) -> SliceStack:
         A stack is returned as it is; a Tucker2 keeps thin factors; pairs are those of a
         `LowRankStack`, (m × r_k) and (r_k × n).
 
+    Returns
+    -------
+    SliceStack
+        A stack of the same slices.
+
     Raises
     ------
     DataError

@@ -21,7 +21,7 @@ def still_to_come(before: float, gain: float) -> float:
     Returns
     -------
     float
-        ρ / (1 − ρ), with ρ = gain / before kept between `FASTEST` and `SLOWEST`.
+        The quotient ρ / (1 − ρ) with ρ = gain / before, kept between `FASTEST` and `SLOWEST`.
     """
     rate = min(max(gain / before, FASTEST), SLOWEST) if before > 0 else FASTEST
     return rate / (1 - rate)
