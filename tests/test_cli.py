@@ -545,11 +545,11 @@ def test_what_is_no_adapter_is_told_apart(workshop, monkeypatch):
 INTERRUPT = """
 import os, signal
 from lotrtensor.verbs import _fit_groups
-start = _fit_groups._start
+start = _fit_groups._reduce
 def interrupted(*args):
     os.kill(os.getpid(), signal.SIGINT)
     return start(*args)
-_fit_groups._start = interrupted
+_fit_groups._reduce = interrupted
 """
 
 

@@ -27,7 +27,6 @@ from adapters_fixtures import (
     write_lora,
 )
 from lotrtensor import (
-    DataError,
     FormatError,
     LoraAdapter,
     LotrAdapter,
@@ -130,7 +129,7 @@ def test_another_type_on_request(source, dtype):
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "complex64", "f32", "", ">f4"])
 def test_unknown_types_are_refused(source, dtype):
-    with pytest.raises(DataError, match="float32, float16"):
+    with pytest.raises(lt.OptionError, match="float32, float16"):
         lt.convert(lt.load(source), rank=2, dtype=dtype)
 
 

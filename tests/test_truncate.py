@@ -14,6 +14,7 @@ from lotrtensor import (
     LotrAdapter,
     LotrError,
     LowRankStack,
+    OptionError,
     RankError,
     Tucker2,
     convert,
@@ -878,7 +879,7 @@ def test_one_rank_for_all_on_request(tmp_path, goal):
     else:
         assert stored_bytes(tmp_path / "optimal") <= stored_bytes(tmp_path / "uniform")
         assert errors["uniform"] <= {"--tolerance": 0.2, "--energy": np.sqrt(0.1)}[goal[0]]
-    with pytest.raises(RankError, match="allocation"):
+    with pytest.raises(OptionError, match="allocation"):
         truncate(load(source), rank=2, allocation="best")
 
 
@@ -950,7 +951,7 @@ def test_options_that_nothing_answers_to(tmp_path):
     shared = convert(source, rank=4)
     assert {group.rank for group in truncate(shared, rank=(2, 3)).groups} == {(2, 3)}
     for allocation in ("uniform", "x"):
-        with pytest.raises(RankError, match=f"allocation is '{allocation}'"):
+        with pytest.raises(OptionError, match=f"allocation is '{allocation}'"):
             truncate(shared, rank=2, allocation=allocation)
     with pytest.raises(RankError, match="no group needs more than"):
         convert(source, rank=100)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from lotrtensor import DataError, LowRankStack, tucker2
+from lotrtensor import LowRankStack, OptionError, tucker2
 from tests import oracles
 from tests.strategies import EVERYWHERE, NONZERO, STACKS, fits, make, noisy, seeds
 
@@ -210,7 +210,7 @@ def test_weights_of_many_decades():
 )
 def test_invalid_weights_are_refused(kind, weights):
     """By name, before anything is read or computed."""
-    with pytest.raises(DataError, match="weights"):
+    with pytest.raises(OptionError, match="weights"):
         tucker2(STACKS[kind](CASE, np.array), 2, weights=weights)
 
 
