@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lotrtensor as lt
-from adapters_fixtures import PREFIX, Peft, quiet, read_arrays, write_lora
+from adapters_fixtures import PREFIX, Peft, quiet, read_arrays, read_config, write_lora
 from lotrtensor import UnsupportedAdapterError
 from lotrtensor.adapters.formats.carried import carried_tensors, is_method_key
 
@@ -271,3 +271,14 @@ def test_what_no_saved_module_explains_is_refused(tmp_path, key):
     extras = {PREFIX + key: np.ones(3, "float32")}
     with pytest.raises(UnsupportedAdapterError, match=key.replace(".", r"\.")):
         lt.load(write_lora(tmp_path / "a", extras=extras, modules_to_save=["classifier"]))
+
+
+@quiet
+def test_biases_of_a_lotrs_own_layers_are_a_loras_own(peft, tmp_path):
+    method = pytest.importorskip("lotrtensor.peft")
+    config = method.LotrConfig(r=4, target_modules=["query"], bias="lotr_only")
+    adapted = peft.peft.get_peft_model(bert(peft), config)
+    adapted.save_pretrained(tmp_path / "a")
+    lt.load(tmp_path / "a").to_lora().save(tmp_path / "o")
+    assert read_config(tmp_path / "o")["bias"] == "lora_only"
+    assert len(lt.load(tmp_path / "o").extras) == 2

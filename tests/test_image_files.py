@@ -225,7 +225,13 @@ def test_differences_have_no_names_in_another_form(tmp_path):
 # --- single files: wrappers, and scales that nothing tells ----------------------------------------
 
 
-@pytest.mark.parametrize("rename", ["transformer._orig_mod.", "_orig_mod.transformer.", "module."])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        *("transformer._orig_mod.", "_orig_mod.transformer.", "module."),
+        *("transformer.module.", "module.transformer.module._orig_mod."),
+    ],
+)
 def test_wrappers_come_off_the_names_of_single_files(tmp_path, rename):
     source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     prefix = rename if "transformer" in rename else rename + "transformer."
@@ -242,6 +248,18 @@ def test_wrappers_come_off_the_names_of_single_files(tmp_path, rename):
     assert set(safetensors.numpy.load_file(out)) == {
         f"transformer.{name}.lora_{side}.weight" for side in "AB"
     }
+
+
+def test_a_part_of_one_component_called_module_stays(tmp_path):
+    tensors = {}
+    for name in ("unet.module.q", "unet.out.q", "text_encoder.module.q"):
+        tensors[f"{name}.lora_A.weight"] = np.ones((2, 8), "f4")
+        tensors[f"{name}.lora_B.weight"] = np.ones((8, 2), "f4")
+    safetensors.numpy.save_file(tensors, tmp_path / "in.safetensors")
+    with pytest.warns(LotrWarning, match=r"text_encoder\.module"):
+        found = lt.load(tmp_path / "in.safetensors")
+    names = {module.name for module in found.modules}
+    assert names == {"unet.module.q", "unet.out.q", "text_encoder.q"}
 
 
 @pytest.mark.parametrize("tail", ["", ".default"])

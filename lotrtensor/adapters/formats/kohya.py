@@ -79,7 +79,7 @@ def read_single_file(path: Path) -> LoraContent:
         If a factor is not finite floating point.
     """
     tensors, metadata = read_file(path)
-    plain = unwrapped_names(tensors, path)
+    plain = unwrapped_names(tensors, path, component)
     tensors = {plain[key]: tensor for key, tensor in tensors.items()}
     check_methods(tensors, path)
     pairs, styles, alphas, extras = _split(tensors, path)

@@ -136,6 +136,8 @@ def write_lora(
     dropped = OWN_FIELDS | {KERNELS}
     config = {key: value for key, value in source_config.items() if key not in dropped}
     config.setdefault("target_modules", sorted({m.name for m in modules}))
+    if str(config.get("bias")).endswith("_only"):  # each method has its own word for its layers'
+        config["bias"] = "lora_only"
     config |= {
         "peft_type": "LORA",
         "r": rank,

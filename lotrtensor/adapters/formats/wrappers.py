@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lotrtensor.adapters.formats.carried import PREFIX
@@ -61,13 +61,21 @@ def unwrapped(keys: Iterable[str], where: object) -> dict[str, str]:
     return plain
 
 
-def unwrapped_names(keys: Iterable[str], where: object) -> dict[str, str]:
-    """Return the key of every tensor of a single file without what wrappers put into it.
+def unwrapped_names(
+    keys: Iterable[str], where: object, part_of: Callable[[str], str | None] = lambda _: None
+) -> dict[str, str]:
+    """Return the key of every tensor without what wrappers put into it.
 
-    As `unwrapped`, but for names that have no prefix of PEFT's, or keep it.
+    As `unwrapped`, but for names that have no prefix of PEFT's, or keep it. ``part_of`` tells the
+    part of a pipeline that a key begins with: each may have a wrapper of its own.
     """
     keys = list(keys)
     plain = _plain_paths(keys, peft=False)
+    for part in {part_of(path) for path in plain.values()} - {None}:
+        start = f"{part}."
+        own = {k: p.removeprefix(start) for k, p in plain.items() if part_of(p) == part}
+        inner = _plain_paths(list(own.values()), peft=False)
+        plain |= {key: start + inner[path] for key, path in own.items()}
     _check_distinct(plain, where)
     changed = [key for key in keys if plain[key] != key]
     if changed:
