@@ -144,12 +144,13 @@ class Architecture:
 
         with _silence(transformers):
             seen = dry_run(self._model)
-        # Fused kernels of state-space models, which run on other devices, take the weight of the
-        # projection that follows as an argument.
+        # Fused kernels of state-space models, which run on other devices, take the weights of
+        # these projections as arguments.
         fused = (
-            f"{path}.out_proj.weight"
+            f"{path}.{name}.weight"
             for path, module in self._model.named_modules()
-            if hasattr(module, "A_log") and hasattr(module, "out_proj")
+            for name in ("x_proj", "dt_proj", "out_proj")
+            if hasattr(module, "A_log") and hasattr(module, name)
         )
         return seen._replace(read=seen.read | frozenset(fused))
 
