@@ -359,7 +359,7 @@ def test_a_layer_in_two_places_is_one_layer(tie: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(plain(x), expected(x))
 
 
-def test_linear_layers_of_one_weight_take_one_update() -> None:
+def test_linear_layers_of_one_weight_take_one_update(tmp_path: Path) -> None:
     options = {"target_modules": r"layers\.[02]", "ensure_weight_tying": True, "r": 2}
     model, x = get_peft_model(Shared(False), config(**options)), torch.randn(3, 6)
     assert model.get_nb_trainable_parameters()[0] == 6 * 2 + 6 * 2 + 2 * 2
@@ -367,6 +367,9 @@ def test_linear_layers_of_one_weight_take_one_update() -> None:
     expected, delta = Shared(False), dense(model.base_model.model, "layers.0").T
     expected.layers[0].weight.data += delta
     torch.testing.assert_close(model(x), expected(x))
+    model.save_pretrained(str(tmp_path / "tied"))
+    with pytest.raises(lt.UnsupportedAdapterError, match="ensure_weight_tying, and layers"):
+        lotr.load_lotr(Shared(False), tmp_path / "tied")
     torch.testing.assert_close(model.merge_and_unload()(x), expected(x))
 
 

@@ -336,3 +336,17 @@ def test_transformers_own_adapters_are_refused_and_the_way_out_is_open(tmp_path:
     torch.testing.assert_close(expected_of(tmp_path / "again"), expected, rtol=1e-4, atol=1e-5)
     auto = AutoPeftModelForFeatureExtraction.from_pretrained(str(tmp_path / "lotr"))
     torch.testing.assert_close(output(auto), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_tied_adapter_is_swapped_for_a_tied_one_alone(tmp_path: Path) -> None:
+    for name, tie in (("tied", True), ("other", True), ("loose", False)):
+        one = get_peft_model(gpt2(), config(target_modules=["wte"], ensure_weight_tying=tie))
+        randomize(one, seed=len(name))
+        one.save_pretrained(str(tmp_path / name), save_embedding_layers=False)
+    model = PeftModel.from_pretrained(gpt2(), str(tmp_path / "tied"))
+    with pytest.raises(lt.FormatError, match="ensure_weight_tying is True in the model"):
+        lotr.hotswap_adapter(model, tmp_path / "loose")
+    lotr.hotswap_adapter(model, tmp_path / "other")
+    expected = PeftModel.from_pretrained(gpt2(), str(tmp_path / "other"))
+    torch.testing.assert_close(output(model), output(expected), rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 from lotrtensor.torch.apply import TABLE, factor_table, inject, lotr_layers, set_trainable
 from lotrtensor.torch.groups import GroupPlan, Rank, check_plans
+from lotrtensor.torch.shared_weights import weight_users
 from lotrtensor.torch.sources import Source, as_lotr, from_numpy, to_numpy
 
 
@@ -86,6 +87,8 @@ def load_lotr(
     fresh = TABLE not in model._modules
     if fresh:
         check_plans(plans, dict(model.named_modules()))
+        if adapter.config.get("ensure_weight_tying"):
+            _check_untied(model, plans)
         inject(model, plans)
     else:
         _check_same(model, plans)
@@ -185,6 +188,20 @@ def _fill(model: nn.Module, adapter: LotrAdapter) -> None:
         for name, dense in zip(group.modules, group.tucker2().core, strict=True):
             layer = model.get_submodule(name)
             layer.lotr_core.copy_(from_numpy(dense) / layer.scale)  # type: ignore[operator]
+
+
+def _check_untied(model: nn.Module, plans: tuple[GroupPlan, ...]) -> None:
+    """Refuse an adapter whose update is meant for every layer of a weight, where there are more."""
+    users = weight_users(model)
+    for name in (name for plan in plans for name in plan.modules):
+        layer = model.get_submodule(name)
+        others = [n for n, m in users[id(layer.weight)].items() if m is not layer]
+        if others:
+            raise UnsupportedAdapterError(
+                f"the adapter has ensure_weight_tying, and {name} shares its weight with "
+                f"{others[0]}, which would have to take the same update; load it with "
+                "lotrtensor.peft"
+            )
 
 
 def _check_same(model: nn.Module, plans: tuple[GroupPlan, ...]) -> None:
