@@ -20,7 +20,7 @@ stage = @printf '\n== %s\n' '$(1)'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-deep test-oldest lint notebooks docs bench evidence clean
+.PHONY: help demo test pytest test-deep test-oldest lint notebooks docs bench evidence clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -29,10 +29,13 @@ demo: $(DEMO)/installed ## Install the base package into .venv and convert the b
 	$(call stage,lotr demo)
 	@$(DEMO)/bin/lotr demo
 
-test: lint ## Run every check: linters, tests and doctests, then notebooks and documentation
+# Beside one another: a notebook that trains runs for a minute on one core.
+test: lint ## Run every check: linters, then tests and doctests beside notebooks and documentation
+	@$(MAKE) --no-print-directory -j 2 pytest docs
+
+pytest: $(TEST)/installed
 	$(call stage,pytest)
 	@$(BIN)/python -m pytest -n 2
-	@$(MAKE) --no-print-directory docs
 
 # Properties alone, far more cases each, from a seed that is new every time.
 SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
@@ -76,13 +79,13 @@ clean: ## Remove all environments, caches and build products
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Tests load nothing from a model hub, and measure the same device everywhere.
-test test-deep test-oldest docs bench evidence: export HF_HUB_OFFLINE := 1
-test test-deep test-oldest docs bench evidence: export JAX_PLATFORMS := cpu
+pytest test-deep test-oldest docs bench evidence: export HF_HUB_OFFLINE := 1
+pytest test-deep test-oldest docs bench evidence: export JAX_PLATFORMS := cpu
 # JAX compiles every operation anew for every shape: quickly, rather than into quick code.
-test test-deep: export XLA_FLAGS := \
+pytest test-deep: export XLA_FLAGS := \
     --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
-# Two processes with a thread each: threads of both would wait for one another.
-test test-deep test-oldest docs: export OMP_NUM_THREADS := 1
+# Processes with a thread each: threads of several would wait for one another.
+pytest test-deep test-oldest docs: export OMP_NUM_THREADS := 1
 
 define create-venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
