@@ -159,7 +159,9 @@ class LotrModel(SeveralAdapters):
         check_carried(config, model)
         names = [name for group in plan.groups for name in group.modules]
         check_called(model, names)
-        tied = tied_layers(model, names) if config.ensure_weight_tying else {}
+        tied = {}
+        if config.ensure_weight_tying:  # which may be meant for modules_to_save alone
+            tied = tied_layers(model, names, warn=not config.modules_to_save)
         if plan.groups:
             owner = config.share_factors if config.groups is None else None
             table = self.factor_table(owner) if owner else None

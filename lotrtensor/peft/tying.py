@@ -35,7 +35,7 @@ def owners(model: nn.Module, names: Iterable[str]) -> list[str]:
     return list(chosen)
 
 
-def tied_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+def tied_layers(model: nn.Module, names: Iterable[str], *, warn: bool = True) -> dict[str, str]:
     """Return every layer that shares the weight of an adapted one, and which one.
 
     Parameters
@@ -44,6 +44,8 @@ def tied_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         The model.
     names : iterable of str
         Paths of the layers that have an update of their own.
+    warn : bool
+        Say so where no layer shares its weight.
 
     Raises
     ------
@@ -53,7 +55,7 @@ def tied_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     Warns
     -----
     LotrWarning
-        If no layer shares its weight.
+        If no layer shares its weight, and ``warn`` is given.
     """
     names = list(names)
     sharers = _sharers(model)
@@ -68,7 +70,7 @@ def tied_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
                     "cannot take the same update; set ensure_weight_tying=False, or untie them"
                 )
             tied[user] = name
-    if names and not tied:
+    if names and not tied and warn:
         warnings.warn(
             "ensure_weight_tying is set, and no layer shares the weight of an adapted one; it has "
             "no effect",
