@@ -553,7 +553,9 @@ def loaded(model, path):
     """The U-Net with the LoRA of a file, read by diffusers."""
     from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
 
-    state, alphas, metadata = Loader.lora_state_dict(path, return_lora_metadata=True)
+    state, alphas, metadata = Loader.lora_state_dict(
+        path.parent, weight_name=path.name, return_lora_metadata=True
+    )
     Loader.load_lora_into_unet(state, alphas, model, metadata=metadata)
     return model
 
