@@ -235,7 +235,7 @@ def _check_dtype(stack: SliceStack, dtype: Any) -> None:
     like = stack.empty()
     try:
         cast = namespace(like).astype(like, dtype)
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise OptionError(
             f"dtype is {dtype!r}; expected a real floating dtype of {namespace(like).__name__}"
         ) from error
