@@ -544,12 +544,14 @@ def test_what_is_no_adapter_is_told_apart(workshop, monkeypatch):
 
 INTERRUPT = """
 import os, signal
-from lotrtensor.verbs import _fit_groups
-start = _fit_groups._reduce
-def interrupted(*args):
-    os.kill(os.getpid(), signal.SIGINT)
-    return start(*args)
-_fit_groups._reduce = interrupted
+import lotrtensor.cli.convert as cli
+real = cli.convert_adapter
+def interrupted(source, *, progress, **options):
+    def between_groups(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        progress(*args)
+    return real(source, progress=between_groups, **options)
+cli.convert_adapter = interrupted
 """
 
 
