@@ -1,0 +1,101 @@
+"""A uniform grid: rounding to it, and what a normal column then costs and loses.
+
+A column x becomes codes c = sign(x) ⌊|x| / Δ + ρ⌋ on a grid of step Δ. With ρ below ½ the zero is
+wider than the other cells, which costs little accuracy and saves bits where few codes are not zero.
+Codes are stored by their entropy (`lotrtensor.core.bits.stream`), so that no width is chosen: at
+one step for all columns, those of more energy take more bits by themselves. That is reverse
+water-filling (Cover and Thomas, "Elements of Information Theory" (2006), theorem 10.3.3), at the
+quarter of a bit that a uniform grid costs over the optimum (Gish and Pierce, IEEE Trans. Inf.
+Theory 14 (1968)).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import ndtr
+
+from lotrtensor.core.arrays import Array, namespace
+
+ROUNDING = 0.45
+"""ρ above. Of 0.33, 0.4, 0.45 and 0.5 the one of the least error at an eighth of the bytes of the
+bundled adapter; the others lose up to 1 % more."""
+
+
+def round_to_grid(x: Array, step: float) -> Array:
+    """Return the codes sign(x) ⌊|x| / step + ρ⌋, integers in the type of ``x``.
+
+    Parameters
+    ----------
+    x : array
+        Any real array.
+    step : float
+        Δ, positive.
+
+    Returns
+    -------
+    array
+        Codes: x ≈ step · codes.
+    """
+    xp = namespace(x)
+    return xp.sign(x) * xp.floor(xp.abs(x) / step + ROUNDING)
+
+
+class Cost(NamedTuple):
+    """What normal entries cost on a grid: ``bits`` an entry, and ``distortion``.
+
+    The distortion is the squared error over the variance, after the codes' best scale.
+    """
+
+    bits: np.ndarray
+    distortion: np.ndarray
+
+
+def grid_cost(deviation: np.ndarray) -> Cost:
+    """Return what normal columns cost and lose, by their standard deviations in steps.
+
+    Parameters
+    ----------
+    deviation : ndarray
+        σ / Δ of every column.
+
+    Returns
+    -------
+    Cost
+        Entropy of a code, and 1 − E[x c]² / E[c²]: 0 bits and 1 where every code is zero.
+    """
+    deviations, bits, distortions = _table()
+    with np.errstate(divide="ignore"):
+        place = np.log2(np.asarray(deviation, dtype=np.float64))
+    found = np.interp(place, deviations, bits)
+    # Far above a step, the entropy of the density less that of a cell, and Δ² / 12.
+    fine = place > deviations[-1]
+    found = np.where(fine, place + 0.5 * math.log2(2 * math.pi * math.e), found)
+    distortion = np.exp(np.interp(place, deviations, distortions))
+    with np.errstate(over="ignore"):
+        distortion = np.where(fine, 2.0 ** (-2.0 * place) / 12, distortion)
+    coarse = place < deviations[0]
+    return Cost(np.where(coarse, 0.0, found), np.where(coarse, 1.0, distortion))
+
+
+@cache
+def _table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """log₂ of deviations from 1/16 to 256 steps, bits, and logarithms of the distortion."""
+    deviations = np.arange(-4.0, 8.01, 0.125)
+    rows = [_normal(2.0**deviation) for deviation in deviations]
+    return deviations, np.array([r[0] for r in rows]), np.log([r[1] for r in rows])
+
+
+def _normal(deviation: float) -> tuple[float, float]:
+    """Entropy and distortion of a standard normal of ``deviation`` steps, summed code by code."""
+    codes = np.arange(1, math.ceil(9 * deviation) + 3)
+    lower, upper = (codes - ROUNDING) / deviation, (codes + 1 - ROUNDING) / deviation
+    shares = ndtr(-lower) - ndtr(-upper)
+    first_moments = (np.exp(-(lower**2) / 2) - np.exp(-(upper**2) / 2)) / math.sqrt(2 * math.pi)
+    both = np.append(np.repeat(shares[shares > 0], 2), 1 - 2 * shares.sum())
+    bits = -float(np.sum(both * np.log2(both)))
+    product, energy = 2 * float(first_moments @ codes), 2 * float(shares @ codes**2)
+    return bits, 1 - product**2 / energy

@@ -1,0 +1,154 @@
+"""A Tucker-2 in bits: U, V and the cores on one grid, the ranks from what their bits save.
+
+ΔW_k ≈ U G_k Vᵀ with e_i = Σ_kj G_kij² and f_j = Σ_ki G_kij², the energies of the columns. An error
+of an entry of √e_i u_i, of √f_j v_j or of G_kij costs just its square, so that one step Δ serves
+them all, as it serves the terms of single slices (`lotrtensor.core.bits.terms`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lotrtensor.core.bits.grid import grid_cost, round_to_grid
+from lotrtensor.core.bits.terms import slope
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedTucker2:
+    """Integer ``left`` (m × p), ``right`` (n × q) and ``core`` (K × p × q), and the ``step``.
+
+    U and V are the columns of codes brought to norm 1, and G_k = step · core_k: no scale is stored.
+    """
+
+    left: np.ndarray
+    core: np.ndarray
+    right: np.ndarray
+    step: float
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Left and right rank (p, q)."""
+        return self.left.shape[1], self.right.shape[1]
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return U (m × p), G (K × p × q) and V (n × q) in float64."""
+        return unit_columns(self.left), self.step * self.core, unit_columns(self.right)
+
+
+def unit_columns(codes: np.ndarray) -> np.ndarray:
+    """The columns of codes, brought to norm 1."""
+    wide = codes.astype(np.float64)
+    found: np.ndarray = wide / np.linalg.norm(wide, axis=0)
+    return found
+
+
+def core_kinds(left: np.ndarray, right: np.ndarray, slices: int) -> np.ndarray:
+    """Kind of the K codes of every place of the cores (p × q), told by the factors' codes alone.
+
+    The squared norms of the columns of codes are e_i / Δ² and f_j / Δ². The cores' entries at
+    (i, j) have about the mean square e_i f_j / (K Σ e), as if rows and columns were independent;
+    a kind is the logarithm of that (see `lotrtensor.core.bits.stream.kinds_of`).
+    """
+    energies = np.sum(np.square(left, dtype=np.float64), axis=0)
+    others = np.sum(np.square(right, dtype=np.float64), axis=0)
+    squares = np.outer(energies, others) / (slices * max(float(energies.sum()), 1.0))
+    with np.errstate(divide="ignore"):
+        return np.clip(np.round(np.log2(squares)), -8, 60).astype(np.int8)
+
+
+def best_ranks(core: np.ndarray, sides: tuple[int, int], step: float) -> tuple[int, int]:
+    """Ranks (p, q) of the least ‖error‖² + λ · bits on a grid, among all corners of the cores.
+
+    Parameters
+    ----------
+    core : ndarray (K, a, b)
+        Cores between orthonormal factors whose columns come by falling energy: the HOSVD's.
+    sides : (int, int)
+        m and n.
+    step : float
+        Δ.
+
+    Returns
+    -------
+    (int, int)
+        (0, 0) where sharing is not worth its bits.
+    """
+    bits, saved2 = _corners(core, sides, step)
+    gain = saved2 - slope(step) * bits
+    place = int(np.argmax(gain))
+    if gain.flat[place] <= 0.0:
+        return 0, 0
+    p, q = np.unravel_index(place, gain.shape)
+    return int(p) + 1, int(q) + 1
+
+
+def predict_tucker2(
+    core: np.ndarray, sides: tuple[int, int], ranks: tuple[int, int], step: float
+) -> tuple[float, float]:
+    """Return the bits of ranks (p, q) on a grid, and the squared norm that they keep.
+
+    Parameters
+    ----------
+    core, sides, step
+        As for `best_ranks`.
+    ranks : (int, int)
+        (p, q), or (0, 0).
+    """
+    if not min(ranks):
+        return 0.0, 0.0
+    bits, saved2 = _corners(core, sides, step)
+    place = ranks[0] - 1, ranks[1] - 1
+    return float(bits[place]), float(saved2[place])
+
+
+def _corners(
+    core: np.ndarray, sides: tuple[int, int], step: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bits and squared norm kept (a × b) of every corner (p, q) of the cores, at [p − 1, q − 1]."""
+    energy = np.sum(core**2, axis=0)
+    left, right = np.sqrt(energy.sum(axis=1)), np.sqrt(energy.sum(axis=0))
+    (m, n), slices = sides, core.shape[0]
+    costs = grid_cost(left / (math.sqrt(m) * step)), grid_cost(right / (math.sqrt(n) * step))
+    inside = grid_cost(np.sqrt(energy / slices) / step)
+    kept = (1 - costs[0].distortion)[:, None] * (1 - costs[1].distortion) * (1 - inside.distortion)
+    saved2 = np.cumsum(np.cumsum(energy * kept, axis=0), axis=1)
+    bits = slices * np.cumsum(np.cumsum(inside.bits, axis=0), axis=1)
+    bits += np.cumsum(m * costs[0].bits + _KIND)[:, None] + np.cumsum(n * costs[1].bits + _KIND)
+    return bits, saved2
+
+
+_KIND = 8
+"""Bits of a column beside its codes."""
+
+
+def quantise_tucker2(
+    left: np.ndarray, core: np.ndarray, right: np.ndarray, step: float
+) -> QuantisedTucker2 | None:
+    """Round a Tucker-2 with orthonormal factors to a grid; None where nothing is left of it.
+
+    The cores are solved for anew between the rounded factors, G_k = U⁺ ΔW_k (Vᵀ)⁺, before they are
+    rounded themselves.
+
+    Parameters
+    ----------
+    left, core, right : ndarray (m, p), (K, p, q), (n, q)
+        U, G and V.
+    step : float
+        Δ.
+    """
+    energies, others = np.sqrt(np.sum(core**2, axis=(0, 2))), np.sqrt(np.sum(core**2, axis=(0, 1)))
+    first = round_to_grid(left * energies, step)
+    second = round_to_grid(right * others, step)
+    kept, also = first.any(axis=0), second.any(axis=0)
+    if not kept.any() or not also.any():
+        return None
+    first, second = first[:, kept], second[:, also]
+    inverse, other = np.linalg.pinv(unit_columns(first)), np.linalg.pinv(unit_columns(second))
+    solved = (inverse @ left) @ core @ (other @ right).T
+    codes = round_to_grid(solved, step)
+    return QuantisedTucker2(
+        first.astype(np.int16), codes.astype(np.int16), second.astype(np.int16), step
+    )

@@ -1,0 +1,171 @@
+"""A stack in bits: a shared part, a private part, or both, whichever saves more for its bits.
+
+    ΔW_k ≈ U G_k Vᵀ + P_k Q_kᵀ
+
+The shared part is a Tucker-2 (`lotrtensor.core.bits.shared`), the private one a few rank-1 terms a
+slice of what the shared part leaves (`lotrtensor.core.bits.terms`); either may be empty. With one
+step Δ for both, and the slope λ that belongs to it, the choice is the least ‖error‖² + λ · bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from lotrtensor.core.arrays import to_numpy
+from lotrtensor.core.bits.shared import (
+    QuantisedTucker2,
+    best_ranks,
+    predict_tucker2,
+    quantise_tucker2,
+)
+from lotrtensor.core.bits.terms import (
+    QuantisedTerms,
+    lost2,
+    predicted_total,
+    quantise_slice,
+    slope,
+)
+from lotrtensor.core.fit.problem import Problem
+from lotrtensor.core.fit.reduction import reduce_stack
+from lotrtensor.core.slice_svd import SliceSvd, slice_svds
+from lotrtensor.core.stacks.low_rank import LowRankStack
+
+Parts = Literal["shared", "private", "both"]
+"""What a stack may be made of; with ``"both"`` either part may turn out empty."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedStack:
+    """K slices in bits.
+
+    Attributes
+    ----------
+    shared : QuantisedTucker2 or None
+        U, V and the cores.
+    private : tuple of QuantisedTerms
+        Terms of every slice; of rank 0 where there are none.
+    """
+
+    shared: QuantisedTucker2 | None
+    private: tuple[QuantisedTerms, ...]
+
+    @property
+    def shared_ranks(self) -> tuple[int, int]:
+        """Ranks (p, q) of the shared part; (0, 0) where there is none."""
+        return self.shared.rank if self.shared else (0, 0)
+
+    def factors(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return B (m × c) and A (c × n) of slice ``k`` in float64; c may be 0."""
+        b, a = self.private[k].factors()
+        if self.shared is None:
+            return b, a
+        left, core, right = self.shared.factors()
+        if left.shape[1] <= right.shape[1]:
+            return np.hstack([left, b]), np.vstack([core[k] @ right.T, a])
+        return np.hstack([left @ core[k], b]), np.vstack([right.T, a])
+
+
+class Prediction(NamedTuple):
+    """What a stack costs and loses at a step: bits, squared error, ranks of the shared part."""
+
+    bits: float
+    lost2: float
+    ranks: tuple[int, int]
+
+
+class StackInBits:
+    """A stack of thin factors, decomposed once for all steps.
+
+    Parameters
+    ----------
+    stack : LowRankStack
+        K slices ΔW_k.
+    parts : str
+        ``"shared"``, ``"private"`` or ``"both"``.
+    """
+
+    def __init__(self, stack: LowRankStack, parts: Parts) -> None:
+        self.stack, self.parts = stack, parts
+        self.svds: Sequence[SliceSvd] = slice_svds(stack)
+        self.norm2 = float(sum(np.sum(svd.values**2) for svd in self.svds))
+        if parts != "private":
+            reduction = reduce_stack(stack, None, method="exact")
+            self._problem = Problem(stack, None, reduction, stack.dtype)
+            full = self._problem.full
+            self._cores = to_numpy(reduction.small.core(full.left, full.right))
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """M and n."""
+        return self.stack.shape[1], self.stack.shape[2]
+
+    def predict(self, step: float) -> Prediction:
+        """Return what the better of a shared and a private part costs and loses."""
+        found = []
+        if self.parts != "shared":
+            spectra = [svd.values for svd in self.svds]
+            bits, lost = predicted_total(spectra, [self.sides] * len(spectra), step)
+            found.append(Prediction(bits, lost, (0, 0)))
+        if self.parts != "private":
+            ranks = best_ranks(self._cores, self.sides, step)
+            bits, saved2 = predict_tucker2(self._cores, self.sides, ranks, step)
+            found.append(Prediction(bits, self.norm2 - saved2, ranks))
+        return min(found, key=lambda p: p.lost2 + slope(step) * p.bits)
+
+    def quantise(self, step: float) -> tuple[QuantisedStack, float]:
+        """Return the stack on a grid of this step, and ‖error‖².
+
+        Where both parts are allowed, the shared part is tried at the ranks that suit it alone, at
+        half of them, and not at all; the private terms are those of what it leaves.
+        """
+        candidates = {(0, 0)} if self.parts != "shared" else set()
+        if self.parts != "private":
+            p, q = best_ranks(self._cores, self.sides, step)
+            candidates.add((p, q))
+            if self.parts == "both" and self._worth_mixing(step, (p, q)):
+                candidates.add((-(-p // 2), -(-q // 2)))
+        found = [self._at(ranks, step) for ranks in candidates]
+        best = min(found, key=lambda item: item[1] + slope(step) * item[2])
+        return best[0], best[1]
+
+    def _worth_mixing(self, step: float, ranks: tuple[int, int]) -> bool:
+        """Whether a shared part alone comes near enough to private terms to be half of both."""
+        bits, saved2 = predict_tucker2(self._cores, self.sides, ranks, step)
+        alone = self.norm2 - saved2 + slope(step) * bits
+        other = self.predict(step)
+        return alone <= NEAR * (other.lost2 + slope(step) * other.bits)
+
+    def _at(self, ranks: tuple[int, int], step: float) -> tuple[QuantisedStack, float, float]:
+        """The stack with a shared part of these ranks, ‖error‖², and its bits as predicted."""
+        shared, residual, bits = None, self.stack, 0.0
+        if min(ranks):
+            solution = self._problem.solve(ranks)
+            fit = self._problem._rounded(solution)
+            left, core, right = (to_numpy(x) for x in (fit.left, fit.core, fit.right))
+            shared = quantise_tucker2(left, core, right, step)
+            bits, _ = predict_tucker2(self._cores, self.sides, ranks, step)
+        if shared is not None:
+            left, core, right = shared.factors()
+            pairs = [self.stack.factors(k) for k in range(self.stack.shape[0])]
+            residual = LowRankStack(
+                [np.hstack([to_numpy(b), left]) for b, _ in pairs],
+                [np.vstack([to_numpy(a), -core[k] @ right.T]) for k, (_, a) in enumerate(pairs)],
+            )
+        if self.parts == "shared":
+            m, n = self.sides
+            empty = QuantisedTerms.empty(m, n)
+            private = (empty,) * self.stack.shape[0]
+            return QuantisedStack(shared, private), float(to_numpy(residual.norms2()).sum()), bits
+        svds = self.svds if shared is None else slice_svds(residual)
+        private = tuple(quantise_slice(svd, step) for svd in svds)
+        lost = sum(lost2(svd, terms) for svd, terms in zip(svds, private, strict=True))
+        bits += predicted_total([s.values for s in svds], [self.sides] * len(svds), step)[0]
+        return QuantisedStack(shared, private), lost, bits
+
+
+NEAR = 1.5
+"""Ratio of the two parts' ‖error‖² + λ · bits up to which half of the shared ranks is tried too."""

@@ -1,0 +1,163 @@
+"""Columns of codes as bytes: those of like spread together, each kind Huffman-coded by zlib.
+
+A *kind* of columns is the logarithm of their root mean square, to half an octave. The codes of a
+kind are one stream of symbols, as many codes to a byte as fit, that DEFLATE codes by their
+frequencies alone (its Huffman-only strategy looks for no repetitions, of which there are none). On
+normal columns that stays within 3 % of the entropy.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from lotrtensor.errors import FormatError
+
+LARGEST_CODE = 2**15 - 1
+"""Codes are 16-bit integers at the most."""
+
+_HEADER = struct.Struct("<bBBBI")
+"""Of a stream: kind, largest leading part of a code, codes a symbol, low bits apart, bytes."""
+
+
+def kinds_of(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the kind of every column: 2 log₂ of its root mean square, rounded, as int8.
+
+    Parameters
+    ----------
+    columns : sequence of ndarray of int
+        Codes; a column of zeros is of kind −128.
+    """
+    squares = np.array([np.mean(np.square(c, dtype=np.float64)) for c in columns], dtype=float)
+    kinds = np.full(len(columns), -128, dtype=np.int8)
+    some = squares > 0
+    kinds[some] = np.clip(np.round(np.log2(squares[some])), -60, 60).astype(np.int8)
+    return kinds
+
+
+def pack(columns: Sequence[np.ndarray], kinds: np.ndarray) -> bytes:
+    """Return columns of codes as bytes.
+
+    Parameters
+    ----------
+    columns : sequence of ndarray of int
+        Codes, at most `LARGEST_CODE` in absolute value.
+    kinds : ndarray of int8
+        Their kinds, of which the reader has to be told; see `kinds_of`.
+
+    Returns
+    -------
+    bytes
+        One stream a kind, by rising kind, each after its header.
+    """
+    parts = []
+    for kind in _present(kinds):
+        members = [column for column, own in zip(columns, kinds, strict=True) if own == kind]
+        codes = np.concatenate(members).astype(np.int32)
+        low = max(0, int(np.max(np.abs(codes))).bit_length() - _LEADING_BITS)
+        leading = codes >> low
+        largest = int(np.max(np.abs(leading)))
+        together = _together(largest)
+        coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+        content = coder.compress(_symbols(leading, largest, together)) + coder.flush()
+        content += _low_bits(codes, low)
+        parts += [_HEADER.pack(kind, largest, together, low, len(content)), content]
+    return b"".join(parts)
+
+
+def unpack(content: bytes, kinds: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    """Return the columns of codes: the inverse of `pack`.
+
+    Parameters
+    ----------
+    content : bytes
+        What `pack` returned.
+    kinds : ndarray of int8
+        Kind of every column.
+    lengths : sequence of int
+        Entries of every column.
+
+    Raises
+    ------
+    FormatError
+        If the content is damaged, or does not fit the kinds and lengths.
+    """
+    columns = [np.zeros(0, dtype=np.int16)] * len(lengths)
+    for k in np.nonzero(kinds == -128)[0].tolist():
+        columns[k] = np.zeros(lengths[k], dtype=np.int16)
+    start = 0
+    for kind in _present(kinds):
+        members: list[int] = np.nonzero(kinds == kind)[0].tolist()
+        if len(content) < start + _HEADER.size:
+            raise FormatError(f"the codes end before those of kind {kind}; fetch the file again")
+        told, largest, together, low, size = _HEADER.unpack_from(content, start)
+        start += _HEADER.size
+        fits = told == kind and low <= 16 and largest <= 128 and start + size <= len(content)
+        if not fits or together != _together(largest):
+            raise FormatError(f"the codes of kind {kind} are damaged; fetch the file again")
+        count = sum(lengths[k] for k in members)
+        codes = _codes(content[start : start + size], count, largest, low)
+        start += size
+        for k in members:
+            columns[k], codes = codes[: lengths[k]], codes[lengths[k] :]
+    if start != len(content):
+        raise FormatError(f"{len(content) - start} bytes follow the codes; expected none")
+    return columns
+
+
+def _present(kinds: np.ndarray) -> list[int]:
+    return [int(kind) for kind in np.unique(kinds) if kind != -128]
+
+
+_LEADING_BITS = 7
+"""Bits of a code, beside its sign, that Huffman codes can stand for: a symbol is a byte."""
+
+
+def _together(largest: int) -> int:
+    """How many codes of at most ``largest`` a byte holds."""
+    base, together = 2 * largest + 1, 1
+    while base ** (together + 1) <= 256:
+        together += 1
+        if together == 8:
+            break
+    return together
+
+
+def _symbols(codes: np.ndarray, largest: int, together: int) -> bytes:
+    """Return codes as bytes, ``together`` to each: digits of a number, the first the lowest."""
+    padded = np.pad(codes + largest, (0, -len(codes) % together), constant_values=largest)
+    powers = (2 * largest + 1) ** np.arange(together)
+    return (padded.reshape(-1, together) @ powers).astype(np.uint8).tobytes()
+
+
+def _low_bits(codes: np.ndarray, low: int) -> bytes:
+    """Return the ``low`` lowest bits of every code, which no coder makes fewer."""
+    planes = codes[:, None] >> np.arange(low) & 1
+    return np.packbits(planes.astype(np.uint8)).tobytes()
+
+
+def _codes(content: bytes, count: int, largest: int, low: int) -> np.ndarray:
+    together, base = _together(largest), 2 * largest + 1
+    wanted = -(-count // together)
+    decoder = zlib.decompressobj(-15)
+    try:
+        # No more than is wanted: a damaged file may not ask for memory.
+        symbols = np.frombuffer(decoder.decompress(content, wanted + 1), dtype=np.uint8)
+    except zlib.error as error:
+        raise FormatError(f"the codes are damaged ({error}); fetch the file again") from error
+    rest = decoder.unused_data + decoder.unconsumed_tail
+    if len(symbols) != wanted or not decoder.eof or len(rest) != -(-count * low // 8):
+        raise FormatError(
+            f"the codes hold {len(symbols)} symbols and {len(rest)} bytes of low bits; expected "
+            f"{wanted} and {-(-count * low // 8)}: fetch the file again"
+        )
+    if int(symbols.max(initial=0)) >= base**together:
+        raise FormatError("the codes hold a symbol beyond their alphabet; fetch the file again")
+    digits = symbols.astype(np.int32)[:, None] // base ** np.arange(together) % base
+    leading = digits.reshape(-1)[:count] - largest
+    planes = np.unpackbits(np.frombuffer(rest, np.uint8), count=count * low).reshape(count, low)
+    lowest = planes.astype(np.int32) @ (1 << np.arange(low, dtype=np.int32))
+    return ((leading << low) + lowest).astype(np.int16)

@@ -1,0 +1,188 @@
+"""One slice in bits: rank-1 terms of its singular value decomposition on a grid.
+
+With ΔW = Σ_i σ_i u_i v_iᵀ the columns σ_i u_i and σ_i v_i are rounded to one grid of step Δ. An
+error of one entry of either costs just its square, whatever the term: the other column has norm 1.
+So one step serves all columns of all slices, and a term is worth keeping where it saves more than
+
+    λ · bits,   λ = 2 ln 2 · Δ² / 12,
+
+λ being the squared error that one more bit takes off a column on a fine grid, −dD/dR: at one slope
+for all that is kept and dropped no exchange of bits gains (Shoham and Gersho, IEEE Trans. ASSP 36
+(1988)). Dropping a term is the case of no bits: rank truncation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lotrtensor.core.arrays import to_numpy
+from lotrtensor.core.bits.grid import grid_cost, round_to_grid
+from lotrtensor.core.slice_svd import SliceSvd
+
+TERM_BITS = 32
+"""Bits of a term beside its codes: the kinds of two columns and a scale of 16 bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedTerms:
+    """ΔW ≈ left · diag(scales) · rightᵀ with integer ``left`` (m × c) and ``right`` (n × c)."""
+
+    left: np.ndarray
+    scales: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def empty(cls, m: int, n: int) -> QuantisedTerms:
+        """No terms of an m × n slice."""
+        return cls(np.zeros((m, 0), np.int16), np.zeros(0), np.zeros((n, 0), np.int16))
+
+    @property
+    def rank(self) -> int:
+        """Number of terms c."""
+        return len(self.scales)
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return B (m × c) and A (c × n) in float64, the scales shared evenly."""
+        root = np.sqrt(np.abs(self.scales))
+        return self.left * (np.sign(self.scales) * root), (self.right * root).T
+
+
+def slope(step: float) -> float:
+    """Squared error that a bit more takes off on a grid of this step: 2 ln 2 · step² / 12."""
+    return 2.0 * math.log(2.0) * step**2 / 12.0
+
+
+def predict_terms(
+    values: np.ndarray, sides: np.ndarray, step: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return which terms are worth keeping, and what all of them would cost and save.
+
+    Parameters
+    ----------
+    values : ndarray (c,)
+        Singular values σ of terms of any slices.
+    sides : ndarray (c, 2)
+        m and n of the slice of each.
+    step : float
+        Δ.
+
+    Returns
+    -------
+    keep : ndarray (c,) of bool
+        Whether ``saved2`` exceeds λ · ``bits``.
+    bits : ndarray (c,)
+        Bits of both columns if their entries are normal, and `TERM_BITS`.
+    saved2 : ndarray (c,)
+        Squared norm that the rounded term keeps of σ².
+    """
+    cost = grid_cost(values[:, None] / (np.sqrt(sides) * step))
+    bits = np.sum(sides * cost.bits, axis=1) + TERM_BITS
+    saved2 = values**2 * np.prod(1.0 - cost.distortion, axis=1)
+    return saved2 > slope(step) * bits, bits, saved2
+
+
+def quantise_slice(svd: SliceSvd, step: float) -> QuantisedTerms:
+    """Round a slice to a grid.
+
+    The left columns are rounded first; the right ones are then solved for anew, so that they make
+    good what the left ones lost, and the scales of the terms last:
+
+        Y = ΔWᵀ P (PᵀP)⁻¹,   min_t ‖ΔW − P diag(t) Qᵀ‖,
+
+    P and Q being the codes of the left columns and of Y. So errors do not add up.
+
+    Parameters
+    ----------
+    svd : SliceSvd
+        The slice, ΔW = U diag(σ) Vᵀ.
+    step : float
+        Δ.
+
+    Returns
+    -------
+    QuantisedTerms
+        Of rank 0 where no term is worth its bits.
+    """
+    left, right, values = to_numpy(svd.left), to_numpy(svd.right), svd.values
+    (m, _), (n, _) = left.shape, right.shape
+    keep, _, _ = predict_terms(values, np.array([[m, n]] * len(values)).reshape(-1, 2), step)
+    codes = round_to_grid(left[:, keep] * values[keep], step)
+    codes = _independent(codes)
+    if not codes.shape[1]:
+        return QuantisedTerms.empty(m, n)
+    solved = _solve(codes, left, values, right)
+    # Weighted by what an error of an entry costs: the norm of the column that it meets.
+    turned = round_to_grid(solved * np.linalg.norm(codes, axis=0), step)
+    kept = turned.any(axis=0)
+    codes, turned = codes[:, kept], turned[:, kept]
+    if not kept.any():
+        return QuantisedTerms.empty(m, n)
+    return QuantisedTerms(
+        codes.astype(np.int16), _scales(codes, turned, left, values, right), turned.astype(np.int16)
+    )
+
+
+def _independent(codes: np.ndarray) -> np.ndarray:
+    """The columns without those that are zero, or copies of others up to their sign."""
+    codes = codes[:, codes.any(axis=0)]
+    gram = codes.T @ codes
+    kept: list[int] = []
+    for i in range(codes.shape[1]):
+        twins = (gram[i, j] ** 2 >= (1 - 1e-12) * gram[i, i] * gram[j, j] for j in kept)
+        if not any(twins):
+            kept.append(i)
+    return codes[:, kept]
+
+
+def _solve(
+    codes: np.ndarray, left: np.ndarray, values: np.ndarray, right: np.ndarray
+) -> np.ndarray:
+    """Y (n × c) of the least ‖ΔW − codes · Yᵀ‖."""
+    solved = np.linalg.lstsq(codes.T @ codes, codes.T @ left, rcond=None)[0]
+    found: np.ndarray = right @ (solved * values).T
+    return found
+
+
+def _scales(
+    first: np.ndarray,
+    second: np.ndarray,
+    left: np.ndarray,
+    values: np.ndarray,
+    right: np.ndarray,
+) -> np.ndarray:
+    """The t of the least ‖ΔW − first · diag(t) · secondᵀ‖: one linear system of size c."""
+    gram = (first.T @ first) * (second.T @ second)
+    inner = np.sum((first.T @ left) * values * (second.T @ right), axis=1)
+    found: np.ndarray = np.linalg.lstsq(gram, inner, rcond=None)[0]
+    return found
+
+
+def lost2(svd: SliceSvd, terms: QuantisedTerms) -> float:
+    """‖ΔW − left diag(scales) rightᵀ‖², from the r × r products of the two.
+
+    With ΔW = U Σ Vᵀ: the parts outside the spaces of U and V, and inside them the difference.
+    """
+    left, right = to_numpy(svd.left), to_numpy(svd.right)
+    first, second = terms.left * terms.scales, terms.right.astype(np.float64)
+    inside_left, inside_right = left.T @ first, right.T @ second
+    outside = first - left @ inside_left
+    outside_right = second - right @ inside_right
+    inner = inside_left @ inside_right.T
+    inner[np.diag_indices(len(svd.values))] -= svd.values
+    gram = inside_left.T @ inside_left
+    lost = np.sum((outside.T @ outside) * (second.T @ second))
+    return float(lost + np.sum(gram * (outside_right.T @ outside_right)) + np.sum(inner**2))
+
+
+def predicted_total(
+    spectra: Sequence[np.ndarray], sides: Sequence[tuple[int, int]], step: float
+) -> tuple[float, float]:
+    """Bits of all slices on a grid of this step, and the squared error that they leave."""
+    values = np.concatenate(list(spectra))
+    every = np.repeat(np.array(sides, dtype=float), [len(s) for s in spectra], axis=0)
+    keep, bits, saved2 = predict_terms(values, every, step)
+    return float(bits[keep].sum()), float(np.sum(values**2) - saved2[keep].sum())

@@ -1,0 +1,268 @@
+"""Columns in bits: grids, streams, codebooks, terms, shared parts, against naive oracles."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lotrtensor import FormatError, LowRankStack, RankError, tucker2
+from lotrtensor.core.bits import codebook as books
+from lotrtensor.core.bits import stream
+from lotrtensor.core.bits.gauge import equalising_rotation
+from lotrtensor.core.bits.grid import ROUNDING, grid_cost, round_to_grid
+from lotrtensor.core.bits.shared import core_kinds, quantise_tucker2
+from lotrtensor.core.bits.stack import StackInBits
+from lotrtensor.core.bits.terms import lost2, predicted_total, quantise_slice, slope
+from lotrtensor.core.slice_svd import slice_svds
+from tests.strategies import factors
+
+LARGEST = stream.LARGEST_CODE
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def entropy(codes):
+    _, counts = np.unique(codes, return_counts=True)
+    shares = counts / codes.size
+    return -float(np.sum(shares * np.log2(shares)))
+
+
+def random_stack(seed, slices=4, m=60, n=40, rank=4, decay=0.6):
+    rng = np.random.default_rng(seed)
+    values = decay ** np.arange(rank)
+    return LowRankStack(
+        rng.normal(size=(slices, m, rank)) * values, rng.normal(size=(slices, rank, n))
+    )
+
+
+# --- the grid
+
+
+@pytest.mark.parametrize("deviation", [0.2, 0.5, 1.0, 3.0, 20.0, 200.0, 400.0])
+def test_the_cost_of_a_normal_column_is_what_one_costs(deviation):
+    codes = np.random.default_rng(0).normal(size=400_000) * deviation
+    rounded = round_to_grid(codes, 1.0)
+    cost = grid_cost(np.array([deviation]))
+    assert float(cost.bits[0]) == pytest.approx(entropy(rounded), rel=0.02)
+    scale = float(rounded @ codes) / float(rounded @ rounded)
+    lost = float(np.mean((codes - scale * rounded) ** 2)) / deviation**2
+    assert float(cost.distortion[0]) == pytest.approx(lost, rel=0.03)
+
+
+def test_a_column_far_below_a_step_costs_and_keeps_nothing():
+    cost = grid_cost(np.array([0.0, 1e-9]))
+    assert cost.bits.tolist() == [0.0, 0.0]
+    assert cost.distortion.tolist() == [1.0, 1.0]
+
+
+def test_rounding_in_any_library(xp):
+    x = np.random.default_rng(1).normal(size=50) * 3
+    codes = xp.numpy(round_to_grid(xp.array(x), 0.5))
+    assert xp.owns(round_to_grid(xp.array(x), 0.5))
+    naive = [np.sign(v) * np.floor(abs(v) / 0.5 + ROUNDING) for v in x]
+    assert codes.tolist() == naive
+
+
+# --- streams
+
+
+@given(SEEDS, st.lists(st.tuples(st.integers(1, 300), st.floats(0, 5000)), max_size=12))
+def test_columns_come_back_to_the_bit(seed, shapes):
+    rng = np.random.default_rng(seed)
+    columns = [
+        np.clip(np.round(rng.normal(size=n) * s), -LARGEST, LARGEST).astype(int) for n, s in shapes
+    ]
+    kinds = stream.kinds_of(columns)
+    content = stream.pack(columns, kinds)
+    found = stream.unpack(content, kinds, [len(c) for c in columns])
+    for column, back in zip(columns, found, strict=True):
+        assert column.tolist() == back.tolist()
+
+
+@pytest.mark.parametrize("deviation", [0.5, 1.0, 4.0, 30.0, 900.0])
+def test_a_stream_takes_little_more_than_its_entropy(deviation):
+    codes = np.round(np.random.default_rng(2).normal(size=100_000) * deviation).astype(int)
+    bits = 8 * len(stream.pack([codes], stream.kinds_of([codes]))) / codes.size
+    assert bits <= 1.03 * entropy(codes) + 0.06
+
+
+@given(SEEDS, st.integers(0, 10_000), st.integers(0, 255))
+def test_a_damaged_stream_is_refused_or_read_in_bounds(seed, place, value):
+    rng = np.random.default_rng(seed)
+    columns = [np.round(rng.normal(size=80) * s).astype(int) for s in (0.7, 3.0, 300.0)]
+    kinds = stream.kinds_of(columns)
+    content = bytearray(stream.pack(columns, kinds))
+    content[place % len(content)] = value
+    try:
+        found = stream.unpack(bytes(content), kinds, [80, 80, 80])
+    except FormatError:
+        return
+    assert [len(column) for column in found] == [80, 80, 80]
+
+
+def test_a_stream_of_another_length_is_refused():
+    codes = np.arange(-20, 20)
+    kinds = stream.kinds_of([codes])
+    content = stream.pack([codes], kinds)
+    for damaged, length in ((content[:-1], 40), (content + b"\0", 40), (content, 39), (b"", 40)):
+        with pytest.raises(FormatError):
+            stream.unpack(damaged, kinds, [length])
+
+
+# --- codebooks
+
+
+@pytest.mark.parametrize(
+    ("bits", "distortion"), [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497), (5, 0.002499)]
+)
+def test_codebooks_are_those_of_max(bits, distortion):
+    """Max (1960), table I."""
+    assert books.codebook(bits).distortion == pytest.approx(distortion, rel=3e-3)
+
+
+@pytest.mark.parametrize("bits", range(1, books.WIDEST + 1))
+def test_a_normal_column_loses_what_its_codebook_says(bits):
+    x = np.random.default_rng(3).normal(size=100_000) * 5
+    codes, scale = books.quantise(x, bits)
+    lost = float(np.mean((x - scale * books.codebook(bits).levels[codes]) ** 2)) / 25
+    assert lost == pytest.approx(books.codebook(bits).distortion, rel=0.05)
+
+
+@given(SEEDS, st.integers(1, books.WIDEST), st.integers(1, 40))
+def test_codes_are_packed_exactly(seed, bits, count):
+    codes = np.random.default_rng(seed).integers(2**bits, size=count)
+    content = books.packed(codes, bits)
+    assert len(content) == -(-count * bits // 8)
+    assert books.unpacked(content, bits, count).tolist() == codes.tolist()
+    with pytest.raises(FormatError, match="expected"):
+        books.unpacked(content + b"\0", bits, count)
+
+
+@pytest.mark.parametrize("bits", [0, 9, -1, 2.5, "four"])
+def test_a_width_out_of_range_is_refused(bits):
+    with pytest.raises(RankError, match="between 1 and 8"):
+        books.codebook(bits)
+
+
+def test_a_column_of_zeros_has_scale_zero():
+    assert books.quantise(np.zeros(5), 3)[1] == 0.0
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=20))
+def test_the_rotation_equalises_and_is_orthogonal(values):
+    values = np.array(values)
+    rotation = equalising_rotation(values)
+    np.testing.assert_allclose(rotation.T @ rotation, np.eye(len(values)), atol=1e-12)
+    diagonal = np.diag(rotation.T @ np.diag(values) @ rotation)
+    np.testing.assert_allclose(diagonal, values.mean(), atol=1e-9 * max(1.0, values.max()))
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.7])
+def test_at_one_width_the_equal_gauge_loses_what_the_nuclear_norm_says(decay):
+    """2 d (Σσ)² / c against 2 d Σσ² at the singular vectors, both measured."""
+    rng = np.random.default_rng(4)
+    m, c, bits = 4000, 8, 5
+    values = decay ** np.arange(c)
+    left, right = (np.linalg.qr(rng.normal(size=(m, c)))[0] for _ in range(2))
+    d = books.codebook(bits).distortion
+    for rotation, predicted in (
+        (np.eye(c), 2 * d * np.sum(values**2)),
+        (equalising_rotation(values), 2 * d * np.sum(values) ** 2 / c),
+    ):
+        factors = [(x * np.sqrt(values)) @ rotation for x in (left, right)]
+        rounded = []
+        for factor in factors:
+            pairs = [books.quantise(column, bits) for column in factor.T]
+            rounded.append(np.stack([s * books.codebook(bits).levels[k] for k, s in pairs], axis=1))
+        lost = np.linalg.norm(factors[0] @ factors[1].T - rounded[0] @ rounded[1].T) ** 2
+        assert lost == pytest.approx(predicted, rel=0.15)
+
+
+# --- terms
+
+
+@given(factors(), st.floats(1e-3, 3.0))
+def test_the_error_of_terms_is_that_of_the_dense_product(case, step):
+    stack = case.stack()
+    for k, svd in enumerate(slice_svds(stack)):
+        terms = quantise_slice(svd, step)
+        dense = stack.slice(k) - (terms.left * terms.scales) @ terms.right.T
+        assert lost2(svd, terms) == pytest.approx(np.linalg.norm(dense) ** 2, rel=1e-6, abs=1e-12)
+        b, a = terms.factors()
+        np.testing.assert_allclose(b @ a, stack.slice(k) - dense, atol=1e-9)
+
+
+@given(SEEDS)
+def test_the_prediction_is_near_what_is_reached(seed):
+    stack = random_stack(seed, m=400, n=300)
+    svds = slice_svds(stack)
+    spectra = [svd.values for svd in svds]
+    for step in (0.02, 0.2, 1.0):
+        _, predicted = predicted_total(spectra, [(400, 300)] * 4, step)
+        reached = sum(lost2(svd, quantise_slice(svd, step)) for svd in svds)
+        assert reached == pytest.approx(predicted, rel=0.1)
+
+
+@given(SEEDS)
+def test_a_finer_step_costs_more_and_loses_less(seed):
+    spectra = [svd.values for svd in slice_svds(random_stack(seed))]
+    points = [predicted_total(spectra, [(60, 40)] * 4, step) for step in np.geomspace(1e-3, 10, 30)]
+    for fine, coarse in itertools.pairwise(points):
+        assert fine[0] >= coarse[0] - 1e-9
+        assert fine[1] <= coarse[1] + 1e-9
+
+
+def test_far_above_every_value_nothing_is_left():
+    svd = slice_svds(random_stack(0))[0]
+    assert quantise_slice(svd, 1e6).rank == 0
+    assert lost2(svd, quantise_slice(svd, 1e6)) == pytest.approx(float(np.sum(svd.values**2)))
+
+
+# --- shared and private parts
+
+
+def test_the_kinds_of_cores_follow_from_the_factors():
+    fit = tucker2(random_stack(5), rank=(6, 7)).tucker2
+    found = quantise_tucker2(fit.left, fit.core, fit.right, 0.05)
+    kinds = core_kinds(found.left, found.right, 4)
+    assert kinds.shape == found.core.shape[1:]
+    columns = [found.core[:, i, j] for i in range(found.rank[0]) for j in range(found.rank[1])]
+    content = stream.pack(columns, kinds.ravel())
+    back = stream.unpack(content, kinds.ravel(), [4] * len(columns))
+    assert all((a == b).all() for a, b in zip(columns, back, strict=True))
+
+
+@pytest.mark.parametrize("parts", ["shared", "private", "both"])
+@given(SEEDS, st.sampled_from([0.01, 0.1, 0.5]))
+def test_the_error_of_a_stack_is_that_of_its_slices(parts, seed, step):
+    stack = random_stack(seed)
+    found, error2 = StackInBits(stack, parts).quantise(step)
+    dense = [stack.slice(k) - np.matmul(*found.factors(k)) for k in range(4)]
+    assert error2 == pytest.approx(sum(np.linalg.norm(x) ** 2 for x in dense), rel=1e-6)
+
+
+def lagrangian(stack, parts, step):
+    prediction = StackInBits(stack, parts).predict(step)
+    return prediction.lost2 + slope(step) * prediction.bits
+
+
+@given(SEEDS, st.floats(1e-2, 2.0))
+def test_both_parts_are_never_worse_than_either(seed, step):
+    stack = random_stack(seed)
+    alone = min(lagrangian(stack, parts, step) for parts in ("shared", "private"))
+    assert lagrangian(stack, "both", step) <= alone * (1 + 1e-12)
+
+
+def test_what_all_slices_have_in_common_is_shared():
+    """Sixty slices between one pair of factors: their own terms would cost many times as much."""
+    rng = np.random.default_rng(6)
+    left, right = rng.normal(size=(80, 3)), rng.normal(size=(3, 50))
+    stack = LowRankStack([left @ rng.normal(size=(3, 3)) for _ in range(60)], [right] * 60)
+    found, _ = StackInBits(stack, "both").quantise(0.5)
+    assert found.shared_ranks == (3, 3)
+    assert sum(terms.rank for terms in found.private) == 0
+    separate, _ = StackInBits(random_stack(7, slices=2, m=500, n=500), "both").quantise(0.5)
+    assert separate.shared_ranks == (0, 0)
