@@ -77,7 +77,8 @@ def test_columns_come_back_to_the_bit(seed, shapes):
     ]
     kinds = stream.kinds_of(columns)
     content = stream.pack(columns, kinds)
-    found = stream.unpack(content, kinds, [len(c) for c in columns])
+    found, size = stream.unpack(content, kinds, [len(c) for c in columns])
+    assert size == len(content)
     for column, back in zip(columns, found, strict=True):
         assert column.tolist() == back.tolist()
 
@@ -97,7 +98,7 @@ def test_a_damaged_stream_is_refused_or_read_in_bounds(seed, place, value):
     content = bytearray(stream.pack(columns, kinds))
     content[place % len(content)] = value
     try:
-        found = stream.unpack(bytes(content), kinds, [80, 80, 80])
+        found, _ = stream.unpack(bytes(content), kinds, [80, 80, 80])
     except FormatError:
         return
     assert [len(column) for column in found] == [80, 80, 80]
@@ -107,7 +108,7 @@ def test_a_stream_of_another_length_is_refused():
     codes = np.arange(-20, 20)
     kinds = stream.kinds_of([codes])
     content = stream.pack([codes], kinds)
-    for damaged, length in ((content[:-1], 40), (content + b"\0", 40), (content, 39), (b"", 40)):
+    for damaged, length in ((content[:-1], 40), (content, 39), (b"", 40)):
         with pytest.raises(FormatError):
             stream.unpack(damaged, kinds, [length])
 
@@ -189,10 +190,9 @@ def test_the_error_of_terms_is_that_of_the_dense_product(case, step):
     stack = case.stack()
     for k, svd in enumerate(slice_svds(stack)):
         terms = quantise_slice(svd, step)
-        dense = stack.slice(k) - (terms.left * terms.scales) @ terms.right.T
-        assert lost2(svd, terms) == pytest.approx(np.linalg.norm(dense) ** 2, rel=1e-6, abs=1e-12)
         b, a = terms.factors()
-        np.testing.assert_allclose(b @ a, stack.slice(k) - dense, atol=1e-9)
+        dense = stack.slice(k) - b @ a
+        assert lost2(svd, terms) == pytest.approx(np.linalg.norm(dense) ** 2, rel=1e-6, abs=1e-12)
 
 
 @given(SEEDS)
@@ -231,7 +231,7 @@ def test_the_kinds_of_cores_follow_from_the_factors():
     assert kinds.shape == found.core.shape[1:]
     columns = [found.core[:, i, j] for i in range(found.rank[0]) for j in range(found.rank[1])]
     content = stream.pack(columns, kinds.ravel())
-    back = stream.unpack(content, kinds.ravel(), [4] * len(columns))
+    back, _ = stream.unpack(content, kinds.ravel(), [4] * len(columns))
     assert all((a == b).all() for a, b in zip(columns, back, strict=True))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lotrtensor.adapters.compressed import CompressedAdapter
+from lotrtensor.adapters.formats.compressed import FORMAT_VERSION
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, SINGLE_FILE, expand
 from lotrtensor.adapters.formats.native import PEFT_TYPE
 from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME, check_exists, read_config
@@ -13,7 +15,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 
-Adapter = LoraAdapter | LotrAdapter
+Adapter = LoraAdapter | LotrAdapter | CompressedAdapter
 
 
 def check_adapter(adapter: object) -> None:
@@ -63,8 +65,10 @@ def load(path: str | os.PathLike[str]) -> Adapter:
         return LoraAdapter.load(found)
     if found.is_dir() and not (found / CONFIG_NAME).is_file():
         return LoraAdapter.load(_single_file(found))
-    if read_config(found).get("peft_type") == PEFT_TYPE:
-        return LotrAdapter.load(found)
+    config = read_config(found)
+    if config.get("peft_type") == PEFT_TYPE:
+        version = config.get("format_version")
+        return (CompressedAdapter if version == FORMAT_VERSION else LotrAdapter).load(found)
     return LoraAdapter.load(found)
 
 

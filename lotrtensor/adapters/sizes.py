@@ -37,6 +37,27 @@ def check_dtype(dtype: np.dtype | str) -> np.dtype:
     return found
 
 
+def budget_bytes(budget: int | str, source_bytes: int) -> int:
+    """Return a budget in bytes: ``80000``, ``"80KB"``, or a share of the source's, ``"12%"``.
+
+    Raises
+    ------
+    RankError
+        If it is none of these.
+
+    Examples
+    --------
+    >>> budget_bytes("1KiB", 4096), budget_bytes("25%", 4096)
+    (1024, 1024)
+    """
+    found = budget_parameters(budget, 1, source_bytes)
+    if str(budget).strip().upper().endswith("P"):
+        raise RankError(
+            f"budget is {budget!r}; expected bytes such as 500KB, or a share such as 25%"
+        )
+    return found
+
+
 def budget_parameters(
     budget: int | str, itemsize: int, source_bytes: int, smallest: int = 1
 ) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lotrtensor.core.bits.grid import grid_cost, round_to_grid
-from lotrtensor.core.bits.terms import slope
+from lotrtensor.core.bits.terms import slope, unit_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +36,6 @@ class QuantisedTucker2:
     def factors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return U (m × p), G (K × p × q) and V (n × q) in float64."""
         return unit_columns(self.left), self.step * self.core, unit_columns(self.right)
-
-
-def unit_columns(codes: np.ndarray) -> np.ndarray:
-    """The columns of codes, brought to norm 1."""
-    wide = codes.astype(np.float64)
-    found: np.ndarray = wide / np.linalg.norm(wide, axis=0)
-    return found
 
 
 def core_kinds(left: np.ndarray, right: np.ndarray, slices: int) -> np.ndarray:

@@ -19,6 +19,9 @@ from lotrtensor.errors import FormatError
 LARGEST_CODE = 2**15 - 1
 """Codes are 16-bit integers at the most."""
 
+ZERO = -128
+"""Kind of a column of zeros, which takes no bytes."""
+
 _HEADER = struct.Struct("<bBBBI")
 """Of a stream: kind, largest leading part of a code, codes a symbol, low bits apart, bytes."""
 
@@ -36,6 +39,15 @@ def kinds_of(columns: Sequence[np.ndarray]) -> np.ndarray:
     some = squares > 0
     kinds[some] = np.clip(np.round(np.log2(squares[some])), -60, 60).astype(np.int8)
     return kinds
+
+
+def entropy_bits(columns: Sequence[np.ndarray]) -> float:
+    """Return the bits of columns of codes if each is coded by the frequencies of its own."""
+    bits = 0.0
+    for column in columns:
+        _, counts = np.unique(column, return_counts=True)
+        bits -= float(np.sum(counts * np.log2(counts / column.size)))
+    return bits
 
 
 def pack(columns: Sequence[np.ndarray], kinds: np.ndarray) -> bytes:
@@ -68,13 +80,15 @@ def pack(columns: Sequence[np.ndarray], kinds: np.ndarray) -> bytes:
     return b"".join(parts)
 
 
-def unpack(content: bytes, kinds: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
-    """Return the columns of codes: the inverse of `pack`.
+def unpack(
+    content: bytes, kinds: np.ndarray, lengths: Sequence[int]
+) -> tuple[list[np.ndarray], int]:
+    """Return the columns of codes and how many bytes they took: the inverse of `pack`.
 
     Parameters
     ----------
     content : bytes
-        What `pack` returned.
+        What `pack` returned, at its beginning.
     kinds : ndarray of int8
         Kind of every column.
     lengths : sequence of int
@@ -86,7 +100,7 @@ def unpack(content: bytes, kinds: np.ndarray, lengths: Sequence[int]) -> list[np
         If the content is damaged, or does not fit the kinds and lengths.
     """
     columns = [np.zeros(0, dtype=np.int16)] * len(lengths)
-    for k in np.nonzero(kinds == -128)[0].tolist():
+    for k in np.nonzero(kinds == ZERO)[0].tolist():
         columns[k] = np.zeros(lengths[k], dtype=np.int16)
     start = 0
     for kind in _present(kinds):
@@ -103,13 +117,11 @@ def unpack(content: bytes, kinds: np.ndarray, lengths: Sequence[int]) -> list[np
         start += size
         for k in members:
             columns[k], codes = codes[: lengths[k]], codes[lengths[k] :]
-    if start != len(content):
-        raise FormatError(f"{len(content) - start} bytes follow the codes; expected none")
-    return columns
+    return columns, start
 
 
 def _present(kinds: np.ndarray) -> list[int]:
-    return [int(kind) for kind in np.unique(kinds) if kind != -128]
+    return [int(kind) for kind in np.unique(kinds) if kind != ZERO]
 
 
 _LEADING_BITS = 7

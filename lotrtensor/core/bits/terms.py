@@ -29,10 +29,13 @@ TERM_BITS = 32
 
 @dataclass(frozen=True, eq=False)
 class QuantisedTerms:
-    """ΔW ≈ left · diag(scales) · rightᵀ with integer ``left`` (m × c) and ``right`` (n × c)."""
+    """Rank-1 terms: integer ``left`` (m × c) and ``right`` (n × c), and a value (c) each.
+
+    ΔW ≈ P diag(values) Qᵀ, P and Q being the columns of codes brought to norm 1.
+    """
 
     left: np.ndarray
-    scales: np.ndarray
+    values: np.ndarray
     right: np.ndarray
 
     @classmethod
@@ -43,12 +46,24 @@ class QuantisedTerms:
     @property
     def rank(self) -> int:
         """Number of terms c."""
-        return len(self.scales)
+        return len(self.values)
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return B (m × c) and A (c × n) in float64, the scales shared evenly."""
-        root = np.sqrt(np.abs(self.scales))
-        return self.left * (np.sign(self.scales) * root), (self.right * root).T
+        """Return B (m × c) and A (c × n) in float64, the values shared evenly."""
+        root = np.sqrt(np.abs(self.values))
+        left = unit_columns(self.left) * (np.sign(self.values) * root)
+        return left, (unit_columns(self.right) * root).T
+
+    def rounded(self, dtype: np.dtype) -> QuantisedTerms:
+        """Return the terms with the values that ``dtype`` holds."""
+        return QuantisedTerms(self.left, self.values.astype(dtype).astype(np.float64), self.right)
+
+
+def unit_columns(codes: np.ndarray) -> np.ndarray:
+    """The columns of codes, brought to norm 1, in float64."""
+    wide = codes.astype(np.float64)
+    found: np.ndarray = wide / np.linalg.norm(wide, axis=0)
+    return found
 
 
 def slope(step: float) -> float:
@@ -89,11 +104,12 @@ def quantise_slice(svd: SliceSvd, step: float) -> QuantisedTerms:
     """Round a slice to a grid.
 
     The left columns are rounded first; the right ones are then solved for anew, so that they make
-    good what the left ones lost, and the scales of the terms last:
+    good what the left ones lost, and the values of the terms last:
 
         Y = ΔWᵀ P (PᵀP)⁻¹,   min_t ‖ΔW − P diag(t) Qᵀ‖,
 
-    P and Q being the codes of the left columns and of Y. So errors do not add up.
+    P and Q being the unit columns of the codes of the left columns and of Y. So errors do not add
+    up.
 
     Parameters
     ----------
@@ -118,12 +134,11 @@ def quantise_slice(svd: SliceSvd, step: float) -> QuantisedTerms:
     # Weighted by what an error of an entry costs: the norm of the column that it meets.
     turned = round_to_grid(solved * np.linalg.norm(codes, axis=0), step)
     kept = turned.any(axis=0)
-    codes, turned = codes[:, kept], turned[:, kept]
+    first, second = codes[:, kept].astype(np.int16), turned[:, kept].astype(np.int16)
     if not kept.any():
         return QuantisedTerms.empty(m, n)
-    return QuantisedTerms(
-        codes.astype(np.int16), _scales(codes, turned, left, values, right), turned.astype(np.int16)
-    )
+    fitted = _values(unit_columns(first), unit_columns(second), left, values, right)
+    return QuantisedTerms(first, fitted, second)
 
 
 def _independent(codes: np.ndarray) -> np.ndarray:
@@ -147,7 +162,7 @@ def _solve(
     return found
 
 
-def _scales(
+def _values(
     first: np.ndarray,
     second: np.ndarray,
     left: np.ndarray,
@@ -162,12 +177,12 @@ def _scales(
 
 
 def lost2(svd: SliceSvd, terms: QuantisedTerms) -> float:
-    """‖ΔW − left diag(scales) rightᵀ‖², from the r × r products of the two.
+    """‖ΔW − P diag(values) Qᵀ‖², from the products of the factors alone.
 
     With ΔW = U Σ Vᵀ: the parts outside the spaces of U and V, and inside them the difference.
     """
     left, right = to_numpy(svd.left), to_numpy(svd.right)
-    first, second = terms.left * terms.scales, terms.right.astype(np.float64)
+    first, second = unit_columns(terms.left) * terms.values, unit_columns(terms.right)
     inside_left, inside_right = left.T @ first, right.T @ second
     outside = first - left @ inside_left
     outside_right = second - right @ inside_right

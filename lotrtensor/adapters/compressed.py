@@ -1,0 +1,187 @@
+"""A compressed adapter in memory: groups of modules whose updates are kept in bits."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lotrtensor.adapters.formats.compressed import (
+    CompressedContent,
+    compressed_files,
+    read_compressed,
+    write_compressed,
+)
+from lotrtensor.adapters.formats.directory import expand
+from lotrtensor.adapters.grouping import layer_order
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.compressed_group import CompressedGroup, Source
+from lotrtensor.core.bits.stream import entropy_bits
+from lotrtensor.core.slice_svd import slice_svds, truncate_slices
+from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.errors import RankError
+
+
+class CompressedSummary(NamedTuple):
+    """One row of a compressed adapter's summary.
+
+    ``shared_ranks`` is (p, q) of the shared part, (0, 0) where there is none; ``private_ranks`` the
+    number of terms of every slice; ``bits`` the mean bits of a stored number; ``relative_error`` a
+    relative Frobenius error.
+    """
+
+    group: str
+    slices: int
+    shape: tuple[int, int]
+    shared_ranks: tuple[int, int]
+    private_ranks: tuple[int, ...]
+    numbers: int
+    bits: float
+    relative_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedAdapter:
+    """An adapter in bits: ΔW_k ≈ U G_k Vᵀ + P_k Q_kᵀ, codes on a grid and their scales.
+
+    Attributes
+    ----------
+    groups : tuple of CompressedGroup
+        The groups.
+    config : mapping
+        Fields of ``adapter_config.json`` beside the groups: base model, task, targets.
+    source : Source
+        What the adapter was stored in before: type, numbers and bytes.
+    extras : mapping of str to ndarray
+        Tensors carried unchanged under their own keys: fully trained modules, biases.
+    """
+
+    groups: tuple[CompressedGroup, ...]
+    config: Mapping[str, Any]
+    source: Source
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> CompressedAdapter:
+        """Read a directory; see `lotrtensor.adapters.formats.compressed.read_compressed`."""
+        return cls(*read_compressed(expand(directory)))
+
+    def save(self, directory: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write a native directory of format version 2, atomically.
+
+        Raises
+        ------
+        FormatError
+            If ``directory`` exists and ``force`` is not given, or cannot be written.
+        """
+        write_compressed(expand(directory), self._content, force=force)
+
+    @property
+    def _content(self) -> CompressedContent:
+        return self.groups, self.config, self.source, self.extras
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type that the adapter was stored in before, and that an export has."""
+        return self.source.dtype
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored numbers of the updates, codes all; carried tensors do not count."""
+        return sum(group.parameters for group in self.groups)
+
+    @cached_property
+    def file_bytes(self) -> int:
+        """Bytes of the two files as written, config and index included, carried tensors not."""
+        files = compressed_files((self.groups, self.config, self.source, {}))
+        return sum(len(content) for content in files.values())
+
+    @property
+    def bytes(self) -> int:
+        """The same as ``file_bytes``."""
+        return self.file_bytes
+
+    @property
+    def relative_error(self) -> float:
+        """Relative Frobenius error of all groups together, as stored."""
+        norm2 = sum(group.norm**2 for group in self.groups)
+        lost2 = sum((group.relative_error * group.norm) ** 2 for group in self.groups)
+        return math.sqrt(lost2 / norm2) if norm2 else 0.0
+
+    @property
+    def summary(self) -> tuple[CompressedSummary, ...]:
+        """One row a group: slices, shape, ranks of both parts, numbers, mean bits, error."""
+        return tuple(
+            CompressedSummary(
+                group=group.name,
+                slices=len(group.modules),
+                shape=group.shape,
+                shared_ranks=group.stack.shared_ranks,
+                private_ranks=group.private_ranks,
+                numbers=group.parameters,
+                bits=_mean_bits(group),
+                relative_error=group.relative_error,
+            )
+            for group in self.groups
+        )
+
+    def updates(self) -> tuple[LoraModule, ...]:
+        """Return every ΔW_k as thin factors in float64, exactly what is stored.
+
+        Their rank is that of both parts together, and at least 1: a module of which nothing was
+        kept has factors of zeros.
+        """
+        modules = []
+        for group in self.groups:
+            for k, name in enumerate(group.modules):
+                b, a = group.stack.factors(k)
+                if not b.shape[1]:
+                    b, a = np.zeros((group.shape[0], 1)), np.zeros((1, group.shape[1]))
+                modules.append(LoraModule(name, b, a, group.embedding))
+        return tuple(sorted(modules, key=lambda module: layer_order(module.name)))
+
+    def to_lora(self, rank: int | None = None) -> LoraAdapter:
+        """Return the adapter as a LoRA, in the type that it had before.
+
+        Parameters
+        ----------
+        rank : int, optional
+            Largest LoRA rank of a module. Not given, each module keeps the rank of its terms, at
+            most the rank r_k that it had before.
+
+        Raises
+        ------
+        RankError
+            If ``rank`` is below 1.
+        """
+        if rank is not None and rank < 1:
+            raise RankError(f"rank is {rank}; expected at least 1")
+        before = {
+            name: own
+            for group in self.groups
+            for name, own in zip(group.modules, group.slice_ranks, strict=True)
+        }
+        modules = [_lowered(m, min(before[m.name], rank or m.rank)) for m in self.updates()]
+        return LoraAdapter(tuple(modules), self.config, self.dtype, self.extras)
+
+
+def _lowered(module: LoraModule, rank: int) -> LoraModule:
+    """The best module of at most ``rank``, its singular values shared evenly by the factors."""
+    svds = slice_svds(LowRankStack([module.B], [module.A]))
+    b, a = truncate_slices(svds, [min(rank, len(svds[0].values))]).factors(0)
+    return LoraModule(module.name, b, a, module.embedding)
+
+
+def _mean_bits(group: CompressedGroup) -> float:
+    shared = group.stack.shared
+    sides = [side.T for terms in group.stack.private for side in (terms.left, terms.right)]
+    if shared is not None:
+        sides += [shared.left.T, shared.right.T, shared.core.reshape(shared.core.shape[0], -1).T]
+    bits = sum(entropy_bits(list(columns)) for columns in sides)
+    return bits / group.parameters if group.parameters else 0.0

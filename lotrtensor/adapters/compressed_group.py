@@ -1,0 +1,71 @@
+"""What a compressed adapter is made of: groups of modules in bits, and what they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lotrtensor.core.bits.stack import QuantisedStack
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an adapter was stored in before it was compressed.
+
+    Attributes
+    ----------
+    dtype : numpy dtype
+        Type of its factors.
+    parameters, bytes : int
+        Numbers of its updates, and their size.
+    """
+
+    dtype: np.dtype
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedGroup:
+    """Modules of one shape whose updates are in bits.
+
+    Attributes
+    ----------
+    name : str
+        Name of the group.
+    modules : tuple of str
+        Paths of the adapted modules, one a slice.
+    shape : (int, int)
+        Shape (m, n) of one ΔW_k.
+    slice_ranks : tuple of int
+        Rank r_k that each ΔW_k had before.
+    stack : QuantisedStack
+        The slices.
+    relative_error : float
+        √(Σ_k ‖ΔW_k − U G_k Vᵀ − P_k Q_kᵀ‖² / Σ_k ‖ΔW_k‖²) of what is stored.
+    norm : float
+        √(Σ_k ‖ΔW_k‖²) of the updates before.
+    embedding : bool
+        Whether the modules are embeddings, whose weights are n × m.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    shape: tuple[int, int]
+    slice_ranks: tuple[int, ...]
+    stack: QuantisedStack
+    relative_error: float
+    norm: float
+    embedding: bool = False
+
+    @property
+    def private_ranks(self) -> tuple[int, ...]:
+        """Number of terms of every slice."""
+        return tuple(terms.rank for terms in self.stack.private)
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored numbers, codes all: m p + n q + K p q + Σ_k c_k (m + n)."""
+        (m, n), (p, q) = self.shape, self.stack.shared_ranks
+        return m * p + n * q + len(self.modules) * p * q + sum(self.private_ranks) * (m + n)

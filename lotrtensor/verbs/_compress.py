@@ -1,0 +1,219 @@
+"""compress: an adapter becomes the smallest file of an error, or the best one of a size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from lotrtensor.adapters.compressed import CompressedAdapter
+from lotrtensor.adapters.formats.native import COMMON_FIELDS
+from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.compressed_group import CompressedGroup, Source
+from lotrtensor.adapters.sizes import budget_bytes
+from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, StackInBits
+from lotrtensor.core.fit.goal import check_goal
+from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.errors import DataError, RankError
+from lotrtensor.verbs._fit_groups import Progress
+from lotrtensor.verbs._sources import SourceGroup, lora_groups, source_group
+
+Form = Literal["auto", "lotr", "lora"]
+
+PARTS: dict[str, Parts] = {"auto": "both", "lotr": "shared", "lora": "private"}
+"""What each form is made of: shared factors, terms of single modules, or whichever is better."""
+
+
+def compress(
+    adapter: Adapter,
+    *,
+    budget: int | str | None = None,
+    tolerance: float | None = None,
+    energy: float | None = None,
+    form: Form = "auto",
+    group_by: str = "type",
+    progress: Progress | None = None,
+) -> CompressedAdapter:
+    """Compress an adapter: bits where the energy is, ΔW_k ≈ U G_k Vᵀ + P_k Q_kᵀ.
+
+    Exactly one of ``budget``, ``tolerance`` and ``energy`` says how far.
+
+    Parameters
+    ----------
+    adapter : LoraAdapter, LotrAdapter or CompressedAdapter
+        The trained adapter.
+    budget : int or str, optional
+        Bytes of the whole file, config and index included, tensors carried along not: a number,
+        ``"80KB"``, or a share of the adapter's bytes, ``"12%"``.
+    tolerance : float, optional
+        Relative Frobenius error, in (0, 1), that the file does not exceed.
+    energy : float, optional
+        Share of Σ ‖ΔW_k‖², in (0, 1), to keep: a tolerance of √(1 − energy).
+    form : str
+        ``"lora"``: terms of single modules; ``"lotr"``: factors shared by groups; ``"auto"``: of
+        every group what is better, or both.
+    group_by : str
+        Which modules share factors; see `group_modules`.
+    progress : callable, optional
+        Told of every group before it is decomposed.
+
+    Returns
+    -------
+    CompressedAdapter
+        Its ``relative_error`` is that of what is stored, its ``file_bytes`` what that takes.
+
+    Raises
+    ------
+    RankError
+        If the goal is out of reach, or not exactly one is given; the smallest file is named.
+    DataError
+        If ``form`` is unknown.
+
+    Notes
+    -----
+    All columns are rounded to one grid and coded by their entropy; a term or column is kept where
+    it takes more off the squared error than its bits do elsewhere. The step of the grid is found
+    from a model of normal columns, and corrected by what is measured.
+    """
+    if form not in PARTS:
+        raise DataError(f"form is {form!r}; expected 'auto', 'lotr' or 'lora'")
+    lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
+    given = None if budget is None else budget_bytes(budget, lora.bytes)
+    goal = check_goal(None, tolerance, energy, given, (1, 1))
+    members = lora_groups(lora, group_by)
+    groups = []
+    for done, (name, modules) in enumerate(members):
+        if progress:
+            progress(name, done, len(members))
+        source = source_group(name, modules, lora.dtype)
+        stack = LowRankStack([m.B for m in modules], [m.A for m in modules])
+        groups.append((source, StackInBits(stack, PARTS[form])))
+    job = _Job(groups, lora)
+    if budget is None or goal.budget is None:
+        return job.within_tolerance(goal.tolerance or 0.0)
+    return job.within_bytes(goal.budget, budget)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Groups on their way, and the adapter that they come from."""
+
+    groups: list[tuple[SourceGroup, StackInBits]]
+    lora: LoraAdapter
+
+    @property
+    def norm2(self) -> float:
+        return sum(stack.norm2 for _, stack in self.groups)
+
+    def predict(self, step: float) -> tuple[float, float]:
+        """Bytes of all codes, and relative error."""
+        found = [stack.predict(step) for _, stack in self.groups]
+        lost2 = sum(prediction.lost2 for prediction in found)
+        bits = sum(prediction.bits for prediction in found)
+        return bits / 8, math.sqrt(max(lost2, 0.0) / self.norm2) if self.norm2 else 0.0
+
+    def at(self, step: float) -> CompressedAdapter:
+        """The adapter on a grid of this step, measured."""
+        predicted = self.predict(step)[1]
+        # The rounding of a value to half precision is a relative error of 3e-4.
+        dtype = FLOAT32 if predicted < FINE or self._largest > 6e4 else FLOAT16
+        groups = tuple(_group(source, stack, step, dtype) for source, stack in self.groups)
+        lora = self.lora
+        config = {key: lora.config[key] for key in COMMON_FIELDS if key in lora.config}
+        source = Source(lora.dtype, lora.parameters, lora.bytes)
+        return CompressedAdapter(groups, config, source, lora.extras)
+
+    @property
+    def _largest(self) -> float:
+        return max(float(svd.values[0]) for _, stack in self.groups for svd in stack.svds)
+
+    @property
+    def coarsest(self) -> float:
+        """A step at which about the largest term alone is left."""
+        return 4.0 * self._largest / math.sqrt(min(self.groups[0][1].sides))
+
+    def solve(self, crossed: Callable[[float], bool]) -> tuple[float, float]:
+        """Neighbouring steps between which ``crossed`` turns true, as it does at coarse ones."""
+        low, high = self.coarsest * 1e-9, self.coarsest
+        for _ in range(60):
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if crossed(middle) else (middle, high)
+        return low, high
+
+    def _loses_more(self, tolerance: float, step: float) -> bool:
+        return self.predict(step)[1] > tolerance
+
+    def _takes_no_more(self, size: float, step: float) -> bool:
+        return self.predict(step)[0] <= size
+
+    def within_tolerance(self, tolerance: float) -> CompressedAdapter:
+        """The smallest file found of at most this error."""
+        best, target, error = None, tolerance, 0.0
+        for _ in range(TRIES):
+            step, _ = self.solve(partial(self._loses_more, target))
+            found = self.at(step)
+            error = found.relative_error
+            if error <= tolerance and (best is None or found.file_bytes < best.file_bytes):
+                best = found
+            if SPARE * tolerance <= error <= tolerance:
+                break
+            target *= MARGIN * tolerance / error if error else 2.0
+        if best is None:
+            raise RankError(
+                f"tolerance is {tolerance}; the smallest error reached is {error:.3g}: convert or "
+                "truncate the adapter instead, which keep 16 bits a number or more"
+            )
+        return best
+
+    def within_bytes(self, budget: int, asked: int | str) -> CompressedAdapter:
+        """The file of the least error found of at most so many bytes."""
+        smallest = self.at(self.coarsest)
+        if budget < smallest.file_bytes:
+            raise RankError(
+                f"budget is {asked!r}; the smallest file of this adapter takes "
+                f"{smallest.file_bytes} bytes, its config and index"
+            )
+        best, target = smallest, float(budget)
+        for _ in range(TRIES):
+            _, step = self.solve(partial(self._takes_no_more, target))
+            found = self.at(step)
+            if found.file_bytes <= budget and found.relative_error <= best.relative_error:
+                best = found
+            if SPARE * budget <= found.file_bytes <= budget:
+                break
+            target *= MARGIN * budget / found.file_bytes
+        return best
+
+
+TRIES = 8
+"""Files made on the way to a size or an error; two or three do where the model is right."""
+
+SPARE = 0.99
+"""Share of a budget or tolerance that has to be used."""
+
+MARGIN = 0.998
+"""How far below its goal a corrected try aims."""
+
+FINE = 0.01
+"""Relative error below which values are kept in float32."""
+
+
+def _group(
+    source: SourceGroup, stack: StackInBits, step: float, dtype: np.dtype
+) -> CompressedGroup:
+    found, error2 = stack.quantise(step, dtype)
+    return CompressedGroup(
+        name=source.name,
+        modules=source.modules,
+        shape=stack.sides,
+        slice_ranks=source.slice_ranks or (),
+        stack=found,
+        relative_error=math.sqrt(error2 / stack.norm2) if stack.norm2 else 0.0,
+        norm=math.sqrt(stack.norm2),
+        embedding=source.embedding,
+    )
