@@ -16,6 +16,7 @@ from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.compressed_group import CompressedGroup, Source
 from lotrtensor.adapters.sizes import budget_bytes
+from lotrtensor.core.bits.grid import check_width
 from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, StackInBits
 from lotrtensor.core.fit.goal import check_goal
 from lotrtensor.core.stacks.low_rank import LowRankStack
@@ -36,6 +37,7 @@ def compress(
     tolerance: float | None = None,
     energy: float | None = None,
     form: Form = "auto",
+    bits: Literal["auto"] | int = "auto",
     group_by: str = "type",
     progress: Progress | None = None,
 ) -> CompressedAdapter:
@@ -57,6 +59,9 @@ def compress(
     form : str
         ``"lora"``: terms of single modules; ``"lotr"``: factors shared by groups; ``"auto"``: of
         every group what is better, or both.
+    bits : "auto" or int
+        ``"auto"``: every column takes the bits that its energy is worth; 1 to 8: all take one
+        width, and the size follows from the ranks.
     group_by : str
         Which modules share factors; see `group_modules`.
     progress : callable, optional
@@ -70,7 +75,8 @@ def compress(
     Raises
     ------
     RankError
-        If the goal is out of reach, or not exactly one is given; the smallest file is named.
+        If the goal is out of reach, or not exactly one is given (the smallest file is named), or
+        ``bits`` is out of range.
     DataError
         If ``form`` is unknown.
 
@@ -82,6 +88,7 @@ def compress(
     """
     if form not in PARTS:
         raise DataError(f"form is {form!r}; expected 'auto', 'lotr' or 'lora'")
+    width = None if bits == "auto" else check_width(bits)
     lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
     given = None if budget is None else budget_bytes(budget, lora.bytes)
     goal = check_goal(None, tolerance, energy, given, (1, 1))
@@ -92,7 +99,7 @@ def compress(
             progress(name, done, len(members))
         source = source_group(name, modules, lora.dtype)
         stack = LowRankStack([m.B for m in modules], [m.A for m in modules])
-        groups.append((source, StackInBits(stack, PARTS[form])))
+        groups.append((source, StackInBits(stack, PARTS[form], width)))
     job = _Job(groups, lora)
     if budget is None or goal.budget is None:
         return job.within_tolerance(goal.tolerance or 0.0)

@@ -16,9 +16,11 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 
 from lotrtensor.core.arrays import Array, namespace
+from lotrtensor.errors import RankError
 
 ROUNDING = 0.45
 """ρ above. Of 0.33, 0.4, 0.45 and 0.5 the one of the least error at an eighth of the bytes of the
@@ -44,6 +46,45 @@ def round_to_grid(x: Array, step: float) -> Array:
     return xp.sign(x) * xp.floor(xp.abs(x) / step + ROUNDING)
 
 
+def round_to_width(x: Array, bits: int) -> Array:
+    """Return codes of one width: odd integers, 2ᵇ of them, on a grid of its own for each column.
+
+    Parameters
+    ----------
+    x : array (m, c)
+        Columns.
+    bits : int
+        b, 1 to `WIDEST`. The step of a column is the one that loses least of a normal one.
+
+    Returns
+    -------
+    array (m, c)
+        Codes from 1 − 2ᵇ to 2ᵇ − 1, in the type of ``x``.
+    """
+    xp = namespace(x)
+    scale = xp.sqrt(xp.mean(x * x, axis=0)) * _even_step(bits)
+    scale = xp.where(scale > 0, scale, xp.ones_like(scale))
+    most = float(2 ** (bits - 1))
+    return 2 * xp.clip(xp.floor(x / scale), -most, most - 1) + 1
+
+
+WIDEST = 8
+"""Bits of a code of one width, at most."""
+
+
+def check_width(bits: object) -> int:
+    """Return a width in bits.
+
+    Raises
+    ------
+    RankError
+        If it is no integer between 1 and `WIDEST`.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 1 <= bits <= WIDEST:
+        raise RankError(f"bits is {bits!r}; expected an integer between 1 and {WIDEST}")
+    return int(bits)
+
+
 class Cost(NamedTuple):
     """What normal entries cost on a grid: ``bits`` an entry, and ``distortion``.
 
@@ -52,6 +93,14 @@ class Cost(NamedTuple):
 
     bits: np.ndarray
     distortion: np.ndarray
+
+
+def column_cost(deviation: np.ndarray, width: int | None) -> Cost:
+    """Return `grid_cost`, or what columns of one ``width`` cost and lose at any deviation."""
+    if width is None:
+        return grid_cost(deviation)
+    bits, distortion = _even_cost(width, _even_step(width))
+    return Cost(np.full(np.shape(deviation), bits), np.full(np.shape(deviation), distortion))
 
 
 def grid_cost(deviation: np.ndarray) -> Cost:
@@ -79,6 +128,30 @@ def grid_cost(deviation: np.ndarray) -> Cost:
         distortion = np.where(fine, 2.0 ** (-2.0 * place) / 12, distortion)
     coarse = place < deviations[0]
     return Cost(np.where(coarse, 0.0, found), np.where(coarse, 1.0, distortion))
+
+
+@cache
+def _even_step(bits: int) -> float:
+    """The step, in standard deviations, at which 2ᵇ even levels lose least of a normal column.
+
+    Max, IRE Trans. Inf. Theory 6 (1960), table II.
+    """
+    found = minimize_scalar(
+        lambda step: _even_cost(bits, step)[1], bounds=(1e-3, 3.0), method="bounded"
+    )
+    return float(found.x)
+
+
+def _even_cost(bits: int, step: float) -> tuple[float, float]:
+    """Entropy and distortion of 2ᵇ levels at odd multiples of half a step."""
+    borders = step * np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1) + 1.0)
+    levels = (borders[1:] + borders[:-1]) / 2
+    borders[0], borders[-1] = -np.inf, np.inf
+    shares = np.diff(ndtr(borders))
+    moments = -np.diff(np.exp(-(borders**2) / 2)) / math.sqrt(2 * math.pi)
+    product, energy = float(moments @ levels), float(shares @ levels**2)
+    some = shares[shares > 0]
+    return -float(np.sum(some * np.log2(some))), 1 - product**2 / energy
 
 
 @cache

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lotrtensor.core.bits.grid import grid_cost, round_to_grid
+from lotrtensor.core.bits.gauge import equalising_rotation
+from lotrtensor.core.bits.grid import column_cost, round_to_grid, round_to_width
 from lotrtensor.core.bits.terms import slope, unit_columns
 
 
@@ -52,7 +53,9 @@ def core_kinds(left: np.ndarray, right: np.ndarray, slices: int) -> np.ndarray:
         return np.clip(np.round(np.log2(squares)), -8, 60).astype(np.int8)
 
 
-def best_ranks(core: np.ndarray, sides: tuple[int, int], step: float) -> tuple[int, int]:
+def best_ranks(
+    core: np.ndarray, sides: tuple[int, int], step: float, width: int | None = None
+) -> tuple[int, int]:
     """Ranks (p, q) of the least ‖error‖² + λ · bits on a grid, among all corners of the cores.
 
     Parameters
@@ -63,13 +66,15 @@ def best_ranks(core: np.ndarray, sides: tuple[int, int], step: float) -> tuple[i
         m and n.
     step : float
         Δ.
+    width : int, optional
+        Bits of every code, where all have one width; see `predict_terms`.
 
     Returns
     -------
     (int, int)
         (0, 0) where sharing is not worth its bits.
     """
-    bits, saved2 = _corners(core, sides, step)
+    bits, saved2 = _corners(core, sides, step, width)
     gain = saved2 - slope(step) * bits
     place = int(np.argmax(gain))
     if gain.flat[place] <= 0.0:
@@ -79,33 +84,39 @@ def best_ranks(core: np.ndarray, sides: tuple[int, int], step: float) -> tuple[i
 
 
 def predict_tucker2(
-    core: np.ndarray, sides: tuple[int, int], ranks: tuple[int, int], step: float
+    core: np.ndarray,
+    sides: tuple[int, int],
+    ranks: tuple[int, int],
+    step: float,
+    width: int | None = None,
 ) -> tuple[float, float]:
     """Return the bits of ranks (p, q) on a grid, and the squared norm that they keep.
 
     Parameters
     ----------
-    core, sides, step
+    core, sides, step, width
         As for `best_ranks`.
     ranks : (int, int)
         (p, q), or (0, 0).
     """
     if not min(ranks):
         return 0.0, 0.0
-    bits, saved2 = _corners(core, sides, step)
+    bits, saved2 = _corners(core, sides, step, width)
     place = ranks[0] - 1, ranks[1] - 1
     return float(bits[place]), float(saved2[place])
 
 
 def _corners(
-    core: np.ndarray, sides: tuple[int, int], step: float
+    core: np.ndarray, sides: tuple[int, int], step: float, width: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bits and squared norm kept (a × b) of every corner (p, q) of the cores, at [p − 1, q − 1]."""
     energy = np.sum(core**2, axis=0)
     left, right = np.sqrt(energy.sum(axis=1)), np.sqrt(energy.sum(axis=0))
     (m, n), slices = sides, core.shape[0]
-    costs = grid_cost(left / (math.sqrt(m) * step)), grid_cost(right / (math.sqrt(n) * step))
-    inside = grid_cost(np.sqrt(energy / slices) / step)
+    costs = [
+        column_cost(x / (math.sqrt(side) * step), width) for x, side in ((left, m), (right, n))
+    ]
+    inside = column_cost(np.sqrt(energy / slices) / step, width)
     kept = (1 - costs[0].distortion)[:, None] * (1 - costs[1].distortion) * (1 - inside.distortion)
     saved2 = np.cumsum(np.cumsum(energy * kept, axis=0), axis=1)
     bits = slices * np.cumsum(np.cumsum(inside.bits, axis=0), axis=1)
@@ -118,9 +129,9 @@ _KIND = 8
 
 
 def quantise_tucker2(
-    left: np.ndarray, core: np.ndarray, right: np.ndarray, step: float
+    left: np.ndarray, core: np.ndarray, right: np.ndarray, step: float, width: int | None = None
 ) -> QuantisedTucker2 | None:
-    """Round a Tucker-2 with orthonormal factors to a grid; None where nothing is left of it.
+    """Round a Tucker-2 with orthonormal factors; None where nothing is left of it.
 
     The cores are solved for anew between the rounded factors, G_k = U⁺ ΔW_k (Vᵀ)⁺, before they are
     rounded themselves.
@@ -128,20 +139,30 @@ def quantise_tucker2(
     Parameters
     ----------
     left, core, right : ndarray (m, p), (K, p, q), (n, q)
-        U, G and V.
+        U, G and V, the columns by falling energy.
     step : float
-        Δ.
+        Δ of the grid.
+    width : int, optional
+        Bits of every code instead; the columns are then turned so that all have one energy.
     """
-    energies, others = np.sqrt(np.sum(core**2, axis=(0, 2))), np.sqrt(np.sum(core**2, axis=(0, 1)))
-    first = round_to_grid(left * energies, step)
-    second = round_to_grid(right * others, step)
+    energies, others = np.sum(core**2, axis=(0, 2)), np.sum(core**2, axis=(0, 1))
+    if width is None:
+        first = round_to_grid(left * np.sqrt(energies), step)
+        second = round_to_grid(right * np.sqrt(others), step)
+    else:
+        first = round_to_width(left @ equalising_rotation(energies), width)
+        second = round_to_width(right @ equalising_rotation(others), width)
     kept, also = first.any(axis=0), second.any(axis=0)
     if not kept.any() or not also.any():
         return None
     first, second = first[:, kept], second[:, also]
     inverse, other = np.linalg.pinv(unit_columns(first)), np.linalg.pinv(unit_columns(second))
     solved = (inverse @ left) @ core @ (other @ right).T
-    codes = round_to_grid(solved, step)
+    if width is None:
+        codes = round_to_grid(solved, step)
+    else:
+        codes = round_to_width(solved.reshape(-1, 1), width).reshape(solved.shape)
+        step = float(np.sum(codes * solved) / np.sum(codes * codes))
     return QuantisedTucker2(
         first.astype(np.int16), codes.astype(np.int16), second.astype(np.int16), step
     )

@@ -91,10 +91,12 @@ class StackInBits:
         K slices ΔW_k.
     parts : str
         ``"shared"``, ``"private"`` or ``"both"``.
+    width : int, optional
+        Bits of every code; by default each column takes what its entropy asks for.
     """
 
-    def __init__(self, stack: LowRankStack, parts: Parts) -> None:
-        self.stack, self.parts = stack, parts
+    def __init__(self, stack: LowRankStack, parts: Parts, width: int | None = None) -> None:
+        self.stack, self.parts, self.width = stack, parts, width
         self.svds: Sequence[SliceSvd] = slice_svds(stack)
         self.norm2 = float(sum(np.sum(svd.values**2) for svd in self.svds))
         if parts != "private":
@@ -113,11 +115,11 @@ class StackInBits:
         found = []
         if self.parts != "shared":
             spectra = [svd.values for svd in self.svds]
-            bits, lost = predicted_total(spectra, [self.sides] * len(spectra), step)
+            bits, lost = predicted_total(spectra, [self.sides] * len(spectra), step, self.width)
             found.append(Prediction(bits, lost, (0, 0)))
         if self.parts != "private":
-            ranks = best_ranks(self._cores, self.sides, step)
-            bits, saved2 = predict_tucker2(self._cores, self.sides, ranks, step)
+            ranks = best_ranks(self._cores, self.sides, step, self.width)
+            bits, saved2 = predict_tucker2(self._cores, self.sides, ranks, step, self.width)
             found.append(Prediction(bits, self.norm2 - saved2, ranks))
         return min(found, key=lambda p: p.lost2 + slope(step) * p.bits)
 
@@ -132,7 +134,7 @@ class StackInBits:
         """
         candidates = {(0, 0)} if self.parts != "shared" else set()
         if self.parts != "private":
-            p, q = best_ranks(self._cores, self.sides, step)
+            p, q = best_ranks(self._cores, self.sides, step, self.width)
             if self.parts == "shared" or self._near(step, (p, q)):
                 candidates.add((p, q))
             if len(candidates) > 1:
@@ -143,7 +145,7 @@ class StackInBits:
 
     def _near(self, step: float, ranks: tuple[int, int]) -> bool:
         """Whether a shared part of these ranks may be worth its bits beside private terms."""
-        bits, saved2 = predict_tucker2(self._cores, self.sides, ranks, step)
+        bits, saved2 = predict_tucker2(self._cores, self.sides, ranks, step, self.width)
         alone = self.norm2 - saved2 + slope(step) * bits
         best = self.predict(step)
         return alone <= NEAR * (best.lost2 + slope(step) * best.bits)
@@ -157,8 +159,8 @@ class StackInBits:
             solution = self._problem.solve(ranks)
             fit = self._problem._rounded(solution)
             left, core, right = (to_numpy(x) for x in (fit.left, fit.core, fit.right))
-            shared = quantise_tucker2(left, core, right, step)
-            bits, _ = predict_tucker2(self._cores, self.sides, ranks, step)
+            shared = quantise_tucker2(left, core, right, step, self.width)
+            bits, _ = predict_tucker2(self._cores, self.sides, ranks, step, self.width)
         if shared is not None:
             left, core, right = shared.factors()
             pairs = [self.stack.factors(k) for k in range(self.stack.shape[0])]
@@ -176,9 +178,11 @@ class StackInBits:
                 bits,
             )
         svds = self.svds if shared is None else slice_svds(residual)
-        private = tuple(quantise_slice(svd, step).rounded(value_dtype) for svd in svds)
+        private = tuple(quantise_slice(svd, step, self.width).rounded(value_dtype) for svd in svds)
         lost = sum(lost2(svd, terms) for svd, terms in zip(svds, private, strict=True))
-        bits += predicted_total([s.values for s in svds], [self.sides] * len(svds), step)[0]
+        bits += predicted_total(
+            [s.values for s in svds], [self.sides] * len(svds), step, self.width
+        )[0]
         return QuantisedStack(shared, private, value_dtype), lost, bits
 
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lotrtensor.core.arrays import to_numpy
-from lotrtensor.core.bits.grid import grid_cost, round_to_grid
+from lotrtensor.core.bits.gauge import equalising_rotation
+from lotrtensor.core.bits.grid import column_cost, round_to_grid, round_to_width
 from lotrtensor.core.slice_svd import SliceSvd
 
 TERM_BITS = 32
@@ -72,7 +73,7 @@ def slope(step: float) -> float:
 
 
 def predict_terms(
-    values: np.ndarray, sides: np.ndarray, step: float
+    values: np.ndarray, sides: np.ndarray, step: float, width: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return which terms are worth keeping, and what all of them would cost and save.
 
@@ -84,6 +85,8 @@ def predict_terms(
         m and n of the slice of each.
     step : float
         Δ.
+    width : int, optional
+        Bits of every code, where all have one width; the step then says what a bit is worth alone.
 
     Returns
     -------
@@ -94,14 +97,14 @@ def predict_terms(
     saved2 : ndarray (c,)
         Squared norm that the rounded term keeps of σ².
     """
-    cost = grid_cost(values[:, None] / (np.sqrt(sides) * step))
+    cost = column_cost(values[:, None] / (np.sqrt(sides) * step), width)
     bits = np.sum(sides * cost.bits, axis=1) + TERM_BITS
     saved2 = values**2 * np.prod(1.0 - cost.distortion, axis=1)
     return saved2 > slope(step) * bits, bits, saved2
 
 
-def quantise_slice(svd: SliceSvd, step: float) -> QuantisedTerms:
-    """Round a slice to a grid.
+def quantise_slice(svd: SliceSvd, step: float, width: int | None = None) -> QuantisedTerms:
+    """Round a slice to a grid, or its columns to one width.
 
     The left columns are rounded first; the right ones are then solved for anew, so that they make
     good what the left ones lost, and the values of the terms last:
@@ -117,6 +120,9 @@ def quantise_slice(svd: SliceSvd, step: float) -> QuantisedTerms:
         The slice, ΔW = U diag(σ) Vᵀ.
     step : float
         Δ.
+    width : int, optional
+        Bits of every code; the columns are turned to one norm first, which suits that best
+        (`lotrtensor.core.bits.gauge`).
 
     Returns
     -------
@@ -125,14 +131,19 @@ def quantise_slice(svd: SliceSvd, step: float) -> QuantisedTerms:
     """
     left, right, values = to_numpy(svd.left), to_numpy(svd.right), svd.values
     (m, _), (n, _) = left.shape, right.shape
-    keep, _, _ = predict_terms(values, np.array([[m, n]] * len(values)).reshape(-1, 2), step)
-    codes = round_to_grid(left[:, keep] * values[keep], step)
+    sides = np.array([[m, n]] * len(values)).reshape(-1, 2)
+    keep, _, _ = predict_terms(values, sides, step, width)
+    if width is None:
+        codes = round_to_grid(left[:, keep] * values[keep], step)
+    else:
+        turned = (left[:, keep] * np.sqrt(values[keep])) @ equalising_rotation(values[keep])
+        codes = round_to_width(turned, width)
     codes = _independent(codes)
     if not codes.shape[1]:
         return QuantisedTerms.empty(m, n)
-    solved = _solve(codes, left, values, right)
     # Weighted by what an error of an entry costs: the norm of the column that it meets.
-    turned = round_to_grid(solved * np.linalg.norm(codes, axis=0), step)
+    solved = _solve(codes, left, values, right) * np.linalg.norm(codes, axis=0)
+    turned = round_to_grid(solved, step) if width is None else round_to_width(solved, width)
     kept = turned.any(axis=0)
     first, second = codes[:, kept].astype(np.int16), turned[:, kept].astype(np.int16)
     if not kept.any():
@@ -194,10 +205,13 @@ def lost2(svd: SliceSvd, terms: QuantisedTerms) -> float:
 
 
 def predicted_total(
-    spectra: Sequence[np.ndarray], sides: Sequence[tuple[int, int]], step: float
+    spectra: Sequence[np.ndarray],
+    sides: Sequence[tuple[int, int]],
+    step: float,
+    width: int | None = None,
 ) -> tuple[float, float]:
     """Bits of all slices on a grid of this step, and the squared error that they leave."""
     values = np.concatenate(list(spectra))
     every = np.repeat(np.array(sides, dtype=float), [len(s) for s in spectra], axis=0)
-    keep, bits, saved2 = predict_terms(values, every, step)
+    keep, bits, saved2 = predict_terms(values, every, step, width)
     return float(bits[keep].sum()), float(np.sum(values**2) - saved2[keep].sum())
