@@ -141,7 +141,7 @@ def test_a_normal_column_of_one_width_loses_what_is_told(bits):
     scales = np.sum(codes * x, axis=0) / np.sum(codes**2, axis=0)
     lost = np.mean((x - scales * codes) ** 2, axis=0) / np.mean(x**2, axis=0)
     told = float(column_cost(np.ones(1), bits).distortion[0])
-    np.testing.assert_allclose(lost, told, rtol=0.06)
+    np.testing.assert_allclose(lost, told, rtol=0.03 if bits < 6 else 0.15)  # rare tails count
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.5, "four", True])
@@ -166,9 +166,13 @@ def test_the_rotation_equalises_and_is_orthogonal(values):
     np.testing.assert_allclose(diagonal, values.mean(), atol=1e-9 * max(1.0, values.max()))
 
 
-@pytest.mark.parametrize("decay", [0.3, 0.7])
-def test_at_one_width_the_equal_gauge_loses_what_the_nuclear_norm_says(decay):
-    """2 d (Σσ)² / c against 2 d Σσ² at the singular vectors, both measured."""
+@pytest.mark.parametrize(("decay", "accuracy"), [(0.3, 0.4), (0.7, 0.1), (1.0, 0.05)])
+def test_at_one_width_the_equal_gauge_loses_what_the_nuclear_norm_says(decay, accuracy):
+    """2 d (Σσ)² / c against 2 d Σσ² at the singular vectors, both measured.
+
+    Where one value outweighs the others all turned columns are nearly parallel, and their errors
+    are no longer independent.
+    """
     rng = np.random.default_rng(4)
     m, c, bits = 4000, 8, 5
     values = decay ** np.arange(c)
@@ -184,7 +188,7 @@ def test_at_one_width_the_equal_gauge_loses_what_the_nuclear_norm_says(decay):
             codes = round_to_width(factor, bits)
             rounded.append(codes * np.sum(codes * factor, axis=0) / np.sum(codes**2, axis=0))
         lost = np.linalg.norm(factors[0] @ factors[1].T - rounded[0] @ rounded[1].T) ** 2
-        assert lost == pytest.approx(predicted, rel=0.15)
+        assert lost == pytest.approx(predicted, rel=accuracy)
 
 
 # --- terms

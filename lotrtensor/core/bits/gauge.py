@@ -1,7 +1,7 @@
 """The gauge for one width: factors turned so that all their columns have one norm.
 
 A slice P Qᵀ, P = U √Σ R and Q = V √Σ R, is the same for every orthogonal R. Where each column is
-rounded with the same relative distortion d, the error is about
+rounded with the same relative distortion d, and the errors of columns are independent, they are
 
     2 d Σ_j ‖p_j‖² ‖q_j‖²   with   ‖p_j‖² = ‖q_j‖² = (RᵀΣR)_jj ,
 
