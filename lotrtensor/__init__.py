@@ -5,6 +5,7 @@ The base package needs NumPy and SciPy only; it imports no deep-learning framewo
 
 from importlib.metadata import version
 
+from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import GroupSummary, LotrAdapter
@@ -38,6 +39,7 @@ from lotrtensor.errors import (
     UnsupportedAdapterError,
 )
 from lotrtensor.verbs._compare import Difference, ModuleDifference, compare
+from lotrtensor.verbs._compress import compress
 from lotrtensor.verbs._convert import convert
 from lotrtensor.verbs._extract import extract, extraction_error
 from lotrtensor.verbs._merge import merge
@@ -49,6 +51,7 @@ __all__ = [
     "Analysis",
     "Choice",
     "Clustering",
+    "CompressedAdapter",
     "DataError",
     "DenseStack",
     "Difference",
@@ -78,6 +81,7 @@ __all__ = [
     "as_stack",
     "cluster",
     "compare",
+    "compress",
     "convert",
     "cosine_similarity",
     "extract",

@@ -41,9 +41,9 @@ class CompressedSummary(NamedTuple):
     shape: tuple[int, int]
     shared_ranks: tuple[int, int]
     private_ranks: tuple[int, ...]
-    numbers: int
     bits: float
     relative_error: float
+    parameters: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +124,9 @@ class CompressedAdapter:
                 shape=group.shape,
                 shared_ranks=group.stack.shared_ranks,
                 private_ranks=group.private_ranks,
-                numbers=group.parameters,
                 bits=_mean_bits(group),
                 relative_error=group.relative_error,
+                parameters=group.parameters,
             )
             for group in self.groups
         )

@@ -75,7 +75,7 @@ def analyze(
     """
     check_adapter(adapter)
     shares = _check_shares(shares)
-    lora = adapter.to_lora() if isinstance(adapter, LotrAdapter) else adapter
+    lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
     members = lora_groups(lora, "type")
     report = _Stages(progress, len(members) + 4)
     reduced = []

@@ -12,7 +12,18 @@ from typing import NoReturn
 import typer
 
 import lotrtensor
-from lotrtensor.cli import analyze, convert, demo, export, extract, inspect, merge, truncate, verify
+from lotrtensor.cli import (
+    analyze,
+    compress,
+    convert,
+    demo,
+    export,
+    extract,
+    inspect,
+    merge,
+    truncate,
+    verify,
+)
 from lotrtensor.errors import LotrError, printable
 
 app = typer.Typer(
@@ -28,6 +39,7 @@ app = typer.Typer(
 for command in (
     inspect.inspect,
     convert.convert,
+    compress.compress,
     truncate.truncate,
     export.export,
     analyze.analyze,

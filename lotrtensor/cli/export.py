@@ -9,7 +9,7 @@ import typer
 from lotrtensor.adapters.formats.directory import check_inputs_outside, check_lora_output
 from lotrtensor.adapters.formats.layout import output_form
 from lotrtensor.adapters.loading import load
-from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.cli.common import (
     AdapterPath,
     Force,
@@ -56,7 +56,7 @@ def export(
     check_lora_output(output, force=force)
     check_inputs_outside(output, adapter, in_place=True)
     lotr = load(adapter)
-    if not isinstance(lotr, LotrAdapter):
+    if isinstance(lotr, LoraAdapter):
         raise UnsupportedAdapterError(f"{adapter} is a LoRA already; expected a LoTR adapter")
     output_form(output, lotr.config, form)
     with progress_bar("exporting"):

@@ -10,7 +10,7 @@ from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import AdapterPath, Json, output_console, print_json, progress_bar
 from lotrtensor.report.documents import inspect_document
 from lotrtensor.report.spectra import add_spectra, spectra_table
-from lotrtensor.report.tables import lora_table, lotr_table, size_line
+from lotrtensor.report.tables import adapter_table, size_line
 
 
 def inspect(
@@ -32,7 +32,7 @@ def inspect(
         print_json(document)
         return
     console = output_console()
-    console.print(lora_table(document) if document["type"] == "LORA" else lotr_table(document))
+    console.print(adapter_table(document))
     console.print(spectra_table(document))
     console.print(f"{size_line(document)}, {document['dtype']}")
     if document["file_style"]:

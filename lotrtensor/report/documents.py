@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.formats.layout import LAYOUT, read_layout
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.loading import Adapter
@@ -48,12 +49,40 @@ def lotr_document(adapter: LotrAdapter) -> Document:
     }
 
 
+def compressed_document(adapter: CompressedAdapter) -> Document:
+    """Errors and sizes of a compressed adapter and of its groups.
+
+    ``file_bytes`` counts both files as written, without tensors that are carried along.
+    """
+    return {
+        "relative_error": adapter.relative_error,
+        "parameters": adapter.parameters,
+        "file_bytes": adapter.file_bytes,
+        "bytes": adapter.bytes,
+        "source_parameters": adapter.source.parameters,
+        "source_bytes": adapter.source.bytes,
+        "dtype": adapter.dtype.name,
+        "groups": [
+            {
+                "name": row.group,
+                "modules": list(group.modules),
+                "shape": list(row.shape),
+                "shared_ranks": list(row.shared_ranks),
+                "private_ranks": list(row.private_ranks),
+                "bits": row.bits,
+                "relative_error": row.relative_error,
+                "parameters": row.parameters,
+            }
+            for row, group in zip(adapter.summary, adapter.groups, strict=True)
+        ],
+    }
+
+
 def inspect_document(adapter: Adapter, group_by: str = "type") -> Document:
     """What an adapter holds: sizes, base model, groups, and ‖ΔW‖ of every module."""
-    is_lora = isinstance(adapter, LoraAdapter)
     norms = {n: float(np.sqrt(s.norms2()[0])) for n, s in lora_factors(adapter).items()}
     shared = {
-        "type": "LORA" if is_lora else "LOTR",
+        "type": "LORA" if isinstance(adapter, LoraAdapter) else "LOTR",
         "base_model": adapter.config.get("base_model_name_or_path"),
         "task_type": adapter.config.get("task_type"),
         "file_style": read_layout(adapter.config).style if LAYOUT in adapter.config else None,
@@ -61,6 +90,8 @@ def inspect_document(adapter: Adapter, group_by: str = "type") -> Document:
     }
     if isinstance(adapter, LotrAdapter):
         document = shared | lotr_document(adapter)
+    elif isinstance(adapter, CompressedAdapter):
+        document = shared | compressed_document(adapter)
     else:
         document = shared | _lora_document(adapter, group_by)
     document["modules"] = [{"name": name, "norm": norm} for name, norm in norms.items()]

@@ -59,6 +59,44 @@ def lotr_table(document: Document) -> Table:
     return table
 
 
+def compressed_table(document: Document) -> Table:
+    """Groups of a compressed adapter: ranks of both parts, mean bits of a number, errors."""
+    table = _table(
+        "compressed: ΔW = U · G · Vᵀ + P · Qᵀ, shared and private, in bits",
+        *("group", "slices", "shape", "shared p, q", "private", "numbers", "bits", "error"),
+    )
+    for group in document["groups"]:
+        ranks = group["private_ranks"]
+        lowest, highest = min(ranks), max(ranks)
+        table.add_row(
+            escape(group["name"]),
+            str(len(group["modules"])),
+            "{} × {}".format(*group["shape"]),
+            "{}, {}".format(*group["shared_ranks"]) if any(group["shared_ranks"]) else "–",
+            str(lowest) if lowest == highest else f"{lowest} … {highest}",
+            f"{group['parameters']:,}",
+            f"{group['bits']:.2f}",
+            error(group["relative_error"]),
+        )
+    table.add_section()
+    slices = sum(len(group["modules"]) for group in document["groups"])
+    numbers = document["parameters"]
+    bits = sum(g["bits"] * g["parameters"] for g in document["groups"]) / max(numbers, 1)
+    whole = ("", "", "", f"{numbers:,}", f"{bits:.2f}", error(document["relative_error"]))
+    table.add_row("all", str(slices), *whole, style="bold")
+    return table
+
+
+def file_line(document: Document) -> str:
+    """One sentence: what a compressed adapter takes, and what it took before."""
+    ratio = document["source_bytes"] / document["file_bytes"]
+    change = f"{ratio:.1f} × smaller" if ratio >= 1 else f"{1 / ratio:.1f} × larger"
+    return (
+        f"{size(document['file_bytes'])} as written ({change} than the adapter's "
+        f"{size(document['source_bytes'])})"
+    )
+
+
 def lora_table(document: Document) -> Table:
     """Groups of a LoRA adapter as they would share factors, and their sizes."""
     table = _table(
@@ -77,6 +115,13 @@ def lora_table(document: Document) -> Table:
     slices = sum(len(group["modules"]) for group in document["groups"])
     table.add_row("all", str(slices), "", "", f"{document['parameters']:,}", style="bold")
     return table
+
+
+def adapter_table(document: Document) -> Table:
+    """The table that suits what `inspect_document` found."""
+    if document["type"] == "LORA":
+        return lora_table(document)
+    return compressed_table(document) if "file_bytes" in document else lotr_table(document)
 
 
 def difference_table(document: Document, limit: int = 10) -> Table:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
@@ -70,6 +71,8 @@ def lora_factors(adapter: Adapter) -> dict[str, LowRankStack]:
     """Every module's ΔW as a stack of one slice of thin factors, by module name."""
     if isinstance(adapter, LoraAdapter):
         return {m.name: LowRankStack([m.B], [m.A]) for m in adapter.modules}
+    if isinstance(adapter, CompressedAdapter):
+        return {m.name: LowRankStack([m.B], [m.A]) for m in adapter.updates()}
     factors = {}
     for group in adapter.groups:
         stack = group.tucker2().to_low_rank()

@@ -18,6 +18,7 @@ from lotrtensor.adapters.compressed_group import CompressedGroup, Source
 from lotrtensor.adapters.sizes import budget_bytes
 from lotrtensor.core.bits.grid import check_width
 from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, StackInBits
+from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.fit.goal import check_goal
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import DataError, RankError
@@ -37,7 +38,7 @@ def compress(
     tolerance: float | None = None,
     energy: float | None = None,
     form: Form = "auto",
-    bits: Literal["auto"] | int = "auto",
+    bits: int | str = "auto",
     group_by: str = "type",
     progress: Progress | None = None,
 ) -> CompressedAdapter:
@@ -88,7 +89,7 @@ def compress(
     """
     if form not in PARTS:
         raise DataError(f"form is {form!r}; expected 'auto', 'lotr' or 'lora'")
-    width = None if bits == "auto" else check_width(bits)
+    width = None if bits == "auto" else check_width(_number(bits))
     lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
     given = None if budget is None else budget_bytes(budget, lora.bytes)
     goal = check_goal(None, tolerance, energy, given, (1, 1))
@@ -104,6 +105,10 @@ def compress(
     if budget is None or goal.budget is None:
         return job.within_tolerance(goal.tolerance or 0.0)
     return job.within_bytes(goal.budget, budget)
+
+
+def _number(bits: int | str) -> object:
+    return int(bits) if isinstance(bits, str) and bits.isdecimal() and len(bits) < 4 else bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +142,8 @@ class _Job:
 
     @property
     def _largest(self) -> float:
-        return max(float(svd.values[0]) for _, stack in self.groups for svd in stack.svds)
+        largest = max(float(svd.values[0]) for _, stack in self.groups for svd in stack.svds)
+        return largest or 1.0  # of an adapter of zeros any step is as good
 
     @property
     def coarsest(self) -> float:
@@ -146,7 +152,8 @@ class _Job:
 
     def solve(self, crossed: Callable[[float], bool]) -> tuple[float, float]:
         """Neighbouring steps between which ``crossed`` turns true, as it does at coarse ones."""
-        low, high = self.coarsest * 1e-9, self.coarsest
+        # No entry of a column exceeds its norm, and codes are integers of 16 bits.
+        low, high = self._largest / LARGEST_CODE, self.coarsest
         for _ in range(60):
             middle = math.sqrt(low * high)
             low, high = (low, middle) if crossed(middle) else (middle, high)

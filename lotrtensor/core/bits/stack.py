@@ -186,7 +186,7 @@ class StackInBits:
         return QuantisedStack(shared, private, value_dtype), lost, bits
 
 
-NEAR = 1.1
+NEAR = 1.03
 """Ratio of the two parts' ‖error‖² + λ · bits up to which the dearer one is tried. Predictions are
 within 2 % of what is reached; a wider net cost forty times the time on the bundled adapter, and
 found nothing."""

@@ -1,0 +1,320 @@
+"""Compressed adapters: sizes, errors, files, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lotrtensor as lt
+from adapters_fixtures import lotr, write_lora
+from lotrtensor.adapters.formats.names import fold, unfold
+
+BUNDLED = Path(lt.__file__).parent / "data" / "amazon-sentiment"
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return lt.load(BUNDLED)
+
+
+@pytest.fixture
+def small(tmp_path):
+    return write_lora(tmp_path / "lora")
+
+
+def on_disk(directory):
+    return sum(path.stat().st_size for path in Path(directory).iterdir())
+
+
+def dense(adapter):
+    """ΔW of every module, as m × n."""
+    if isinstance(adapter, lt.LoraAdapter):
+        return {m.name: m.B.astype(float) @ m.A for m in adapter.modules}
+    return {m.name: m.B @ m.A for m in adapter.updates()}
+
+
+def dense_error(adapter, reference):
+    first, second = dense(reference), dense(adapter)
+    lost2 = sum(np.linalg.norm(first[name] - second[name]) ** 2 for name in first)
+    return np.sqrt(lost2 / sum(np.linalg.norm(x) ** 2 for x in first.values()))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "error"), [(4, 0.07), (8, 0.235), (10, 0.3), (16, 0.43), (32, 0.6)]
+)
+def test_the_bundled_adapter_at_a_size(bundled, tmp_path, ratio, error):
+    """Whole files on disk; the errors are those of the README's table, rounded up."""
+    found = lt.compress(bundled, budget=bundled.bytes // ratio)
+    found.save(tmp_path / "small")
+    assert on_disk(tmp_path / "small") == found.file_bytes <= bundled.bytes / ratio
+    read = lt.load(tmp_path / "small")
+    assert isinstance(read, lt.CompressedAdapter)
+    assert dense_error(read, bundled) == pytest.approx(found.relative_error, rel=1e-5)
+    assert found.relative_error <= error
+
+
+def test_more_bytes_are_never_more_error(bundled):
+    errors = [lt.compress(bundled, budget=size).relative_error for size in (9000, 30_000, 100_000)]
+    assert all(a > b for a, b in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("tolerance", [0.003, 0.1, 0.5])
+@pytest.mark.parametrize("form", ["auto", "lora", "lotr"])
+def test_a_tolerance_is_met_by_what_is_stored(bundled, tmp_path, form, tolerance):
+    found = lt.compress(bundled, tolerance=tolerance, form=form)
+    found.save(tmp_path / "small")
+    assert dense_error(lt.load(tmp_path / "small"), bundled) <= tolerance * (1 + 1e-9)
+    assert found.relative_error >= 0.9 * tolerance
+
+
+def test_an_energy_is_a_tolerance(bundled):
+    found = lt.compress(bundled, energy=0.91)
+    assert found.file_bytes == lt.compress(bundled, tolerance=0.3).file_bytes
+
+
+def test_auto_is_no_worse_than_either_form(bundled):
+    auto, *others = (lt.compress(bundled, budget="6%", form=f) for f in ("auto", "lora", "lotr"))
+    assert auto.relative_error <= min(o.relative_error for o in others) * 1.005
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_one_width_for_all(bundled, bits):
+    found = lt.compress(bundled, budget="12%", bits=bits)
+    assert all(row.bits <= bits for row in found.summary)
+    for group in found.groups:
+        for terms in group.stack.private:
+            assert np.abs(terms.left).max(initial=0) < 2**bits
+    assert found.relative_error > lt.compress(bundled, budget=found.file_bytes).relative_error
+
+
+def test_the_same_file_every_time(bundled, tmp_path):
+    for name in "ab":
+        lt.compress(bundled, budget="5%").save(tmp_path / name)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_file_that_is_read_is_written_again_to_the_bit(bundled, tmp_path):
+    lt.compress(bundled, budget="5%", form="lotr").save(tmp_path / "a")
+    lt.load(tmp_path / "a").save(tmp_path / "b")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_the_overhead_of_the_file_is_small(bundled, tmp_path):
+    """All that is not codes or values: config, headers, kinds."""
+    found = lt.compress(bundled, budget=bundled.bytes // 8)
+    found.save(tmp_path / "small")
+    tensors = safetensors.numpy.load_file(tmp_path / "small" / "adapter_model.safetensors")
+    content = tensors["lotr_codes"].nbytes + tensors["lotr_values"].nbytes
+    assert found.file_bytes <= 1.03 * content
+
+
+def test_back_to_a_lora_of_the_original_rank(bundled):
+    found = lt.compress(bundled, budget="25%", form="lotr")
+    lora = found.to_lora()
+    assert max(module.rank for module in lora.modules) <= 8
+    assert lora.dtype == bundled.dtype
+    assert dense_error(lora, bundled) <= found.relative_error
+    assert max(module.rank for module in found.to_lora(2).modules) == 2
+    with pytest.raises(lt.RankError, match="at least 1"):
+        found.to_lora(0)
+
+
+def test_carried_tensors_travel_along(tmp_path):
+    extras = {"base_model.model.classifier.weight": np.ones((2, 8), np.float32)}
+    lora = lt.load(write_lora(tmp_path / "lora", extras=extras, modules_to_save=["classifier"]))
+    found = lt.compress(lora, tolerance=0.3)
+    found.save(tmp_path / "small")
+    read = lt.load(tmp_path / "small")
+    assert list(read.extras) == list(extras)
+    assert on_disk(tmp_path / "small") > found.file_bytes
+
+
+def test_an_adapter_of_zeros(tmp_path):
+    lora = lt.load(write_lora(tmp_path / "lora"))
+    zeros = lt.LoraAdapter(
+        tuple(type(m)(m.name, m.B * 0, m.A, m.embedding) for m in lora.modules),
+        lora.config,
+        lora.dtype,
+    )
+    found = lt.compress(zeros, tolerance=0.3)
+    found.save(tmp_path / "small")
+    assert found.relative_error == 0.0
+    assert not any(x.any() for x in dense(lt.load(tmp_path / "small")).values())
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-6, 1e6, 1e25])
+def test_very_small_and_very_large_updates(tmp_path, scale):
+    lora = lt.load(write_lora(tmp_path / "lora"))
+    scaled = lt.LoraAdapter(
+        tuple(type(m)(m.name, m.B.astype(float) * scale, m.A, m.embedding) for m in lora.modules),
+        lora.config,
+        np.dtype("float64"),
+    )
+    found = lt.compress(scaled, tolerance=0.1)
+    found.save(tmp_path / "small")
+    assert dense_error(lt.load(tmp_path / "small"), scaled) <= 0.1
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "exactly one"),
+        ({"budget": "10%", "tolerance": 0.1}, "exactly one"),
+        ({"budget": 100}, "smallest file"),
+        ({"budget": "100p"}, "bytes"),
+        ({"budget": "much"}, "much"),
+        ({"tolerance": 1.5}, "between 0 and 1"),
+        ({"tolerance": 1e-9}, "smallest error reached"),
+        ({"budget": "10%", "bits": 0}, "between 1 and 8"),
+        ({"budget": "10%", "bits": "few"}, "between 1 and 8"),
+        ({"budget": "10%", "form": "tt"}, "form"),
+    ],
+)
+def test_bad_options(bundled, options, words):
+    with pytest.raises(lt.LotrError, match=words):
+        lt.compress(bundled, **options)
+
+
+@pytest.fixture
+def compressed(bundled, tmp_path):
+    lt.compress(bundled, budget="5%", form="lotr").save(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def rewrite(directory, change):
+    """Change the tensors, or the config, of a directory."""
+    tensors = safetensors.numpy.load_file(directory / "adapter_model.safetensors")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    change(tensors, config)
+    safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+DAMAGES = {
+    "codes end": lambda t, c: t.update(lotr_codes=t["lotr_codes"][:-1].copy()),
+    "codes go on": lambda t, c: t.update(lotr_codes=np.append(t["lotr_codes"], np.uint8(0))),
+    "no codes": lambda t, c: t.pop("lotr_codes"),
+    "codes of another type": lambda t, c: t.update(lotr_codes=t["lotr_codes"].astype("int32")),
+    "a kind too many": lambda t, c: t.update(lotr_kinds=np.append(t["lotr_kinds"], np.int8(2))),
+    "a zero column": lambda t, c: t["lotr_kinds"].__setitem__(0, -128),
+    "a value too few": lambda t, c: t.update(lotr_values=np.ones(1, np.float16)),
+    "ranks": lambda t, c: c["groups"][0].update(shared_ranks=[1000, 1000]),
+    "negative ranks": lambda t, c: c["groups"][0].update(private_ranks=[-1] * 6),
+    "ranks of a side": lambda t, c: c["groups"][0].update(shared_ranks=[0, 4]),
+    "a step of zero": lambda t, c: c["groups"][0].update(step=0.0),
+    "a shape of words": lambda t, c: c["groups"][0].update(shape=["a", "b"]),
+    "modules": lambda t, c: c["groups"][0].update(modules={"pattern": "a.*", "at": "0-99999999"}),
+    "no groups": lambda t, c: c.update(groups=[]),
+    "source": lambda t, c: c.update(source=["int3", 1, 1]),
+    "version": lambda t, c: c.update(format_version=3),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_refused(compressed, damage):
+    rewrite(compressed, DAMAGES[damage])
+    with pytest.raises(lt.LotrError, match=str(compressed)):
+        lt.load(compressed)
+
+
+@pytest.fixture(scope="module")
+def tiny(bundled, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "small"
+    lt.compress(bundled, budget=4000).save(path)
+    return path
+
+
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_any_byte_of_the_codes_may_be_wrong(tiny, place, change):
+    def damage(tensors, _):
+        tensors["lotr_codes"][place % len(tensors["lotr_codes"])] ^= change
+
+    rewrite(tiny, damage)
+    try:
+        found = lt.load(tiny)
+    except lt.LotrError:
+        return
+    finally:
+        rewrite(tiny, damage)  # the same change again takes it back
+    assert all(np.isfinite(x).all() for x in dense(found).values())
+
+
+def test_an_infinite_value_is_refused(bundled, tmp_path):
+    lt.compress(bundled, budget="5%", form="lora").save(tmp_path / "small")
+    rewrite(tmp_path / "small", lambda t, c: t["lotr_values"].__setitem__(0, np.inf))
+    with pytest.raises(lt.FormatError, match="lotr_values"):
+        lt.load(tmp_path / "small")
+
+
+# --- names
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from(["layers", "0", "1", "7", "10", "q", "01", "*"]), min_size=1),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_names_come_back(parts):
+    names = tuple(dict.fromkeys(".".join(p) for p in parts))
+    assert unfold(json.loads(json.dumps(fold(names)))) == names
+
+
+def test_names_of_layers_are_short():
+    names = tuple(f"model.layers.{i}.experts.{j}.w1" for i in range(3) for j in range(64))
+    assert fold(names) == {"pattern": "model.layers.*.experts.*.w1", "at": ["0-2", "0-63"]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        None,
+        {"pattern": "a.*", "at": "5-1x"},
+        {"pattern": "a.*.*", "at": "0-5"},
+        {"pattern": "*", "at": "0-99999999"},
+        {"pattern": "*.*.*", "at": ["0-999", "0-999", "0-999"]},
+        {"list": [1]},
+    ],
+)
+def test_records_that_are_none(record):
+    assert unfold(record) is None
+
+
+# --- the command line
+
+
+def test_the_command(small, tmp_path):
+    out = tmp_path / "small"
+    found = lotr("compress", small, "-o", out, "--tolerance", 0.3, "--json")
+    assert (found.code, found.err) == (0, "")
+    document = json.loads(found.out)
+    assert document["relative_error"] <= 0.3
+    assert document["file_bytes"] == on_disk(out)
+    for group in document["groups"]:
+        assert set(group) >= {"shared_ranks", "private_ranks", "bits"}
+    back = tmp_path / "back"
+    assert lotr("inspect", out).code == 0
+    assert lotr("export", out, "-o", back).code == 0
+    told = json.loads(lotr("verify", small, out, "--json").out)["relative_error"]
+    assert told == pytest.approx(document["relative_error"], rel=1e-4)
+    assert json.loads(lotr("verify", out, back, "--json").out)["relative_error"] < 0.01
+
+
+def test_the_command_refuses(small, tmp_path):
+    found = lotr("compress", small, "-o", tmp_path / "out", "--budget", "10B")
+    assert found.code == 1
+    assert "smallest file" in found.err
+    assert not (tmp_path / "out").exists()
