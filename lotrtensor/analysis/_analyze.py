@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.analysis.recommend import recommend, recommended_size
 from lotrtensor.analysis.representations import (

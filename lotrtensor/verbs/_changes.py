@@ -13,6 +13,7 @@ from lotrtensor.adapters.formats.carried import PREFIX
 from lotrtensor.adapters.formats.checkpoint import Checkpoint
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.names import NameIndex
 from lotrtensor.adapters.quantised import quantised_modules, refuse_quantised
@@ -65,8 +66,9 @@ _SAME = 1e-2
 
 def updates_of(adapter: Adapter) -> dict[str, Update]:
     """Return the updates of an adapter by module."""
-    if isinstance(adapter, LoraAdapter):
-        return {m.name: Update(m.shape, m.embedding, partial(_factors, m)) for m in adapter.modules}
+    if not isinstance(adapter, LotrAdapter):
+        modules = adapter.modules if isinstance(adapter, LoraAdapter) else adapter.updates()
+        return {m.name: Update(m.shape, m.embedding, partial(_factors, m)) for m in modules}
     return {
         name: Update(group.shape, group.embedding, partial(_slice_factors, tucker2, k))
         for group in adapter.groups

@@ -19,7 +19,7 @@ from lotrtensor.adapters.sizes import budget_bytes
 from lotrtensor.core.bits.grid import check_width
 from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, StackInBits
 from lotrtensor.core.bits.stream import LARGEST_CODE
-from lotrtensor.core.fit.goal import check_goal
+from lotrtensor.core.ranks.goal import make_goal
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import DataError, RankError
 from lotrtensor.verbs._fit_groups import Progress
@@ -92,7 +92,7 @@ def compress(
     width = None if bits == "auto" else check_width(_number(bits))
     lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
     given = None if budget is None else budget_bytes(budget, lora.bytes)
-    goal = check_goal(None, tolerance, energy, given, (1, 1))
+    goal = make_goal(None, tolerance, energy, given, size="budget")
     members = lora_groups(lora, group_by)
     groups = []
     for done, (name, modules) in enumerate(members):
@@ -102,9 +102,9 @@ def compress(
         stack = LowRankStack([m.B for m in modules], [m.A for m in modules])
         groups.append((source, StackInBits(stack, PARTS[form], width)))
     job = _Job(groups, lora)
-    if budget is None or goal.budget is None:
+    if budget is None or given is None:
         return job.within_tolerance(goal.tolerance or 0.0)
-    return job.within_bytes(goal.budget, budget)
+    return job.within_bytes(given, budget)
 
 
 def _number(bits: int | str) -> object:

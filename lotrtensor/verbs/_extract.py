@@ -14,7 +14,6 @@ import numpy as np
 from lotrtensor.adapters.deltas import Resized
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.layers import WEIGHT
-from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup
@@ -57,7 +56,7 @@ def extract(
     resized: Resized = "refuse",
     dtype: np.dtype | str | None = None,
     progress: Progress | None = None,
-) -> Adapter:
+) -> LoraAdapter | LotrAdapter:
     """Fit an adapter to the weight deltas of two checkpoints, ΔW_k = tuned_k − base_k.
 
     Parameters

@@ -9,6 +9,7 @@ from typing import overload
 
 import numpy as np
 
+from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
@@ -19,6 +20,8 @@ from lotrtensor.core.ranks.goal import Goal, Rank
 from lotrtensor.core.slice_svd import slice_svds
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.tucker2 import Tucker2
+from lotrtensor.errors import RankError
+from lotrtensor.verbs._compress import compress
 from lotrtensor.verbs._fit_groups import Progress, fit_groups
 from lotrtensor.verbs._goals import (
     Allocation,
@@ -69,8 +72,8 @@ def truncate(
 
     Parameters
     ----------
-    adapter : LoraAdapter, LotrAdapter or Tucker2
-        The adapter, or a decomposition.
+    adapter : LoraAdapter, LotrAdapter, CompressedAdapter or Tucker2
+        The adapter, or a decomposition; a compressed one is compressed further.
     rank : int or (int, int), optional
         LoRA: rank of every module at most. LoTR: left and right rank (p, q) of every group at
         most. Tucker2: left and right rank.
@@ -117,6 +120,15 @@ def truncate(
         goal = _lora_goal(adapter, asked)
         modules = lower_ranks(_updates(adapter), goal, adapter.dtype, allocation)
         return replace(adapter, modules=modules)
+    if isinstance(adapter, CompressedAdapter):
+        if rank is not None:
+            raise RankError(
+                f"rank is {rank!r}; the ranks of a compressed adapter follow from its size: give a "
+                "tolerance, an energy or a budget, or export it first"
+            )
+        return compress(
+            adapter, budget=budget, tolerance=tolerance, energy=energy, progress=progress
+        )
     sources = [lotr_source(group, adapter.dtype) for group in adapter.groups]
     goal = groups_goal(asked, sources, adapter.dtype)
     groups = fit_groups(sources, goal, adapter.dtype, progress)

@@ -29,7 +29,7 @@ from lotrtensor.core.bits.terms import (
     quantise_slice,
     slope,
 )
-from lotrtensor.core.fit.problem import Problem
+from lotrtensor.core.fit.reduced_stack import ReducedStack
 from lotrtensor.core.fit.reduction import reduce_stack
 from lotrtensor.core.slice_svd import SliceSvd, slice_svds
 from lotrtensor.core.stacks.low_rank import LowRankStack
@@ -100,10 +100,8 @@ class StackInBits:
         self.svds: Sequence[SliceSvd] = slice_svds(stack)
         self.norm2 = float(sum(np.sum(svd.values**2) for svd in self.svds))
         if parts != "private":
-            reduction = reduce_stack(stack, None, method="exact")
-            self._problem = Problem(stack, None, reduction, stack.dtype)
-            full = self._problem.full
-            self._cores = to_numpy(reduction.small.core(full.left, full.right))
+            self._reduced = ReducedStack(stack, reduce_stack(stack, kind="exact"))
+            self._cores = to_numpy(self._reduced.core())
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -156,8 +154,7 @@ class StackInBits:
         """The stack with a shared part of these ranks, ‖error‖², and its bits as predicted."""
         shared, residual, bits = None, self.stack, 0.0
         if min(ranks):
-            solution = self._problem.solve(ranks)
-            fit = self._problem._rounded(solution)
+            fit = self._reduced.tucker2(ranks, self._reduced.hosvd.left.dtype)
             left, core, right = (to_numpy(x) for x in (fit.left, fit.core, fit.right))
             shared = quantise_tucker2(left, core, right, step, self.width)
             bits, _ = predict_tucker2(self._cores, self.sides, ranks, step, self.width)

@@ -180,6 +180,10 @@ class ReducedStack:
             core = core * namespace(core).asarray(1.0 / self.weights, **place)[:, None, None]
         return Tucker2(left, core, right).astype(dtype)
 
+    def core(self) -> Array:
+        """All cores UᵀΔW_kV (K × a × b) between the bases of the HOSVD, in full."""
+        return self.reduction.small.core(self.hosvd.left, self.hosvd.right)
+
     def directions(self, count: int) -> tuple[Array, Array]:
         """The leading ``count`` left (m × c) and right (n × c) singular vectors of the stack."""
         a, b = self.nearest((count, count))
