@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -187,21 +189,32 @@ def test_bad_options(bundled, options, words):
         lt.compress(bundled, **options)
 
 
+@pytest.fixture(scope="module")
+def written(bundled, tmp_path_factory):
+    path = tmp_path_factory.mktemp("written") / "small"
+    lt.compress(bundled, budget="5%", form="lotr").save(path)
+    return path
+
+
 @pytest.fixture
-def compressed(bundled, tmp_path):
-    lt.compress(bundled, budget="5%", form="lotr").save(tmp_path / "small")
-    return tmp_path / "small"
+def compressed(written, tmp_path):
+    return Path(shutil.copytree(written, tmp_path / "small"))
 
 
 def rewrite(directory, change):
     """Change the tensors, or the config, of a directory."""
     tensors = safetensors.numpy.load_file(directory / "adapter_model.safetensors")
     config = json.loads((directory / "adapter_config.json").read_text())
+    config["index"] = json.loads(zlib.decompress(tensors["lotr_groups"].tobytes()))
     change(tensors, config)
+    index = zlib.compress(json.dumps(config.pop("index")).encode())
+    if tensors["lotr_groups"].size:
+        tensors["lotr_groups"] = np.frombuffer(index, np.uint8)
     safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
+ENDLESS = {"pattern": "a.*", "at": "0-99999999"}
 DAMAGES = {
     "codes end": lambda t, c: t.update(lotr_codes=t["lotr_codes"][:-1].copy()),
     "codes go on": lambda t, c: t.update(lotr_codes=np.append(t["lotr_codes"], np.uint8(0))),
@@ -210,14 +223,18 @@ DAMAGES = {
     "a kind too many": lambda t, c: t.update(lotr_kinds=np.append(t["lotr_kinds"], np.int8(2))),
     "a zero column": lambda t, c: t["lotr_kinds"].__setitem__(0, -128),
     "a value too few": lambda t, c: t.update(lotr_values=np.ones(1, np.float16)),
-    "ranks": lambda t, c: c["groups"][0].update(shared_ranks=[1000, 1000]),
-    "negative ranks": lambda t, c: c["groups"][0].update(private_ranks=[-1] * 6),
-    "ranks of a side": lambda t, c: c["groups"][0].update(shared_ranks=[0, 4]),
-    "a step of zero": lambda t, c: c["groups"][0].update(step=0.0),
-    "a shape of words": lambda t, c: c["groups"][0].update(shape=["a", "b"]),
-    "modules": lambda t, c: c["groups"][0].update(modules={"pattern": "a.*", "at": "0-99999999"}),
-    "no groups": lambda t, c: c.update(groups=[]),
-    "source": lambda t, c: c.update(source=["int3", 1, 1]),
+    "ranks": lambda t, c: c["index"]["groups"][0].update(shared_ranks=[1000, 1000]),
+    "negative ranks": lambda t, c: c["index"]["groups"][0].update(private_ranks=[-1] * 6),
+    "ranks of a side": lambda t, c: c["index"]["groups"][0].update(shared_ranks=[0, 4]),
+    "a step of zero": lambda t, c: c["index"]["groups"][0].update(step=0.0),
+    "a shape of words": lambda t, c: c["index"]["groups"][0].update(shape=["a", "b"]),
+    "modules": lambda t, c: c["index"]["groups"][0].update(
+        modules={"pattern": "a.*", "at": "0-99999999"}
+    ),
+    "no groups": lambda t, c: c["index"].update(groups=[]),
+    "source": lambda t, c: c["index"].update(source=["int3", 1, 1]),
+    "no index": lambda t, c: t.update(lotr_groups=np.zeros(0, np.uint8)),
+    "an index of numbers": lambda t, c: c.update(index=[1, 2]),
     "version": lambda t, c: c.update(format_version=3),
 }
 

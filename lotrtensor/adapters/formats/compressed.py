@@ -1,8 +1,9 @@
 """Format version 2: an adapter in bits.
 
-``adapter_config.json`` lists the groups; ``adapter_model.safetensors`` holds, beside tensors that
-are carried along,
+``adapter_config.json`` says what the adapter is for; ``adapter_model.safetensors`` holds, beside
+tensors that are carried along,
 
+    lotr_groups    bytes     the groups as JSON, deflated
     lotr_codes     bytes     the codes of all columns and cores, entropy-coded
     lotr_kinds     int8      kind of every column that is coded
     lotr_values    float16   or float32: the value of every private term
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +45,13 @@ from lotrtensor.core.bits.terms import QuantisedTerms
 from lotrtensor.errors import FormatError
 
 FORMAT_VERSION = 2
-CODES, KINDS, VALUES = "lotr_codes", "lotr_kinds", "lotr_values"
+GROUPS, CODES, KINDS, VALUES = "lotr_groups", "lotr_codes", "lotr_kinds", "lotr_values"
+
+DEFAULTS = {"bias": "none", "inference_mode": True}
+"""Values of common fields that need not be written, beside those that are empty or false."""
+
+LONGEST = 2**26
+"""Bytes of the groups as JSON, at most: a small file cannot ask for more memory."""
 
 CompressedContent = tuple[
     tuple[CompressedGroup, ...], Mapping[str, Any], Source, Mapping[str, np.ndarray]
@@ -75,14 +83,20 @@ def compressed_files(content: CompressedContent) -> dict[str, bytes]:
     tensors[CODES] = np.frombuffer(codes, np.uint8)
     tensors[KINDS] = kinds
     tensors[VALUES] = np.concatenate(values).astype(groups[0].stack.value_dtype)
-    config = {k: source_config[k] for k in COMMON_FIELDS if source_config.get(k)}
-    config.setdefault("target_modules", sorted(m for group in groups for m in group.modules))
-    config |= {
-        "peft_type": PEFT_TYPE,
-        "format_version": FORMAT_VERSION,
+    index = {
         "source": [source.dtype.name, source.parameters, source.bytes],
         "groups": [_record(group) for group in groups],
     }
+    text = json.dumps(index, separators=(",", ":"), sort_keys=True).encode()
+    tensors[GROUPS] = np.frombuffer(zlib.compress(text, 9), np.uint8)
+    # Which modules are adapted, the groups say.
+    config = {
+        key: source_config[key]
+        for key in COMMON_FIELDS
+        if source_config.get(key) not in (None, False, [], {}, DEFAULTS.get(key))
+        and key != "target_modules"
+    }
+    config |= {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION}
     return {
         CONFIG_NAME: json.dumps(config, separators=(",", ":"), sort_keys=True).encode(),
         WEIGHTS_NAME: file_bytes(tensors, {}),
@@ -103,8 +117,10 @@ def read_compressed(directory: Path) -> CompressedContent:
         If the files are damaged, incomplete, or contradict each other.
     """
     config = read_config(directory)
-    records = [_read_record(record, directory) for record in config.get("groups") or [None]]
     tensors = read_tensors(directory)
+    index = _read_index(bytes(_take(tensors, GROUPS, ("uint8",), directory)), directory)
+    records = [_read_record(record, directory) for record in index.get("groups") or [None]]
+    source = _read_source(index.get("source"), directory)
     codes = bytes(_take(tensors, CODES, ("uint8",), directory))
     kinds = _take(tensors, KINDS, ("int8",), directory)
     values = _take(tensors, VALUES, ("float16", "float32"), directory)
@@ -122,7 +138,18 @@ def read_compressed(directory: Path) -> CompressedContent:
         raise FormatError(f"{directory}: {error}") from error
     extras = split_extras(tensors, config, directory)
     common = {key: config[key] for key in COMMON_FIELDS if key in config}
-    return groups, common, _read_source(config.get("source"), directory), extras
+    return groups, common, source, extras
+
+
+def _read_index(content: bytes, directory: Path) -> dict[str, Any]:
+    decoder = zlib.decompressobj()
+    try:
+        index = json.loads(decoder.decompress(content, LONGEST))
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise FormatError(f"{directory}: {GROUPS} is damaged ({error}); fetch it again") from error
+    if not isinstance(index, dict) or decoder.unconsumed_tail:
+        raise FormatError(f"{directory}: {GROUPS} holds no list of groups; fetch it again")
+    return index
 
 
 def _columns(stack: QuantisedStack) -> Iterator[np.ndarray]:
