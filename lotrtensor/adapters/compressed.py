@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lotrtensor.adapters.compressed_group import CompressedGroup, Source
 from lotrtensor.adapters.formats.compressed import (
     CompressedContent,
     compressed_files,
@@ -21,7 +22,6 @@ from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule
-from lotrtensor.adapters.compressed_group import CompressedGroup, Source
 from lotrtensor.core.bits.stream import entropy_bits
 from lotrtensor.core.slice_svd import slice_svds, truncate_slices
 from lotrtensor.core.stacks.low_rank import LowRankStack

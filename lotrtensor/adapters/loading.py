@@ -26,7 +26,7 @@ def check_adapter(adapter: object) -> None:
     UnsupportedAdapterError
         Saying what was found.
     """
-    if not isinstance(adapter, LoraAdapter | LotrAdapter):
+    if not isinstance(adapter, LoraAdapter | LotrAdapter | CompressedAdapter):
         raise UnsupportedAdapterError(
             f"expected a LoraAdapter or a LotrAdapter, found a {type(adapter).__name__}: "
             "load(path) reads one"
@@ -46,8 +46,8 @@ def load(path: str | os.PathLike[str]) -> Adapter:
 
     Returns
     -------
-    LoraAdapter or LotrAdapter
-        By the ``peft_type`` of the config; a single file is a LoRA.
+    LoraAdapter, LotrAdapter or CompressedAdapter
+        By the ``peft_type`` and ``format_version`` of the config; a single file is a LoRA.
 
     Raises
     ------

@@ -11,17 +11,17 @@ from typing import Literal
 import numpy as np
 
 from lotrtensor.adapters.compressed import CompressedAdapter
-from lotrtensor.adapters.formats.native import COMMON_FIELDS
-from lotrtensor.adapters.loading import Adapter
-from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.compressed_group import CompressedGroup, Source
+from lotrtensor.adapters.formats.native import COMMON_FIELDS
+from lotrtensor.adapters.loading import Adapter, check_adapter
+from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.sizes import budget_bytes
 from lotrtensor.core.bits.grid import check_width
 from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, StackInBits
 from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.ranks.goal import make_goal
 from lotrtensor.core.stacks.low_rank import LowRankStack
-from lotrtensor.errors import DataError, RankError
+from lotrtensor.errors import OptionError, RankError
 from lotrtensor.verbs._fit_groups import Progress
 from lotrtensor.verbs._sources import SourceGroup, lora_groups, source_group
 
@@ -78,7 +78,7 @@ def compress(
     RankError
         If the goal is out of reach, or not exactly one is given (the smallest file is named), or
         ``bits`` is out of range.
-    DataError
+    OptionError
         If ``form`` is unknown.
 
     Notes
@@ -88,7 +88,8 @@ def compress(
     from a model of normal columns, and corrected by what is measured.
     """
     if form not in PARTS:
-        raise DataError(f"form is {form!r}; expected 'auto', 'lotr' or 'lora'")
+        raise OptionError(f"form is {form!r}; expected 'auto', 'lotr' or 'lora'")
+    check_adapter(adapter)
     width = None if bits == "auto" else check_width(_number(bits))
     lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
     given = None if budget is None else budget_bytes(budget, lora.bytes)

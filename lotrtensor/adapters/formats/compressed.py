@@ -25,10 +25,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lotrtensor.adapters.compressed_group import CompressedGroup, Source
+from lotrtensor.adapters.formats.carried import split_extras
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, write_directory
+from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
 from lotrtensor.adapters.formats.names import fold, unfold
-from lotrtensor.adapters.formats.native import COMMON_FIELDS, PEFT_TYPE
-from lotrtensor.adapters.formats.peft import split_extras
+from lotrtensor.adapters.formats.native import COMMON_FIELDS, PEFT_TYPE, check_native
 from lotrtensor.adapters.formats.tensors import (
     FLOATS,
     WEIGHTS_NAME,
@@ -37,7 +39,6 @@ from lotrtensor.adapters.formats.tensors import (
     read_config,
     read_tensors,
 )
-from lotrtensor.adapters.compressed_group import CompressedGroup, Source
 from lotrtensor.core.bits import stream
 from lotrtensor.core.bits.shared import QuantisedTucker2, core_kinds
 from lotrtensor.core.bits.stack import QuantisedStack
@@ -66,7 +67,10 @@ def write_compressed(directory: Path, content: CompressedContent, *, force: bool
     ------
     FormatError
         If the output exists and ``force`` is not given, or cannot be written.
+    UnsupportedAdapterError
+        If the adapter has what such a directory has no place for; see `check_native`.
     """
+    check_native(content[1], content[3], directory)
     write_directory(directory, compressed_files(content), force=force)
 
 
@@ -117,6 +121,7 @@ def read_compressed(directory: Path) -> CompressedContent:
         If the files are damaged, incomplete, or contradict each other.
     """
     config = read_config(directory)
+    check_types(config, CARRIED_FIELDS, directory)
     tensors = read_tensors(directory)
     index = _read_index(bytes(_take(tensors, GROUPS, ("uint8",), directory)), directory)
     records = [_read_record(record, directory) for record in index.get("groups") or [None]]
@@ -136,7 +141,8 @@ def read_compressed(directory: Path) -> CompressedContent:
         groups = _unpack(records, codes, kinds, values)
     except FormatError as error:
         raise FormatError(f"{directory}: {error}") from error
-    extras = split_extras(tensors, config, directory)
+    adapted = {name: group.embedding for group in groups for name in group.modules}
+    extras = split_extras(tensors, config, adapted, directory)
     common = {key: config[key] for key in COMMON_FIELDS if key in config}
     return groups, common, source, extras
 
