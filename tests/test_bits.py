@@ -146,7 +146,7 @@ def test_a_normal_column_of_one_width_loses_what_is_told(bits):
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.5, "four", True])
 def test_a_width_out_of_range_is_refused(bits):
-    with pytest.raises(RankError, match="between 1 and 8"):
+    with pytest.raises(RankError, match="from 1 to 8"):
         check_width(bits)
 
 

@@ -179,8 +179,8 @@ def test_very_small_and_very_large_updates(tmp_path, scale):
         ({"budget": "much"}, "much"),
         ({"tolerance": 1.5}, "between 0 and 1"),
         ({"tolerance": 1e-9}, "smallest error reached"),
-        ({"budget": "10%", "bits": 0}, "between 1 and 8"),
-        ({"budget": "10%", "bits": "few"}, "between 1 and 8"),
+        ({"budget": "10%", "bits": 0}, "from 1 to 8"),
+        ({"budget": "10%", "bits": "few"}, "from 1 to 8"),
         ({"budget": "10%", "form": "tt"}, "form"),
     ],
 )

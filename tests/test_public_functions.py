@@ -61,6 +61,7 @@ RIGHT = {
     lt.principal_angles: {"a": TUCKER2.left, "b": TUCKER2.left},
     lt.subspace_overlap: {"a": TUCKER2.left, "b": TUCKER2.left},
     lt.convert: {"adapter": ADAPTER, "rank": 2},
+    lt.compress: {"adapter": ADAPTER, "tolerance": 0.3},
     lt.truncate: {"adapter": ADAPTER, "rank": 1},
     lt.compare: {"a": ADAPTER, "b": ADAPTER},
     lt.analyze: {"adapter": ADAPTER},

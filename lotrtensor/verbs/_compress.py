@@ -87,10 +87,10 @@ def compress(
     it takes more off the squared error than its bits do elsewhere. The step of the grid is found
     from a model of normal columns, and corrected by what is measured.
     """
-    if form not in PARTS:
+    if not isinstance(form, str) or form not in PARTS:
         raise OptionError(f"form is {form!r}; expected 'auto', 'lotr' or 'lora'")
     check_adapter(adapter)
-    width = None if bits == "auto" else check_width(_number(bits))
+    width = None if isinstance(bits, str) and bits == "auto" else check_width(_number(bits))
     lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
     given = None if budget is None else budget_bytes(budget, lora.bytes)
     goal = make_goal(None, tolerance, energy, given, size="budget")

@@ -54,7 +54,7 @@ def round_to_width(x: Array, bits: int) -> Array:
     x : array (m, c)
         Columns.
     bits : int
-        b, 1 to `WIDEST`. The step of a column is the one that loses least of a normal one.
+        Width b, 1 to `WIDEST`. The step of a column is the one that loses least of a normal one.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def check_width(bits: object) -> int:
         If it is no integer between 1 and `WIDEST`.
     """
     if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 1 <= bits <= WIDEST:
-        raise RankError(f"bits is {bits!r}; expected an integer between 1 and {WIDEST}")
+        raise RankError(f"bits is {str(bits)[:40]!r}; expected an integer from 1 to {WIDEST}")
     return int(bits)
 
 
@@ -109,7 +109,7 @@ def grid_cost(deviation: np.ndarray) -> Cost:
     Parameters
     ----------
     deviation : ndarray
-        σ / Δ of every column.
+        Standard deviation over step, σ / Δ, of every column.
 
     Returns
     -------
@@ -149,9 +149,9 @@ def _even_cost(bits: int, step: float) -> tuple[float, float]:
     borders[0], borders[-1] = -np.inf, np.inf
     shares = np.diff(ndtr(borders))
     moments = -np.diff(np.exp(-(borders**2) / 2)) / math.sqrt(2 * math.pi)
-    product, energy = float(moments @ levels), float(shares @ levels**2)
+    product, square = float(moments @ levels), float(shares @ levels**2)
     some = shares[shares > 0]
-    return -float(np.sum(some * np.log2(some))), 1 - product**2 / energy
+    return -float(np.sum(some * np.log2(some))), 1 - product**2 / square
 
 
 @cache
@@ -170,5 +170,5 @@ def _normal(deviation: float) -> tuple[float, float]:
     first_moments = (np.exp(-(lower**2) / 2) - np.exp(-(upper**2) / 2)) / math.sqrt(2 * math.pi)
     both = np.append(np.repeat(shares[shares > 0], 2), 1 - 2 * shares.sum())
     bits = -float(np.sum(both * np.log2(both)))
-    product, energy = 2 * float(first_moments @ codes), 2 * float(shares @ codes**2)
-    return bits, 1 - product**2 / energy
+    product, square = 2 * float(first_moments @ codes), 2 * float(shares @ codes**2)
+    return bits, 1 - product**2 / square

@@ -46,9 +46,9 @@ def core_kinds(left: np.ndarray, right: np.ndarray, slices: int) -> np.ndarray:
     (i, j) have about the mean square e_i f_j / (K Σ e), as if rows and columns were independent;
     a kind is the logarithm of that (see `lotrtensor.core.bits.stream.kinds_of`).
     """
-    energies = np.sum(np.square(left, dtype=np.float64), axis=0)
-    others = np.sum(np.square(right, dtype=np.float64), axis=0)
-    squares = np.outer(energies, others) / (slices * max(float(energies.sum()), 1.0))
+    left2 = np.sum(np.square(left, dtype=np.float64), axis=0)
+    right2 = np.sum(np.square(right, dtype=np.float64), axis=0)
+    squares = np.outer(left2, right2) / (slices * max(float(left2.sum()), 1.0))
     with np.errstate(divide="ignore"):
         return np.clip(np.round(np.log2(squares)), -8, 60).astype(np.int8)
 
@@ -63,7 +63,7 @@ def best_ranks(
     core : ndarray (K, a, b)
         Cores between orthonormal factors whose columns come by falling energy: the HOSVD's.
     sides : (int, int)
-        m and n.
+        Shape (m, n) of a slice.
     step : float
         Δ.
     width : int, optional
@@ -94,10 +94,16 @@ def predict_tucker2(
 
     Parameters
     ----------
-    core, sides, step, width
+    core : ndarray (K, a, b)
         As for `best_ranks`.
+    sides : (int, int)
+        Shape (m, n) of a slice.
     ranks : (int, int)
-        (p, q), or (0, 0).
+        Ranks (p, q), or (0, 0).
+    step : float
+        Step Δ.
+    width : int, optional
+        As for `best_ranks`.
     """
     if not min(ranks):
         return 0.0, 0.0
@@ -110,15 +116,15 @@ def _corners(
     core: np.ndarray, sides: tuple[int, int], step: float, width: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bits and squared norm kept (a × b) of every corner (p, q) of the cores, at [p − 1, q − 1]."""
-    energy = np.sum(core**2, axis=0)
-    left, right = np.sqrt(energy.sum(axis=1)), np.sqrt(energy.sum(axis=0))
+    entries2 = np.sum(core**2, axis=0)
+    left, right = np.sqrt(entries2.sum(axis=1)), np.sqrt(entries2.sum(axis=0))
     (m, n), slices = sides, core.shape[0]
     costs = [
         column_cost(x / (math.sqrt(side) * step), width) for x, side in ((left, m), (right, n))
     ]
-    inside = column_cost(np.sqrt(energy / slices) / step, width)
+    inside = column_cost(np.sqrt(entries2 / slices) / step, width)
     kept = (1 - costs[0].distortion)[:, None] * (1 - costs[1].distortion) * (1 - inside.distortion)
-    saved2 = np.cumsum(np.cumsum(energy * kept, axis=0), axis=1)
+    saved2 = np.cumsum(np.cumsum(entries2 * kept, axis=0), axis=1)
     bits = slices * np.cumsum(np.cumsum(inside.bits, axis=0), axis=1)
     bits += np.cumsum(m * costs[0].bits + _KIND)[:, None] + np.cumsum(n * costs[1].bits + _KIND)
     return bits, saved2
@@ -145,13 +151,13 @@ def quantise_tucker2(
     width : int, optional
         Bits of every code instead; the columns are then turned so that all have one energy.
     """
-    energies, others = np.sum(core**2, axis=(0, 2)), np.sum(core**2, axis=(0, 1))
+    left2, right2 = np.sum(core**2, axis=(0, 2)), np.sum(core**2, axis=(0, 1))
     if width is None:
-        first = round_to_grid(left * np.sqrt(energies), step)
-        second = round_to_grid(right * np.sqrt(others), step)
+        first = round_to_grid(left * np.sqrt(left2), step)
+        second = round_to_grid(right * np.sqrt(right2), step)
     else:
-        first = round_to_width(left @ equalising_rotation(energies), width)
-        second = round_to_width(right @ equalising_rotation(others), width)
+        first = round_to_width(left @ equalising_rotation(left2), width)
+        second = round_to_width(right @ equalising_rotation(right2), width)
     kept, also = first.any(axis=0), second.any(axis=0)
     if not kept.any() or not also.any():
         return None

@@ -82,7 +82,7 @@ def predict_terms(
     values : ndarray (c,)
         Singular values σ of terms of any slices.
     sides : ndarray (c, 2)
-        m and n of the slice of each.
+        Shape (m, n) of the slice of each.
     step : float
         Δ.
     width : int, optional
