@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from peft import PeftConfig, get_peft_model, inject_adapter_in_model  # noqa: E402
+from peft import PeftModel, get_peft_model, inject_adapter_in_model  # noqa: E402
 from torch import nn  # noqa: E402
 
 import lotrtensor as lt  # noqa: E402
-from tests.peft_models import CORES, FACTORS, THIRD_PARTY, bert, config, output  # noqa: E402
+from lotrtensor.peft import LotrConfig  # noqa: E402
+from tests.peft_models import (  # noqa: E402
+    CORES,
+    FACTORS,
+    THIRD_PARTY,
+    bert,
+    config,
+    output,
+    randomize,
+)
 
 pytestmark = pytest.mark.filterwarnings(THIRD_PARTY)
 
@@ -98,9 +109,25 @@ def test_injection_without_a_tuner_is_refused() -> None:
     assert unchanged(base)
 
 
-def test_the_users_config_is_not_written_to() -> None:
-    own = config()
-    get_peft_model(bert(), own)
-    assert own.groups is None
-    assert get_peft_model(bert(layers=2), own).peft_config["default"].groups is not None
-    assert isinstance(own, PeftConfig)
+def test_one_config_serves_two_models(tmp_path: Path) -> None:
+    """The model keeps the very object and leaves its fields alone; each file has its own groups."""
+    own = config(init="svd", target_modules="all-linear", r=2)
+    given = own.to_dict()
+    models = {layers: get_peft_model(bert(layers=layers), own) for layers in (3, 2)}
+    for layers, model in models.items():
+        randomize(model)
+        assert model.peft_config["default"] is own
+        model.save_pretrained(tmp_path / str(layers))
+        again = PeftModel.from_pretrained(bert(layers=layers), tmp_path / str(layers))
+        assert torch.equal(output(again), output(model))
+        read = LotrConfig.from_pretrained(tmp_path / str(layers))
+        assert sum(len(group["modules"]) for group in read.groups) == 6 * layers
+    changed = {"base_model_name_or_path", "auto_mapping"}  # what PEFT writes into any config
+    assert {k: v for k, v in own.to_dict().items() if k not in changed} == {
+        k: v for k, v in given.items() if k not in changed
+    }
+
+
+def test_init_weights_and_a_source_contradict_each_other() -> None:
+    with pytest.raises(lt.DataError, match="init_weights is False"):
+        config(init="some/directory", init_weights=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from lotrtensor.torch.groups import (
     check_rank,
 )
 from lotrtensor.torch.init import INITS
+
+SETTLED_FIELDS = ("groups", "init", "train", "share_factors", "target_modules")
+"""What a model decides when it makes the adapter."""
 
 
 @dataclass
@@ -49,6 +53,10 @@ class LotrConfig(PeftConfig):
     init : str
         ``"orthogonal"``, ``"paper"`` or ``"svd"`` (see `lotrtensor.torch.init.init_factors`), with
         zero cores and so ΔW = 0; or the directory of a trained LoRA or LoTR to start from.
+    init_weights : bool
+        As in PEFT's other methods: False draws the cores at random instead of zero, so that the
+        adapter changes the model from the start. For tests of code around a model, not for
+        training.
     train : str
         ``"all"`` or ``"cores"``: the latter leaves the factors as they are, so that a layer of any
         width trains p · q numbers.
@@ -81,6 +89,7 @@ trainable_token_indices : optional
     use_rslora: bool = False
     lotr_dropout: float = 0.0
     init: str = "orthogonal"
+    init_weights: bool = True
     train: str = "all"
     share_factors: str | None = None
     ensure_weight_tying: bool = False
@@ -99,6 +108,7 @@ trainable_token_indices : optional
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = MethodName(PEFT_TYPE)
         self._carried: dict[str, tuple[int, ...]] | None = None
+        self._settled: dict[str, Any] = {}
         if self.format_version != FORMAT_VERSION:
             raise FormatError(
                 f"the adapter has format_version {self.format_version!r}; this release reads "
@@ -112,6 +122,11 @@ trainable_token_indices : optional
             raise DataError(f"train is {self.train!r}; expected 'all' or 'cores'")
         if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
             raise DataError(f"bias is {self.bias!r}; expected 'none', 'all' or 'lotr_only'")
+        if self.source is not None and not self.init_weights:
+            raise DataError(
+                f"init_weights is False, which draws cores at random, and init is {self.init!r}, "
+                "which takes those of an adapter; leave one of them out"
+            )
         check_grouping(self.group_by)
         check_numbers(self.lotr_alpha, self.lotr_dropout, prefix="lotr_")
         if self.groups is not None:
@@ -172,6 +187,24 @@ trainable_token_indices : optional
             If one of them lacks a field or mistypes it.
         """
         return tuple(_read_group(entry) for entry in self.groups or ())
+
+    def settle(self, adapter: LotrConfig) -> None:
+        """Take note of what an adapter became, to be written in place of what was asked for.
+
+        The fields stay as they were given, so that one config can serve several models: each of
+        them settles it anew whenever its adapter is about to be saved.
+        """
+        self._settled = {name: getattr(adapter, name) for name in SETTLED_FIELDS}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, with the groups of the adapter that was made of it."""
+        if not self._settled:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        written = copy.copy(self)
+        written._settled = {}
+        vars(written).update(self._settled)
+        written.save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON holds them, sets in order so that equal configs are equal."""

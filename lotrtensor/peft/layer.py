@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -60,9 +61,10 @@ class LotrLayer(Watched, BaseTunerLayer):
         scale: float,
         dropout: float = 0.0,
         trains_factors: bool = True,
+        init_weights: bool = True,
         inference_mode: bool = False,
     ) -> None:
-        """Add an adapter with a zero core.
+        """Add an adapter with a zero core, so that the layer stays what it was.
 
         Parameters
         ----------
@@ -76,10 +78,15 @@ class LotrLayer(Watched, BaseTunerLayer):
             Dropout on the input of the update.
         trains_factors : bool
             Whether U and V train with the core.
+        init_weights : bool
+            False draws the core at random, each entry within ±1/√q as in a linear layer.
         inference_mode : bool
             Whether nothing trains.
         """
-        self.lotr_core[adapter_name] = nn.Parameter(factors.left.new_zeros(factors.rank))
+        core = factors.left.new_zeros(factors.rank)
+        if not init_weights:
+            nn.init.kaiming_uniform_(core, a=math.sqrt(5))
+        self.lotr_core[adapter_name] = nn.Parameter(core)
         if dropout:
             self.lotr_dropout[adapter_name] = nn.Dropout(dropout)
         self.lotr_shared[adapter_name] = factors
@@ -209,9 +216,9 @@ class LotrLayer(Watched, BaseTunerLayer):
         names = check_adapters_to_merge(self, adapter_names)
         if not torch.isfinite(self._sum([name for name in names if self.carries(name)])).all():
             raise DataError(
-                f"{layer}: merging {', '.join(map(repr, names))} would write NaN or infinite "
-                "values; every weight is left as it was: the adapter has diverged, take an "
-                "earlier checkpoint"
+                "NaNs detected in the merged weights. The adapter "
+                f"{', '.join(names)} seems to be broken: merged into {layer} it gives NaN or "
+                "infinite values. Every weight is left as it was; take an earlier checkpoint."
             )
 
     @torch.no_grad()
@@ -260,7 +267,8 @@ class LotrLayer(Watched, BaseTunerLayer):
         if self._disable_adapters or self.merged_adapters:
             if adapter_names is not None and not self._disable_adapters:
                 raise DataError(
-                    "adapter_names is given while adapters are merged; call unmerge_adapter first"
+                    "Cannot pass `adapter_names` when there are merged adapters, please call "
+                    "`unmerge_adapter` first."
                 )
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
@@ -288,8 +296,8 @@ class LotrLayer(Watched, BaseTunerLayer):
         """Add to every row of y the update of its adapter; rows of shared factors go together."""
         if len(adapter_names) != len(x):
             raise DataError(
-                f"adapter_names has {len(adapter_names)} entries for {len(x)} rows; expected one "
-                f"a row, {BASE!r} for none"
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively: one a row, {BASE!r} for none."
             )
         batch = adapter_names if isinstance(adapter_names, Rows) else Rows(adapter_names)
         for factors, rows, names, which in batch.split(self.lotr_shared):

@@ -93,6 +93,7 @@ class LotrModel(SeveralAdapters):
         self.lotr_factors = nn.ModuleDict()
         self._lotr_plans = {}
         self._lotr_arguments = frozenset(inspect.signature(type(model).forward).parameters)
+        self._lotr_configs = {}
         # Adapters that were made for a file whose tensors have not come yet, and what the model
         # was before: a failed load takes the adapter out again.
         self._lotr_pending = {}
@@ -126,6 +127,7 @@ class LotrModel(SeveralAdapters):
         config: LotrConfig = copy.copy(given)  # what is written into it belongs to this model alone
         check_sharing(config, adapter_name, self.lotr_factors)
         before = Snapshot(model)
+        self.peft_config[adapter_name] = config
         try:
             self._inject(
                 model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
@@ -134,6 +136,10 @@ class LotrModel(SeveralAdapters):
             self._forget(adapter_name)
             before.restore()
             raise
+        finally:
+            self.peft_config[adapter_name] = given
+        given.settle(config)
+        self._lotr_configs[adapter_name] = config
         if given.groups is not None:
             self._lotr_pending[adapter_name] = before
         self._sync_factors()
@@ -173,7 +179,6 @@ class LotrModel(SeveralAdapters):
             config.init = config.init if config.init in INITS else "orthogonal"
             if config.share_factors:
                 config.train, config.share_factors = "cores", None
-        self.peft_config[adapter_name] = config
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
@@ -229,6 +234,7 @@ class LotrModel(SeveralAdapters):
             "scale": group.scale,
             "dropout": peft_config.lotr_dropout,
             "trains_factors": peft_config.train == "all",
+            "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
         }
         if isinstance(target, LotrLayer):
@@ -264,6 +270,16 @@ class LotrModel(SeveralAdapters):
         """Nothing: `tied_layers` finds them."""
 
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+            return
+        # What is unloaded has its own weight. PEFT would assign the wrapper's to it, which is no
+        # parameter where the wrapper computes it: trainable tokens do.
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -306,6 +322,23 @@ class LotrModel(SeveralAdapters):
 
     def _check_merge_allowed(self) -> None:
         """Leave it to `lotrtensor.peft.merging.check_merge`, which knows the adapters."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # The config is written next: with the groups of this model, should it serve several.
+        tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
+        if tuner is not None and adapter_name in tuner._lotr_configs:
+            config.settle(tuner._lotr_configs[adapter_name])
+        return super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from lotrtensor.errors import DataError
-from lotrtensor.peft.config import write_group
+from lotrtensor.peft.config import LotrConfig, write_group
 from lotrtensor.peft.factors import fill_adapter, tie_equal
 from lotrtensor.peft.hooks import mixed_batch_hooks
 from lotrtensor.peft.layer import LotrLayer
@@ -32,6 +32,8 @@ class SeveralAdapters(BaseTuner):
 
     lotr_factors: nn.ModuleDict
     _lotr_plans: dict[str, AdapterPlan]
+    # Configs as the adapters were made: PEFT keeps the user's own object, unchanged.
+    _lotr_configs: dict[str, LotrConfig]
     _lotr_pending: dict[str, Snapshot]
 
     def factor_table(self, adapter_name: str) -> FactorTable:
@@ -54,6 +56,7 @@ class SeveralAdapters(BaseTuner):
         if adapter_name in self.lotr_factors:
             del self.lotr_factors[adapter_name]
         self._lotr_plans.pop(adapter_name, None)
+        self._lotr_configs.pop(adapter_name, None)
         self._lotr_pending.pop(adapter_name, None)
 
     def add_weighted_adapter(
@@ -112,7 +115,7 @@ class SeveralAdapters(BaseTuner):
         )
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, LotrLayer)}
         groups, error = weighted_sum(layers, chosen, combination_type, svd_rank)
-        self.peft_config[adapter_name] = weighted_config(self.peft_config[adapters[0]], groups)
+        self.peft_config[adapter_name] = weighted_config(self._lotr_configs[adapters[0]], groups)
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
@@ -129,8 +132,10 @@ class SeveralAdapters(BaseTuner):
     def retrained(self, adapter_name: str) -> None:
         """Note that an adapter has other numbers: its cores may have any rank, and no fit."""
         groups = tuple(map(trained, self.plans(adapter_name)))
-        config: Any = self.peft_config[adapter_name]
+        config = self._lotr_configs[adapter_name]
         config.groups = [write_group(group) for group in groups]
+        given: Any = self.peft_config[adapter_name]
+        given.settle(config)
         self._lotr_plans[adapter_name] = AdapterPlan(groups)
 
     def tie_factors(self) -> int:
@@ -154,12 +159,14 @@ class SeveralAdapters(BaseTuner):
             yield
             return
         if self.training:
-            raise DataError("adapter_names is for inference; call eval() first")
+            raise DataError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call eval() first."
+            )
         unknown = sorted(set(names) - set(self.lotr_factors) - {"__base__"})
         if unknown:
             raise DataError(
-                f"adapter_names has {unknown[0]!r}, which this model does not have; it has "
-                f"{', '.join(self.lotr_factors)}"
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model "
+                f"has {', '.join(self.lotr_factors)}, and '__base__' for none."
             )
         with mixed_batch_hooks(self, list(names), kwargs.get("num_beams")):
             yield
