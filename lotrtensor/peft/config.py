@@ -109,6 +109,7 @@ trainable_token_indices : optional
         self.peft_type = MethodName(PEFT_TYPE)
         self._carried: dict[str, tuple[int, ...]] | None = None
         self._settled: dict[str, Any] = {}
+        self._asked: list[str] | set[str] | str | None = None
         if self.format_version != FORMAT_VERSION:
             raise FormatError(
                 f"the adapter has format_version {self.format_version!r}; this release reads "
@@ -188,13 +189,28 @@ trainable_token_indices : optional
         """
         return tuple(_read_group(entry) for entry in self.groups or ())
 
+    def fresh(self) -> LotrConfig:
+        """Return a copy with the target modules as the user gave them, for the next model."""
+        copied = copy.copy(self)
+        if self._is_expanded():
+            copied.target_modules = self._asked
+        copied._settled = {}
+        return copied
+
     def settle(self, adapter: LotrConfig) -> None:
         """Take note of what an adapter became, to be written in place of what was asked for.
 
-        The fields stay as they were given, so that one config can serve several models: each of
-        them settles it anew whenever its adapter is about to be saved.
+        Of the fields only ``target_modules`` changes, as PEFT does it: a default or a word such as
+        ``"all-linear"`` is expanded. One config can serve several models: each of them settles
+        it anew when its adapter is about to be saved.
         """
+        if not self._is_expanded():
+            self._asked = self.target_modules
         self._settled = {name: getattr(adapter, name) for name in SETTLED_FIELDS}
+        self.target_modules = adapter.target_modules
+
+    def _is_expanded(self) -> bool:
+        return bool(self._settled) and self.target_modules == self._settled["target_modules"]
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, with the groups of the adapter that was made of it."""

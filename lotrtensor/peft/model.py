@@ -124,7 +124,7 @@ class LotrModel(SeveralAdapters):
             If the adapter does not fit the model, which is as it was.
         """
         given: Any = self.peft_config[adapter_name]
-        config: LotrConfig = copy.copy(given)  # what is written into it belongs to this model alone
+        config: LotrConfig = given.fresh()  # what is written into it belongs to this model alone
         check_sharing(config, adapter_name, self.lotr_factors)
         before = Snapshot(model)
         self.peft_config[adapter_name] = config
