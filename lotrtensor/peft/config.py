@@ -154,6 +154,8 @@ trainable_token_indices : optional
         """
         name = str(pretrained_model_name_or_path)
         config: Self = super().from_pretrained(name, subfolder, **kwargs)
+        if not isinstance(config, LotrConfig):  # PEFT goes by the file's own method
+            return config
         directory = Path(name, subfolder or "")
         # Of a model hub's repository only the config is here; a pickle is PEFT's to read.
         if config.groups is not None and directory.is_dir() and not _is_pickled(directory):
@@ -224,8 +226,7 @@ trainable_token_indices : optional
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON holds them, sets in order so that equal configs are equal."""
-        fields = asdict(self)
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
+        return {name: _as_json(value) for name, value in asdict(self).items()}
 
 
 class MethodName(str):
@@ -239,6 +240,12 @@ class MethodName(str):
     def __str__(self) -> str:
         """As the enum's members print."""
         return f"PeftType.{self.value}"
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_pickled(directory: Path) -> bool:
