@@ -20,7 +20,7 @@ stage = @printf '\n== %s\n' '$(1)'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest test-deep test-oldest lint notebooks docs bench evidence clean
+.PHONY: help demo test pytest test-deep test-oldest lint notebooks docs bench evidence peft-matrix clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -72,6 +72,9 @@ bench: $(TEST)/installed ## Measure speed and memory
 evidence: $(TEST)/installed ## Measure the tasks that the documentation reports on; fetches their data
 	@$(BIN)/python examples/evidence.py
 	@$(BIN)/python examples/finetune.py --out docs/finetune.json
+
+peft-matrix: $(TEST)/installed ## Run PEFT's own tests on LoTR; fetches them (docs/peft-matrix.md)
+	@nice -n 10 $(BIN)/python -m tests.peft_matrix
 
 clean: ## Remove all environments, caches and build products
 	rm -rf .venv .venv-* build dist docs/_build docs/notebooks/*.ipynb docs/reference/cli.md
