@@ -548,17 +548,3 @@ def test_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(value, expected[key]), key
     adapter = lt.load(tmp_path / "whole" / "checkpoint-6")
     assert adapter.parameters + 2 * 33 == whole.model.get_nb_trainable_parameters()[0]
-
-
-def test_a_config_is_what_its_file_holds(tmp_path: Path) -> None:
-    own = config(r=(3, 4), exclude_modules=["pooler"])
-    own.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert written == own.to_dict()
-    assert lotr.LotrConfig.from_pretrained(tmp_path).to_dict() == written
-
-
-def test_the_config_of_another_method_is_read_as_that(tmp_path: Path) -> None:
-    peft.LoraConfig(target_modules=["query"], r=5).save_pretrained(tmp_path)
-    found = lotr.LotrConfig.from_pretrained(tmp_path)
-    assert (type(found), found.r) == (peft.LoraConfig, 5)

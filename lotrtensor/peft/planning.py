@@ -172,8 +172,8 @@ def refuse_injection(model: nn.Module) -> NoReturn:
         model.__dict__.pop("_hf_peft_config_loaded", None)
     raise UnsupportedAdapterError(
         "a LoTR cannot be injected into a bare model, as transformers' add_adapter, load_adapter "
-        "and from_pretrained do: layers have shared state, the factors, which a PeftModel holds; use "
-        "peft.get_peft_model(model, config), PeftModel.from_pretrained(model, directory) or "
+        "and from_pretrained do: layers have shared state, their factors, which a PeftModel keeps; "
+        "use peft.get_peft_model(model, config), PeftModel.from_pretrained(model, directory) or "
         "peft's AutoPeftModel classes"
     )
 

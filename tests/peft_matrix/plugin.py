@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import json
 import os
 import signal
@@ -70,7 +71,7 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         for name, added in cases.LISTS.get(collector.path.stem, {}).items()
     }
     for owner in (module, *(v for v in vars(module).values() if isinstance(v, type))):
-        for function in list(vars(owner).values()):
+        for function in filter(inspect.isfunction, list(vars(owner).values())):
             for place, mark in enumerate(getattr(function, "pytestmark", ())):
                 if mark.name == "parametrize" and isinstance(mark.args[1], list | tuple):
                     values = mark.args[1]
