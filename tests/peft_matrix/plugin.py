@@ -54,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
         stub.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
         stub.load_dataset = _no_data_set  # type: ignore[attr-defined]
         sys.modules["datasets"] = stub
+    # Its assertions then say what they found, and exclusions can tell them apart.
+    pytest.register_assert_rewrite(f"{folder.name}.testing_common")
     helpers = importlib.import_module(f"{folder.name}.testing_utils")
     helpers._HUB_MODEL_ACCESSES = _AlwaysKnown(int)  # type: ignore[attr-defined]
     if stands_in:
