@@ -93,6 +93,6 @@ def test_a_name_that_is_part_of_the_keys_is_refused(name: str) -> None:
 
 def test_injection_without_a_tuner_is_refused() -> None:
     base = bert()
-    with pytest.raises(lt.UnsupportedAdapterError, match="shared state.*get_peft_model"):
+    with pytest.raises(lt.UnsupportedAdapterError, match=r"shared state.*get_peft_model"):
         inject_adapter_in_model(config(), base)
     assert unchanged(base)
