@@ -180,6 +180,7 @@ def test_very_small_and_very_large_updates(tmp_path, scale):
         ({"tolerance": 1.5}, "between 0 and 1"),
         ({"tolerance": 1e-9}, "smallest error reached"),
         ({"budget": "10%", "bits": 0}, "from 1 to 8"),
+        ({"budget": "10%", "bits": 16}, "keep 16 bits"),
         ({"budget": "10%", "bits": "few"}, "from 1 to 8"),
         ({"budget": "10%", "form": "tt"}, "form"),
     ],
@@ -328,6 +329,17 @@ def test_the_command(small, tmp_path):
     told = json.loads(lotr("verify", small, out, "--json").out)["relative_error"]
     assert told == pytest.approx(document["relative_error"], rel=1e-4)
     assert json.loads(lotr("verify", out, back, "--json").out)["relative_error"] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"), [("float32", 0, 1e-6), ("float8_e4m3fn", 1e-3, 0.1)]
+)
+def test_an_export_in_any_type(small, tmp_path, dtype, least, most):
+    lotr("compress", small, "-o", tmp_path / "small", "--tolerance", 0.3)
+    found = lotr("export", tmp_path / "small", "-o", tmp_path / "back", "--dtype", dtype, "--json")
+    assert found.code == 0
+    assert least <= json.loads(found.out)["relative_error"] <= most
+    assert lt.load(tmp_path / "back").dtype.name == dtype
 
 
 def test_the_command_refuses(small, tmp_path):

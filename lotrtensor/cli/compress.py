@@ -45,7 +45,7 @@ def compress(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Compress an adapter: bits where the energy is. A tenth of the bytes at an error of 0.3.
+    """Compress an adapter into one small file, its bits spent where they reduce the error most.
 
     Example: lotr compress my-lora -o small --budget 10%
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import typer
@@ -10,6 +11,7 @@ from lotrtensor.adapters.formats.directory import check_inputs_outside, check_lo
 from lotrtensor.adapters.formats.layout import output_form
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.sizes import check_dtype
 from lotrtensor.cli.common import (
     AdapterPath,
     Force,
@@ -41,6 +43,10 @@ def export(
             help="A PEFT directory, or kohya's single file; what the LoRA was before if not given.",
         ),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Type to store: float32, float16, bfloat16, float8_e4m3fn, …"),
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -60,7 +66,10 @@ def export(
         raise UnsupportedAdapterError(f"{adapter} is a LoRA already; expected a LoTR adapter")
     output_form(output, lotr.config, form)
     with progress_bar("exporting"):
-        lotr.to_lora(rank).save(output, form=form, force=force, pad=pad)
+        lora = lotr.to_lora(rank)
+        if dtype is not None:
+            lora = replace(lora, dtype=check_dtype(dtype))
+        lora.save(output, form=form, force=force, pad=pad)
         written = load(output)
         difference = compare(lotr, written).relative_error
         document = inspect_document(written) | {"relative_error": difference}

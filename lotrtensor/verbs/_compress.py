@@ -109,6 +109,11 @@ def compress(
 
 
 def _number(bits: int | str) -> object:
+    if str(bits) == "16":
+        raise RankError(
+            "bits is 16; expected 'auto' or 1 to 8: truncate (a LoRA) and convert (a LoTR) keep 16 "
+            "bits a number"
+        )
     return int(bits) if isinstance(bits, str) and bits.isdecimal() and len(bits) < 4 else bits
 
 
