@@ -49,6 +49,22 @@ def test_one_config_serves_two_models(tmp_path: Path) -> None:
     }
 
 
+def test_one_config_serves_two_adapters_and_their_sum(tmp_path: Path) -> None:
+    own = config(r=(3, 4))
+    model = get_peft_model(bert(), own, adapter_name="a")
+    model.add_adapter("b", own)
+    randomize(model)
+    model.add_weighted_adapter(["a", "b"], [1.0, -2.0], "sum", combination_type="cat")
+    model.save_pretrained(tmp_path)
+    assert own.groups is None
+    for name, rank in (("a", [3, 4]), ("b", [3, 4]), ("sum", [6, 8])):
+        read = LotrConfig.from_pretrained(tmp_path / name)
+        assert all(group["rank"] == rank for group in read.groups)
+        model.set_adapter(name)
+        again = PeftModel.from_pretrained(bert(), tmp_path / name)
+        torch.testing.assert_close(output(again), output(model))
+
+
 def test_a_config_is_what_its_file_holds(tmp_path: Path) -> None:
     own = config(r=(3, 4), exclude_modules=["pooler"])
     own.save_pretrained(tmp_path)

@@ -32,7 +32,7 @@ class SeveralAdapters(BaseTuner):
 
     lotr_factors: nn.ModuleDict
     _lotr_plans: dict[str, AdapterPlan]
-    # Configs as the adapters were made: PEFT keeps the user's own object, unchanged.
+    # Configs as the adapters were made; in peft_config is the user's own object.
     _lotr_configs: dict[str, LotrConfig]
     _lotr_pending: dict[str, Snapshot]
 
