@@ -30,6 +30,14 @@ def to_tensorly(tucker2: Tucker2) -> TuckerTensor:
     -------
     TuckerTensor
         The core is (K, p, q) and the factors are the K × K identity, U (m × p) and V (n × q).
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> from lotrtensor.tensorly import to_tensorly
+    >>> found = lt.tucker2(np.ones((3, 4, 5)), rank=1).tucker2
+    >>> [factor.shape for factor in to_tensorly(found).factors]
+    [(3, 3), (4, 1), (5, 1)]
     """
     xp, core = tucker2.xp, tucker2.core
     identity = xp.eye(tucker2.shape[0], dtype=core.dtype, device=device(core))
@@ -54,6 +62,14 @@ def from_tensorly(tensor: Any) -> Tucker2:
     ------
     ShapeError
         If the tensor is not third-order, or has another number of factors.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lotrtensor.tensorly import from_tensorly
+    >>> found = from_tensorly((np.ones((3, 1, 2)), [np.ones((4, 1)), np.ones((5, 2))]))
+    >>> found.shape, found.rank
+    ((3, 4, 5), (1, 2))
     """
     core, factors = tensor
     factors = list(factors)

@@ -594,3 +594,9 @@ def test_the_error_of_large_numbers_is_summed_in_double_precision(tmp_path):
         (LoraModule("q", np.diag([0, 4e19, 0, 0]), np.eye(4)),), {}, np.dtype("float32")
     )
     assert extraction_error(*both, nothing) == pytest.approx(0.6)
+
+
+def test_the_error_of_shared_factors_is_the_one_that_extract_states(tmp_path):
+    both = write(tmp_path / "base", model()), write(tmp_path / "tuned", tune(model()))
+    adapter = extract(*both, rank=4)
+    assert extraction_error(*both, adapter) == pytest.approx(adapter.relative_error, rel=1e-4)

@@ -53,6 +53,14 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     ------
     FormatError, UnsupportedAdapterError, DataError
         Naming the file and key, what was found and what was expected.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> import lotrtensor as lt
+    >>> adapter = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    >>> len(adapter.modules), adapter.bytes
+    (36, 663552)
     """
     found = fetch(path) if is_remote(path) else expand(path)
     check_exists(found)

@@ -32,6 +32,14 @@ class LoraAdapter:
         Type that the factors are stored in.
     extras : mapping of str to ndarray
         Tensors carried unchanged under their own keys: fully trained modules, biases.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> import lotrtensor as lt
+    >>> adapter = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    >>> adapter.modules[0].name, adapter.parameters, str(adapter.dtype)
+    ('encoder.layer.0.attention.output.dense', 331776, 'bfloat16')
     """
 
     modules: tuple[LoraModule, ...]

@@ -24,6 +24,15 @@ class GroupSummary(NamedTuple):
 
     Errors are relative Frobenius errors, None where the group was trained; parameters are stored
     numbers, bytes their size as stored.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> import lotrtensor as lt
+    >>> adapter = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    >>> row = lt.convert(adapter, rank=8).summary[0]
+    >>> row.group, row.slices, row.ranks, row.parameters
+    ('attention.output.dense', 6, (8, 8), 6528)
     """
 
     group: str
@@ -50,6 +59,17 @@ class LotrAdapter:
         Type that factors and cores are stored in.
     extras : mapping of str to ndarray
         Tensors carried unchanged under their own keys: fully trained modules, biases.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> import lotrtensor as lt
+    >>> adapter = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    >>> lotr = lt.convert(adapter, rank=8)
+    >>> len(lotr.groups), lotr.bytes, round(lotr.relative_error, 2)
+    (6, 115200, 0.6)
+    >>> lotr.to_lora().modules[0].rank
+    8
     """
 
     groups: tuple[LotrGroup, ...]

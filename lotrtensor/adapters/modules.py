@@ -27,6 +27,13 @@ class LoraModule:
         Whether the module is an embedding, whose weight is n × m: the transpose of ΔW.
     stored : (dtype, dtype) or None
         Types that B and A were read in; None where they are no longer what a file holds.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> module = lt.LoraModule("layers.0.query", B=np.ones((4, 2)), A=np.ones((2, 6)))
+    >>> module.shape, module.rank, module.parameters
+    ((4, 6), 2, 20)
     """
 
     name: str
@@ -92,6 +99,15 @@ class FitRecord:
         Numbers that the updates were stored in.
     bytes : int
         Bytes that the updates were stored in.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> import lotrtensor as lt
+    >>> adapter = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    >>> fit = lt.convert(adapter, rank=8).groups[0].fit
+    >>> fit.lower_bound < fit.relative_error, fit.bytes
+    (True, 73728)
     """
 
     relative_error: float
@@ -123,6 +139,15 @@ class LotrGroup:
         How well the group stands for what it was fitted to; None where it was trained.
     scale : float
         Factor of every ΔW beside U G_k Vᵀ; 1 where it is baked in.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> import lotrtensor as lt
+    >>> adapter = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    >>> group = lt.convert(adapter, rank=8).groups[0]
+    >>> group.name, group.shape, group.rank, len(group.cores)
+    ('attention.output.dense', (384, 384), (8, 8), 6)
     """
 
     name: str

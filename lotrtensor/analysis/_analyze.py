@@ -71,6 +71,15 @@ def analyze(
     of Σ_k G_k² over the p × q corner. Errors of LoTR are those of the truncated HOSVD, at most √2
     times the smallest possible; `convert` refines by HOOI. The recommended size is converted and
     measured.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> B, A = np.random.default_rng(0).normal(size=(2, 3, 12, 2))
+    >>> modules = [lt.LoraModule(f"layers.{k}.query", b, a.T) for k, (b, a) in enumerate(zip(B, A))]
+    >>> analysis = lt.analyze(lt.LoraAdapter(tuple(modules), {}, np.dtype("float32")), shares=(50,))
+    >>> [group.name for group in analysis.groups], analysis.source_parameters
+    (['query'], 144)
     """
     check_adapter(adapter)
     shares = _check_shares(shares)

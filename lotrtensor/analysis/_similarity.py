@@ -33,6 +33,15 @@ def similarity(adapters: Sequence[Adapter]) -> Similarity:
     -------
     Similarity
         Cosines of every two, over all modules and by kind.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> import lotrtensor as lt
+    >>> adapter = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    >>> found = lt.similarity([adapter, lt.truncate(adapter, rank=4)])
+    >>> found.cosine.shape, bool(0.9 < found.cosine[0, 1] < 1)
+    ((2, 2), True)
     """
     if not isinstance(adapters, Sequence) or not adapters:
         raise OptionError(f"adapters is a {type(adapters).__name__}; expected at least one adapter")

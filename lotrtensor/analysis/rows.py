@@ -33,6 +33,15 @@ class Choice(NamedTuple):
     Frobenius error; ``lower_bound`` is None for truncated LoRA, whose error is the smallest of its
     ranks. ``measured`` tells a converted adapter, refined and rounded to its storage type, from the
     curves' truncated HOSVD, which converting does not exceed but for that rounding.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> B, A = np.random.default_rng(0).normal(size=(2, 3, 12, 2))
+    >>> modules = [lt.LoraModule(f"layers.{k}.query", b, a.T) for k, (b, a) in enumerate(zip(B, A))]
+    >>> analysis = lt.analyze(lt.LoraAdapter(tuple(modules), {}, np.dtype("float32")), shares=(50,))
+    >>> analysis.choices[0].representation, analysis.choices[0].budget
+    ('LoTR by type', 0.5)
     """
 
     kind: Kind
@@ -137,6 +146,15 @@ class Analysis(NamedTuple):
 
     ``left_overlap`` and ``right_overlap`` (groups × groups) are means over the layers that both
     groups have; NaN where the sides are unlike.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> B, A = np.random.default_rng(0).normal(size=(2, 3, 12, 2))
+    >>> modules = [lt.LoraModule(f"layers.{k}.query", b, a.T) for k, (b, a) in enumerate(zip(B, A))]
+    >>> analysis = lt.analyze(lt.LoraAdapter(tuple(modules), {}, np.dtype("float32")), shares=(50,))
+    >>> analysis.source_bytes, len(analysis.groups[0].modules)
+    (576, 3)
     """
 
     source_parameters: int
@@ -158,6 +176,15 @@ class Similarity(NamedTuple):
 
     ``cosine`` (A × A) is ⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖) over all modules, ``by_kind`` the same a kind of
     module; NaN where two have no module of one shape in common. ``shared`` counts those.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> import lotrtensor as lt
+    >>> adapter = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    >>> found = lt.similarity([adapter])
+    >>> found.cosine.round(6).tolist(), found.shared.tolist(), len(found.by_kind)
+    ([[1.0]], [[36]], 6)
     """
 
     cosine: np.ndarray

@@ -30,6 +30,14 @@ class Clustering:
         One a cluster, of its slices in their order.
     relative_error : float
         √(Σ_k ‖ΔW_k − U_c G_k V_cᵀ‖² / Σ_k ‖ΔW_k‖²) with c the cluster of slice k.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> a, b = np.eye(4)[:, :1], np.eye(4)[:, 1:2]
+    >>> found = lt.cluster([(a, a.T), (b, b.T), (a, a.T)], 2, rank=1)
+    >>> found.labels.tolist(), len(found.fits), found.parameters
+    ([0, 1, 0], 2, 19)
     """
 
     labels: np.ndarray
@@ -90,6 +98,14 @@ def cluster(
     Both half steps lower Σ_k ‖ΔW_k − U_c U_cᵀ ΔW_k V_c V_cᵀ‖², as in clustering by subspaces
     (Bradley and Mangasarian, "k-Plane clustering", J. Global Optim. 16 (2000)). A round costs one
     fit and one residual a cluster.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> a, b = np.eye(4)[:, :1], np.eye(4)[:, 1:2]
+    >>> found = lt.cluster([(a, a.T), (b, b.T), (a, a.T)], 2, rank=1)
+    >>> found.labels.tolist(), found.relative_error < 1e-12
+    ([0, 1, 0], True)
     """
     stack = as_stack(stack)
     if not isinstance(stack, LowRankStack):

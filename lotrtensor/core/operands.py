@@ -37,6 +37,14 @@ def as_stack(slices: Operand) -> SliceStack:
         If it is none of these.
     ShapeError
         If arrays do not fit together.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> rng = np.random.default_rng(0)
+    >>> B, A = rng.normal(size=(4, 20, 2)), rng.normal(size=(4, 2, 30))
+    >>> lt.as_stack(list(zip(B, A))).shape, lt.as_stack(np.ones((3, 4, 5))).shape
+    ((4, 20, 30), (3, 4, 5))
     """
     if isinstance(slices, Tucker2):
         return slices.to_low_rank()

@@ -28,6 +28,12 @@ class RatePoint(NamedTuple):
 
     ``parameters`` are stored numbers, m p + n q + K p q. ``relative_error`` is that of the
     truncated HOSVD; a fit at these ranks lies between ``lower_bound`` and it.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> lt.rate_distortion(np.ones((3, 4, 5)))[0].parameters  # p = q = 1
+    12
     """
 
     p: int
@@ -81,6 +87,15 @@ def rate_distortion(
     -----
     In the bases of the HOSVD the energy that ranks (p, q) keep is the sum of Σ_k G_k² over the
     p × q corner, so that cumulative sums price all pairs at once.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> rng = np.random.default_rng(0)
+    >>> B, A = rng.normal(size=(4, 20, 2)), rng.normal(size=(4, 2, 30))
+    >>> curve = lt.rate_distortion(lt.LowRankStack(B, A))
+    >>> curve[0][:3], curve[-1][:3]
+    ((1, 1, 54), (8, 8, 656))
     """
     stack = as_stack(stack)
     kind, _ = check_method(method)

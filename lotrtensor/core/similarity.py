@@ -32,6 +32,14 @@ def inner(a: Operand, b: Operand) -> float:
     ------
     ShapeError
         If K, m or n differ.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> rng = np.random.default_rng(0)
+    >>> B, A = rng.normal(size=(4, 20, 2)), rng.normal(size=(4, 2, 30))
+    >>> lt.inner(2 * lt.LowRankStack(B, A), list(zip(B, A))) / lt.norm(list(zip(B, A))) ** 2
+    2.0
     """
     first, second = as_stack(a), as_stack(b)
     if first.shape != second.shape:
@@ -55,6 +63,12 @@ def norm(a: Operand) -> float:
     -------
     float
         The norm.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> lt.norm(np.ones((4, 2, 2)))
+    4.0
     """
     norms2 = as_stack(a).norms2()
     return math.sqrt(float(namespace(norms2).sum(norms2)))
@@ -75,6 +89,16 @@ def cosine_similarity(a: Operand, b: Operand) -> float:
     -------
     float
         Between −1 and 1, but for rounding.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> rng = np.random.default_rng(0)
+    >>> B, A = rng.normal(size=(4, 20, 2)), rng.normal(size=(4, 2, 30))
+    >>> turn = np.array([[2.0, 1.0], [0.0, 1.0]])
+    >>> same = lt.LowRankStack(B @ turn, np.linalg.inv(turn) @ A)
+    >>> round(lt.cosine_similarity(lt.LowRankStack(B, A), same), 6)
+    1.0
     """
     first, second = _in_range(as_stack(a)), _in_range(as_stack(b))
     scale = norm(first) * norm(second)
@@ -106,6 +130,12 @@ def principal_angles(a: Array, b: Array) -> Array:
     Cosines are the singular values of QᵀQ'; small angles are taken from the sines instead, which
     keeps them accurate (Björck and Golub, Math. Comp. 27 (1973); Knyazev and Argentati, SIAM J.
     Sci. Comput. 23 (2002)).
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> lt.principal_angles(np.eye(3)[:, :2], np.eye(3)[:, 1:]).round(4).tolist()  # 0 and π/2
+    [0.0, 1.5708]
     """
     namespace(a, b)
     for x in (a, b):
@@ -146,6 +176,12 @@ def subspace_overlap(a: Array, b: Array) -> float:
     -------
     float
         ‖QᵀQ'‖² / min(p, p') with Q and Q' orthonormal bases of the two spaces.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> round(lt.subspace_overlap(np.eye(3)[:, :2], np.eye(3)[:, 1:]), 6)  # one of two directions
+    0.5
     """
     xp = namespace(a, b)
     return float(xp.mean(xp.cos(principal_angles(a, b)) ** 2))

@@ -47,6 +47,15 @@ class Tucker2(LinearOperators):
     -----
     Tucker, "Some mathematical notes on three-mode factor analysis", Psychometrika 31 (1966); the
     layer axis is left uncompressed (the Tucker-2 model of Kroonenberg and de Leeuw, 1980).
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> found = lt.Tucker2(np.ones((4, 1)), np.ones((3, 1, 2)), np.ones((5, 2)))
+    >>> found.shape, found.rank, found.parameters
+    ((3, 4, 5), (1, 2), 20)
+    >>> float(found.slice(0)[0, 0]), (found + found).rank
+    (2.0, (2, 4))
     """
 
     left: Array

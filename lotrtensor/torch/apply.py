@@ -86,6 +86,14 @@ def apply_lotr(
     LotrWarning
         After the first forward of the model, if adapted layers did not run in it; see
         `check_adapted`.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # U, V and two cores
+    40
     """
     check_init(init)
     _check_train(train)
@@ -148,6 +156,15 @@ def set_trainable(model: nn.Module, train: str = "all") -> None:
     ------
     DataError
         If ``train`` is neither.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> lotr.set_trainable(model, "cores")
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.lotr_core', '1.lotr_core']
     """
     _check_train(train)
     factor_table(model).requires_grad_(train == "all")
@@ -180,6 +197,14 @@ def param_groups(
     -------
     list of dict
         Groups for a torch optimiser; those without a parameter are left out.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> [group["lr"] for group in lotr.param_groups(model, 1e-3, core_lr=1e-2)]  # factors, cores
+    [0.001, 0.01]
     """
     factors = {
         id(parameter)
@@ -222,6 +247,14 @@ def merge(model: nn.Module, *, safe: bool = False) -> nn.Module:
         If ``safe`` is given and a merged weight would not be finite.
     UnsupportedAdapterError
         If a base weight is quantised, or is another layer's weight too. No weight has changed then.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> lotr.merge(model)[0].merged
+    True
     """
     users = weight_users(model, storage)
     for name, layer in lotr_layers(model):
@@ -252,6 +285,14 @@ def unmerge(model: nn.Module) -> nn.Module:
     -------
     nn.Module
         ``model``, for chaining; weights come back up to rounding.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> lotr.unmerge(lotr.merge(model))[0].merged
+    False
     """
     for _, layer in lotr_layers(model):
         layer.unmerge()
@@ -270,6 +311,17 @@ def unload(model: nn.Module) -> nn.Module:
     -------
     nn.Module
         ``model`` without LoTR layers, for chaining.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> lotr.unload(lotr.merge(model))
+    Sequential(
+      (0): Linear(in_features=8, out_features=8, bias=True)
+      (1): Linear(in_features=8, out_features=8, bias=True)
+    )
     """
     for _, layer in list(lotr_layers(model)):
         replace_everywhere(model, layer, layer.base)

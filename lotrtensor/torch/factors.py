@@ -24,6 +24,14 @@ class SharedFactors(nn.Module):
         Left and right rank (p, q).
     dtype, device : optional
         Of both factors; torch's defaults if not given.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> model[0].factors is model[1].factors, model[0].factors
+    (True, SharedFactors(left=(8, 2), right=(8, 2)))
     """
 
     left: nn.Parameter
@@ -86,6 +94,14 @@ class FactorTable(nn.ModuleDict):
     Group names hold dots (``attention.self.query``), which names of submodules cannot:
     ``encode`` and ``decode`` of this file translate. Called as a module it returns its input, so
     that an ``nn.Sequential``, which runs every child, may own a table too.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> [(name, factors.rank) for name, factors in model.lotr_factors.groups()]
+    [('*', (2, 2))]
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -37,6 +37,14 @@ class LotrLinear(Watched, nn.Module):
         Scale of the update.
     dropout : float
         Probability of dropping an entry of x on the way into the update, in training.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> model[0].lotr_core.shape, model[0].delta_weight().shape
+    (torch.Size([2, 2]), torch.Size([8, 8]))
     """
 
     def __init__(

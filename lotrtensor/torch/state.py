@@ -30,6 +30,14 @@ def lotr_state_dict(model: nn.Module) -> dict[str, Tensor]:
     -------
     dict of str to Tensor
         ``model.load_state_dict(state, strict=False)`` puts it back.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> sorted(lotr.lotr_state_dict(model))
+    ['0.lotr_core', '1.lotr_core', 'lotr_factors.:*.left', 'lotr_factors.:*.right']
     """
     factor_table(model)
     return {
@@ -76,6 +84,15 @@ def load_lotr(
     UnsupportedAdapterError
         If another source than a LoTR is given without ``rank``, or the adapter carries tensors
         besides its update.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> lotr.load_lotr(base, lotr.to_adapter(model), train="cores")[0].lotr_core.shape
+    torch.Size([2, 2])
     """
     adapter = as_lotr(source, rank=rank, group_by=group_by)
     if adapter.extras:
@@ -130,6 +147,14 @@ def to_adapter(model: nn.Module, config: Mapping[str, Any] | None = None) -> Lot
     -------
     LotrAdapter
         Every scale is 1: it is in the cores.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> lotr.to_adapter(model).groups[0].modules
+    ('0', '1')
     """
     layers = dict(lotr_layers(model))
     groups = []
@@ -174,6 +199,17 @@ def save_lotr(
     ------
     FormatError
         If ``directory`` exists and ``force`` is not given, or cannot be written.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> import tempfile, lotrtensor as lt
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lotr.save_lotr(model, f"{folder}/adapter")
+    ...     print(lt.load(f"{folder}/adapter").parameters)
+    40
     """
     to_adapter(model, config).save(directory, force=force)
 

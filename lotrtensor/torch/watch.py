@@ -41,6 +41,14 @@ class LayerUse(NamedTuple):
     read_by : tuple of str
         Functions that took its base weight from outside, without the update; most often a layer
         that shares the weight.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> lotr.check_adapted(model, torch.ones(1, 8))[0]
+    LayerUse(name='0', ran=True, read_by=())
     """
 
     name: str
@@ -140,6 +148,14 @@ def check_adapted(
     -----
     LotrWarning
         If layers did not run and were not read, or ran and were read as well.
+
+    Examples
+    --------
+    >>> import torch, lotrtensor.torch as lotr
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
+    >>> all(use.ran for use in lotr.check_adapted(model, torch.ones(1, 8)))
+    True
     """
     model = getattr(model, "_orig_mod", model)  # a compiled model would hide what it calls
     layers = dict(watched_layers(model))

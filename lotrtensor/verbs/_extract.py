@@ -14,6 +14,7 @@ import numpy as np
 from lotrtensor.adapters.deltas import Resized
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.layers import WEIGHT
+from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup
@@ -26,6 +27,7 @@ from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.dense import LazyStack
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import LotrWarning, OptionError
+from lotrtensor.verbs._compare import lora_factors
 from lotrtensor.verbs._fit_groups import WIDEST, Progress, fit_groups, warn_unconverged
 from lotrtensor.verbs._goals import (
     Allocation,
@@ -123,6 +125,18 @@ def extract(
     weight that several modules share moves all of them; and a weight that is used without its
     module being called, or belongs to a layer of its own kind, is carried in full, in
     ``modules_to_save``, for an adapter there would change nothing.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, lotrtensor as lt
+    >>> from safetensors.numpy import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     base, tuned = (f"{folder}/{name}.safetensors" for name in ("base", "tuned"))
+    ...     for path, entry in ((base, 0.0), (tuned, 1.0)):
+    ...         save_file({"layers.0.query.weight": np.full((4, 6), entry, "float32")}, path)
+    ...     adapter = lt.extract(base, tuned, rank=1)
+    >>> adapter.groups[0].modules, adapter.relative_error < 1e-6
+    (('layers.0.query',), True)
     """
     if form not in ("lotr", "lora"):
         raise OptionError(f"form is {form!r}; expected 'lotr' or 'lora'")
@@ -155,25 +169,25 @@ def extract(
 def extraction_error(
     base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],
-    adapter: LoraAdapter,
+    adapter: Adapter,
     *,
     modules: str | None = None,
     resized: Resized = "refuse",
     fan_in_fan_out: bool | str = False,
     embeddings: str | None = None,
 ) -> float:
-    """Relative Frobenius error of a LoRA against the weight deltas of two checkpoints.
+    """Relative Frobenius error of an adapter against the weight deltas of two checkpoints.
 
-    √(Σ_k ‖ΔW_k − B_k A_k‖² / Σ_k ‖ΔW_k‖²) over all two-dimensional weights that differ, or those
-    that ``modules`` matches, but for those that the adapter carries in full; both checkpoints are
-    read once, one slice of each in memory. Norms are summed in float64.
+    √(Σ_k ‖ΔW_k − Δ̃W_k‖² / Σ_k ‖ΔW_k‖²) over all two-dimensional weights that differ, or those
+    that ``modules`` matches, except those that the adapter carries in full. Each checkpoint is
+    read once, one slice at a time. Norms are summed in float64.
 
     Parameters
     ----------
     base, tuned : path-like
         Checkpoints, as for `extract`.
-    adapter : LoraAdapter
-        The LoRA; a module that it lacks counts as zero.
+    adapter : LoraAdapter or LotrAdapter
+        The adapter; a module that it lacks counts as zero.
     modules : str, optional
         Regular expression, as for `extract`.
     resized : str
@@ -187,7 +201,20 @@ def extraction_error(
     -------
     float
         The error.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, lotrtensor as lt
+    >>> from safetensors.numpy import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     base, tuned = (f"{folder}/{name}.safetensors" for name in ("base", "tuned"))
+    ...     for path, entries in ((base, np.zeros(2)), (tuned, np.array([4.0, 3.0]))):
+    ...         save_file({"layers.0.query.weight": np.diag(entries)}, path)
+    ...     adapter = lt.extract(base, tuned, rank=1)
+    ...     print(round(lt.extraction_error(base, tuned, adapter), 6))
+    0.6
     """
+    check_adapter(adapter)
     with warnings.catch_warnings():  # extract has said it
         warnings.simplefilter("ignore", LotrWarning)
         weights = tuned_weights(
@@ -198,14 +225,13 @@ def extraction_error(
             fan_in_fan_out=fan_in_fan_out,
             embeddings=embeddings,
         )
-    found = {module.name: module for module in adapter.modules}
+    found = lora_factors(adapter)
     whole = SquaredError()
     for slot in weights.slots():
         delta = weights.read(slot.name)
         whole2 = float(norm2(delta))
         if slot.name in found:
-            module = found[slot.name]
-            delta -= (module.B @ module.A).astype(delta.dtype)
+            delta -= found[slot.name].slice(0).astype(delta.dtype)
         whole += SquaredError(float(norm2(delta)), whole2)
     return whole.relative
 

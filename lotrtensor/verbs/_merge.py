@@ -80,6 +80,19 @@ def merge(
 
     The class that the base's ``config.json`` names is asked how weights are stored and which of
     them are shared, where shapes and names leave that open.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, lotrtensor as lt
+    >>> from safetensors.numpy import load_file, save_file
+    >>> module = lt.LoraModule("layers.0.query", np.ones((4, 1)), np.ones((1, 6)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"layers.0.query.weight": np.ones((4, 6))}, f"{folder}/base.safetensors")
+    ...     adapter = lt.LoraAdapter((module,), {}, np.dtype("float64"))
+    ...     changed = lt.merge(f"{folder}/base.safetensors", adapter, f"{folder}/merged")
+    ...     merged = load_file(f"{folder}/merged/model.safetensors")
+    >>> changed, float(merged["layers.0.query.weight"][0, 0])
+    (('layers.0.query.weight',), 2.0)
     """
     _check_layers(adapter)
     source = open_checkpoint(Path(base))

@@ -110,6 +110,15 @@ def truncate(
     For a LoRA, QRs of B and Aᵀ leave an r × r matrix, whose SVD is that of ΔW: the product is
     never built (Eckart and Young, Psychometrika 1 (1936)). For a LoTR, QRs of U and V leave a
     K × p × q tensor, which is decomposed in its place.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> import lotrtensor as lt
+    >>> adapter = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    >>> small = lt.truncate(adapter, budget="25%")
+    >>> small.bytes <= adapter.bytes / 4, lt.compare(adapter, small).relative_error < 0.5
+    (True, True)
     """
     check_allocation(allocation, lora=isinstance(adapter, LoraAdapter))
     asked = Asked(rank, tolerance, energy, budget)

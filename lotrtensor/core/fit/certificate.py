@@ -42,6 +42,15 @@ class Tucker2Fit:
     weighted_error : float
         √(Σ_k w_k² ‖ΔW_k − U G_k Vᵀ‖² / Σ_k w_k² ‖ΔW_k‖²), which was minimised; equal to
         ``relative_error`` where no weights were given.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> rng = np.random.default_rng(0)
+    >>> B, A = rng.normal(size=(4, 20, 2)), rng.normal(size=(4, 2, 30))
+    >>> fit = lt.tucker2(lt.LowRankStack(B, A), rank=4)
+    >>> fit.method, fit.converged, fit.lower_bound <= fit.relative_error
+    ('exact', True, True)
     """
 
     tucker2: Tucker2

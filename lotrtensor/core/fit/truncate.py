@@ -47,6 +47,15 @@ def truncate_tucker2(
     -----
     With QRs U = Q_U T_U and V = Q_V T_V the cores T_U G_k T_Vᵀ are an equal K × p × q problem, so
     that m and n cost two QRs each time.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> rng = np.random.default_rng(0)
+    >>> B, A = rng.normal(size=(4, 20, 2)), rng.normal(size=(4, 2, 30))
+    >>> from lotrtensor.core import truncate_tucker2
+    >>> truncate_tucker2(lt.tucker2(list(zip(B, A)), rank=8).tucker2, (3, 4)).rank
+    (3, 4)
     """
     if not isinstance(tucker2, Tucker2):
         raise DataError(f"expected a Tucker2, found a {type(tucker2).__name__}")

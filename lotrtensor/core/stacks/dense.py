@@ -49,6 +49,13 @@ class LazyStack(LinearOperators):
     -----
     Every method below is one pass over the slices, but for the norms, which the first pass of any
     other one takes on its way.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> stack = lt.LazyStack(lambda k: np.full((4, 5), k + 1.0), (3, 4, 5))
+    >>> lt.norm(stack) ** 2  # 20 (1 + 4 + 9)
+    280.0
     """
 
     def __init__(
@@ -226,6 +233,13 @@ class DenseStack(LazyStack):
         If the array is empty or not three-dimensional.
     DataError
         If it is not real floating point, or not finite.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> stack = lt.DenseStack(np.ones((3, 4, 5)))
+    >>> stack.shape, lt.tucker2(stack, rank=1).tucker2.parameters
+    ((3, 4, 5), 12)
     """
 
     def __init__(self, slices: Array) -> None:

@@ -48,6 +48,15 @@ class LowRankStack(LinearOperators):
     float32 at the least; a gauge of condition κ, that of S, costs factors in float32 an error of
     1e-7 κ, which float64 spares. The factors are held side by side, m × ρ and ρ × n with ρ = Σ r_k,
     so that a product with all of them is one matrix product.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> rng = np.random.default_rng(0)
+    >>> B, A = rng.normal(size=(4, 20, 2)), rng.normal(size=(4, 2, 30))
+    >>> stack = lt.LowRankStack(B, A)
+    >>> stack.shape, stack.ranks, bool(np.allclose(stack.slice(1), B[1] @ A[1]))
+    ((4, 20, 30), (2, 2, 2, 2), True)
     """
 
     lazy = False

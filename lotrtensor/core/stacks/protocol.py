@@ -33,6 +33,12 @@ class SliceStack(Protocol):
     """The products that every algorithm is written in.
 
     K slices ΔW_k of shape m × n. U (m × p) and V (n × q) have orthonormal columns.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> isinstance(lt.DenseStack(np.ones((3, 4, 5))), lt.SliceStack)
+    True
     """
 
     @property
