@@ -8,7 +8,7 @@ from array_api_compat import device
 
 from lotrtensor.core.arrays import namespace
 from lotrtensor.core.tucker2 import Tucker2
-from lotrtensor.errors import MissingPackageError, ShapeError
+from lotrtensor.errors import DataError, MissingPackageError, ShapeError
 
 try:
     from tensorly.tucker_tensor import TuckerTensor
@@ -39,6 +39,8 @@ def to_tensorly(tucker2: Tucker2) -> TuckerTensor:
     >>> [factor.shape for factor in to_tensorly(found).factors]
     [(3, 3), (4, 1), (5, 1)]
     """
+    if not isinstance(tucker2, Tucker2):
+        raise DataError(f"expected a Tucker2, found a {type(tucker2).__name__}")
     xp, core = tucker2.xp, tucker2.core
     identity = xp.eye(tucker2.shape[0], dtype=core.dtype, device=device(core))
     return TuckerTensor((core, [identity, tucker2.left, tucker2.right]))
@@ -71,8 +73,14 @@ def from_tensorly(tensor: Any) -> Tucker2:
     >>> found.shape, found.rank
     ((3, 4, 5), (1, 2))
     """
-    core, factors = tensor
-    factors = list(factors)
+    try:
+        core, factors = tensor
+        factors = list(factors)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"expected a TuckerTensor or (core, factors), found a {type(tensor).__name__}"
+        ) from error
+    namespace(core, *factors)
     if core.ndim != 3 or len(factors) not in (2, 3):
         raise ShapeError(
             f"the core has {core.ndim} modes and there are {len(factors)} factors; expected a core "

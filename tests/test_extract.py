@@ -15,6 +15,7 @@ from lotrtensor import (
     LoraAdapter,
     LotrError,
     LotrWarning,
+    OptionError,
     RankError,
     extract,
     load,
@@ -524,7 +525,7 @@ def test_other_shapes_are_not_called_resized(tmp_path):
     for resized in ("refuse", "common-rows"):
         with pytest.raises(FormatError, match="different models"):
             extract(tmp_path / "base", tmp_path / "tuned", rank=1, resized=resized)
-    with pytest.raises(DataError, match="resized is 'rows'"):
+    with pytest.raises(OptionError, match="resized is 'rows'"):
         extract(tmp_path / "base", tmp_path / "tuned", rank=1, resized="rows")
 
 

@@ -9,6 +9,8 @@ import pytest
 import lotrtensor as lt
 from lotrtensor import core
 from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.tensorly import from_tensorly, to_tensorly
+from tests.checkpoint_fixtures import model, tune, write
 from tests.strategies import make
 
 CASE = make("generic", 0, 7, 6, [2, 3, 2])
@@ -18,6 +20,7 @@ MODULES = tuple(
     for k, (b, a) in enumerate(zip(CASE.B, CASE.A, strict=True))
 )
 ADAPTER = lt.LoraAdapter(MODULES, {}, np.dtype(np.float64))
+LOTR = lt.convert(ADAPTER, rank=2)
 TUCKER2 = lt.tucker2(STACK, 3).tucker2
 
 JUNK = [
@@ -29,6 +32,7 @@ JUNK = [
     float("nan"),
     1 + 1j,
     "no such thing",
+    "a\0b",
     b"bytes",
     "",
     [],
@@ -72,40 +76,98 @@ RIGHT = {
     core.truncate_tucker2: {"tucker2": TUCKER2, "rank": 2},
     lt.LowRankStack: {"B": CASE.B, "A": CASE.A},
     lt.DenseStack: {"slices": CASE.dense()},
+    lt.LazyStack: {"read": CASE.dense().__getitem__, "shape": (3, 7, 6), "like": CASE.dense()},
     lt.Tucker2: {"left": TUCKER2.left, "core": TUCKER2.core, "right": TUCKER2.right},
+    lt.Tucker2.astype: {"self": TUCKER2, "dtype": np.float32},
+    lt.LowRankStack.take: {"self": STACK, "indices": [0, 2]},
+    lt.LowRankStack.scaled: {"self": STACK, "weights": [1.0, 2.0, 3.0]},
+    lt.LotrAdapter.to_lora: {"self": LOTR, "rank": 1},
+    to_tensorly: {"tucker2": TUCKER2},
+    from_tensorly: {"tensor": (TUCKER2.core, [TUCKER2.left, TUCKER2.right])},
 }
-"""Functions and arguments that they take; all on values. Those of files have tests of their own."""
+"""Functions of values, and arguments that they take."""
 
-CALLS = [
-    (function, name)
-    for function in RIGHT
-    for name, parameter in inspect.signature(function).parameters.items()
-    if name != "progress" and parameter.kind is not parameter.VAR_KEYWORD
-]
-OF_FILES = {lt.load, lt.extract, lt.extraction_error, lt.merge}
+BASE, TUNED = model(layers=1), tune(model(layers=1))
+CHECKPOINTS = {"base": "base", "tuned": "tuned"}
+RIGHT_FILES = {
+    lt.load: {"path": "lora"},
+    lt.LoraAdapter.load: {"path": "lora"},
+    lt.LotrAdapter.load: {"directory": "lotr"},
+    lt.LoraAdapter.save: {"self": ADAPTER, "path": "out"},
+    lt.LotrAdapter.save: {"self": LOTR, "directory": "out"},
+    lt.extract: CHECKPOINTS | {"rank": 1},
+    lt.extraction_error: CHECKPOINTS | {"adapter": ADAPTER},
+    lt.merge: {"base": "base", "adapter": ADAPTER, "output": "out"},
+}
+"""Functions of files, and arguments that they take in the directory that `files` fills."""
+
+
+def calls(right):
+    """Every function and each of its parameters."""
+    return [
+        (function, name)
+        for function in right
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in ("self", "progress") and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Two checkpoints and two adapters in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "base", BASE)
+    write(tmp_path / "tuned", TUNED)
+    ADAPTER.save("lora")
+    LOTR.save("lotr")
 
 
 def test_every_public_function_is_tried():
     functions = {getattr(lt, n) for n in lt.__all__ if inspect.isfunction(getattr(lt, n))}
-    assert functions | {getattr(core, n) for n in core.__all__} == (
-        {f for f in RIGHT if inspect.isfunction(f)} | OF_FILES
-    )
+    tried = {f for f in RIGHT | RIGHT_FILES if inspect.isfunction(f)}
+    assert functions | {getattr(core, n) for n in core.__all__} <= tried
 
 
-@pytest.mark.parametrize("function", RIGHT, ids=lambda f: f.__name__)
+def name_of(value):
+    """Name of a function, or of a parameter."""
+    return getattr(value, "__qualname__", value)
+
+
+@pytest.mark.parametrize("function", RIGHT, ids=name_of)
 def test_what_is_right_is_taken(function):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lt.LotrWarning)
         assert function(**RIGHT[function]) is not None
 
 
-@pytest.mark.parametrize(("function", "name"), CALLS, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize("function", RIGHT_FILES, ids=name_of)
+def test_the_right_files_are_taken(function, files):
+    if function is lt.merge:
+        with pytest.raises(lt.FormatError, match="no weight"):
+            function(**RIGHT_FILES[function])
+    else:
+        function(**RIGHT_FILES[function])
+
+
+@pytest.mark.parametrize(("function", "name"), calls(RIGHT), ids=name_of)
 @pytest.mark.filterwarnings("ignore::lotrtensor.errors.LotrWarning")
 def test_whatever_is_passed_there_is_a_result_or_an_error_of_ours(function, name):
-    for junk in JUNK:
-        given = RIGHT[function] | {name: junk}
+    try_junk(function, RIGHT[function], name)
+
+
+@pytest.mark.parametrize(("function", "name"), calls(RIGHT_FILES), ids=name_of)
+@pytest.mark.filterwarnings("ignore::lotrtensor.errors.LotrWarning")
+def test_whatever_is_passed_for_files_there_is_a_result_or_an_error_of_ours(function, name, files):
+    try_junk(function, RIGHT_FILES[function], name)
+
+
+def try_junk(function, right, name, values=JUNK):
+    """Call the function with everything but the right thing for one of its parameters."""
+    for junk in values:
         try:
-            function(**given)
+            function(**right | {name: junk})
         except lt.LotrError as error:
             assert str(error), (function, name, junk)
             assert "\n" not in str(error)
+        except Exception as error:
+            pytest.fail(f"{name} = {junk!r} ends in {error!r}")

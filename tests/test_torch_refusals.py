@@ -13,6 +13,7 @@ from torch import nn  # noqa: E402
 
 import lotrtensor as lt  # noqa: E402
 import lotrtensor.torch as lotr  # noqa: E402
+from tests.test_public_functions import JUNK, calls, name_of, try_junk  # noqa: E402
 from tests.test_torch_apply import lora, snapshot, unchanged  # noqa: E402
 from tests.test_torch_modules import TARGETS, Net, adapted  # noqa: E402
 
@@ -26,15 +27,15 @@ from tests.test_torch_modules import TARGETS, Net, adapted  # noqa: E402
         (["query"], {"rank": (2, 3, 4)}, lt.RankError, "positive integer"),
         (TARGETS, {"group_by": "all=."}, lt.ShapeError, "together"),
         (["layer.0"], {}, lt.UnsupportedAdapterError, r"layer\.0 is a Block"),
-        (["query"], {"init": "magic"}, lt.DataError, "init is 'magic'"),
-        (["query"], {"train": "some"}, lt.DataError, "train is 'some'"),
+        (["query"], {"init": "magic"}, lt.OptionError, "init is 'magic'"),
+        (["query"], {"train": "some"}, lt.OptionError, "train is 'some'"),
         (["query"], {"rank": 2.5}, lt.RankError, "rank is 2.5"),
         (["query"], {"rank": True}, lt.RankError, "rank is True"),
         (["query"], {"rank": "8"}, lt.RankError, "rank is '8'"),
-        (["query"], {"alpha": float("nan")}, lt.DataError, "alpha is nan"),
-        (["query"], {"alpha": "1"}, lt.DataError, "alpha is '1'"),
-        (["query"], {"dropout": 1.0}, lt.DataError, "dropout is 1.0"),
-        (["query"], {"group_by": 3}, lt.FormatError, "group_by is 3"),
+        (["query"], {"alpha": float("nan")}, lt.OptionError, "alpha is nan"),
+        (["query"], {"alpha": "1"}, lt.OptionError, "alpha is '1'"),
+        (["query"], {"dropout": 1.0}, lt.OptionError, "dropout is 1.0"),
+        (["query"], {"group_by": 3}, lt.OptionError, "group_by is 3"),
         (["query"], {"group_by": "types"}, lt.FormatError, "'types' matches none"),
         ([], {}, lt.FormatError, "patterns is empty"),
         ("(", {}, lt.FormatError, "no regular expression"),
@@ -199,3 +200,43 @@ def test_a_carried_tensor_is_not_lost(tmp_path: Path) -> None:
     carrying = lt.LotrAdapter(adapter.groups, {"modules_to_save": ["head"]}, adapter.dtype, extra)
     with pytest.raises(lt.UnsupportedAdapterError, match=r"head\.weight"):
         lotr.load_lotr(Net(), carrying)
+
+
+def small() -> nn.Module:
+    """A model of two layers, adapted."""
+    return lotr.apply_lotr(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), ["0", "1"], rank=2)
+
+
+RIGHT = {
+    lotr.apply_lotr: {"model": None, "patterns": ["0"], "rank": 2},
+    lotr.set_trainable: {"model": small()},
+    lotr.param_groups: {"model": small(), "lr": 1e-3},
+    lotr.merge: {"model": small()},
+    lotr.unmerge: {"model": small()},
+    lotr.unload: {"model": small()},
+    lotr.lotr_state_dict: {"model": small()},
+    lotr.load_lotr: {"model": small(), "source": lotr.to_adapter(small())},
+    lotr.to_adapter: {"model": small()},
+    lotr.save_lotr: {"model": small(), "directory": "out"},
+    lotr.check_adapted: {"model": small(), "batch": torch.ones(1, 6)},
+}
+
+
+def test_every_function_is_tried() -> None:
+    functions = {getattr(lotr, name) for name in lotr.__all__}
+    assert {f for f in functions if not isinstance(f, type)} == RIGHT.keys()
+
+
+@pytest.mark.parametrize(
+    ("function", "name"), [c for c in calls(RIGHT) if c[1] != "batch"], ids=name_of
+)
+@pytest.mark.filterwarnings("ignore::lotrtensor.errors.LotrWarning")
+def test_whatever_is_passed_there_is_a_result_or_an_error_of_ours(
+    function, name, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert None in JUNK
+    for junk in JUNK:
+        plain = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        right = RIGHT[function] | ({"model": plain} if function is lotr.apply_lotr else {})
+        try_junk(function, right, name, [junk])

@@ -129,7 +129,7 @@ def compare_checkpoints(
     DataError
         If a weight that is wanted is quantised in one of the two.
     """
-    wanted = compiled(pattern or "", "modules")
+    wanted = compiled("" if pattern is None else pattern, "modules")
     tuned = _aligned(base, tuned)
 
     def differs(name: str) -> bool:

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from lotrtensor.adapters.formats.directory import CONFIG_NAME, SINGLE_FILE
+from lotrtensor.adapters.formats.directory import CONFIG_NAME, SINGLE_FILE, check_path
 from lotrtensor.adapters.formats.tensors import INDEX_NAME, WEIGHTS_NAME
 from lotrtensor.errors import FormatError, MissingPackageError, UnsupportedAdapterError
 
@@ -45,7 +45,7 @@ class Address(NamedTuple):
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path is an address on a hub."""
-    return os.fspath(path).startswith("hf:/")
+    return check_path(path).startswith("hf:/")
 
 
 def parse_address(path: str | os.PathLike[str]) -> Address:

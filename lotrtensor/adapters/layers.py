@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from lotrtensor.adapters.architecture import Architecture, Kind
 from lotrtensor.adapters.formats.checkpoint import Checkpoint
-from lotrtensor.errors import FormatError
+from lotrtensor.core.options import check_flag
+from lotrtensor.errors import FormatError, OptionError
 
 WEIGHT, BIAS = ".weight", ".bias"
 
@@ -62,7 +63,7 @@ class Layers:
         if isinstance(fan_in_fan_out, str):
             self._pattern = pattern(fan_in_fan_out, "fan_in_fan_out")
         else:
-            self._all = bool(fan_in_fan_out)
+            self._all = check_flag(fan_in_fan_out, "fan_in_fan_out")
         self._embeddings = None if embeddings is None else pattern(embeddings, "embeddings")
         self._evidence = {**_by_bias(checkpoint), **(seen or {})}
 
@@ -169,9 +170,13 @@ def pattern(text: str, option: str) -> re.Pattern[str]:
 
     Raises
     ------
+    OptionError
+        If it is no text.
     FormatError
-        If it is none, naming the option.
+        If it is no regular expression. Both name the option.
     """
+    if not isinstance(text, str):
+        raise OptionError(f"{option} is {text!r}; expected a regular expression")
     try:
         return re.compile(text)
     except re.error as error:

@@ -15,6 +15,7 @@ from lotrtensor.adapters.formats.layout import output_form
 from lotrtensor.adapters.formats.peft import read_lora, write_lora
 from lotrtensor.adapters.formats.tensors import check_exists
 from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.core.options import check_flag
 from lotrtensor.errors import FormatError
 
 
@@ -96,7 +97,8 @@ class LoraAdapter:
         RankError
             If ``pad`` is given and the rank exceeds vLLM's largest.
         """
-        path = expand(path)
+        path, force = expand(path), check_flag(force, "force")
+        uniform, pad = check_flag(uniform, "uniform"), check_flag(pad, "pad")
         content = (self.modules, self.config, self.dtype, self.extras)
         form = output_form(path, self.config, form)
         if form == "peft":

@@ -15,6 +15,7 @@ from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule, LotrGroup
 from lotrtensor.core.balanced import balanced_factors
+from lotrtensor.core.options import check_flag
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.errors import RankError
 
@@ -91,7 +92,7 @@ class LotrAdapter:
             If ``directory`` exists and ``force`` is not given, or cannot be written.
         """
         content = (self.groups, self.config, self.dtype, self.extras)
-        write_lotr(expand(directory), content, force=force)
+        write_lotr(expand(directory), content, force=check_flag(force, "force"))
 
     @property
     def parameters(self) -> int:
@@ -158,8 +159,8 @@ class LotrAdapter:
         RankError
             If ``rank`` is below 1.
         """
-        if rank is not None and rank < 1:
-            raise RankError(f"rank is {rank}; expected at least 1")
+        if rank is not None and (not isinstance(rank, int | np.integer) or rank < 1):
+            raise RankError(f"rank is {rank!r}; expected an integer of at least 1")
         modules = []
         for group in self.groups:
             modules += _lora_modules(group, rank)

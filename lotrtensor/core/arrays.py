@@ -14,7 +14,7 @@ from array_api_compat import (
     to_device,
 )
 
-from lotrtensor.errors import DataError
+from lotrtensor.errors import DataError, OptionError
 
 Array = Any
 """An array of any array-API library; the standard has no runtime type for it."""
@@ -75,6 +75,28 @@ def check_finite(x: Array, name: str) -> None:
     xp = namespace(x)
     if not bool(xp.all(xp.isfinite(x))):
         raise DataError(f"{name} holds NaN or infinite values; expected finite numbers")
+
+
+def as_dtype(x: Array, dtype: Any) -> Array:
+    """Return ``x`` rounded to a floating-point type that the user chose.
+
+    Raises
+    ------
+    OptionError
+        If the library of ``x`` has no such type.
+    DataError
+        If the type is not real floating point.
+    """
+    xp = namespace(x)
+    try:
+        with np.errstate(over="ignore"):  # what a type does not hold is refused by the caller
+            cast = xp.astype(x, dtype)
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise OptionError(
+            f"dtype is {dtype!r}; expected a real floating dtype of {xp.__name__}"
+        ) from error
+    check_real_floating(cast, "dtype")
+    return cast
 
 
 def as_working(x: Array) -> Array:

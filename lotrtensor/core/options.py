@@ -1,7 +1,8 @@
-"""Checks of options that are plain numbers, at the doors that take them."""
+"""Checks of plain options, for the public functions that take them."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,18 @@ import numpy as np
 from lotrtensor.errors import OptionError
 
 
-def check_integer(value: Any, name: str, least: int) -> int:
-    """Return an option that is an integer of at least ``least``.
+def check_integer(value: Any, name: str, least: int, most: int | None = None) -> int:
+    """Return an option that is an integer of at least ``least``, and at most ``most`` if given.
 
     Raises
     ------
     OptionError
         If it is anything else; the message names the option.
     """
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{name} is {value!r}; expected an integer of at least {least}")
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"between {least} and {most}"
+        raise OptionError(f"{name} is {value!r}; expected an integer {limits}")
     return int(value)
 
 
@@ -47,3 +50,17 @@ def check_flag(value: Any, name: str) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise OptionError(f"{name} is {value!r}; expected True or False")
     return bool(value)
+
+
+def check_choice(value: Any, name: str, choices: Collection[str]) -> str:
+    """Return an option that is one of a few words.
+
+    Raises
+    ------
+    OptionError
+        If it is anything else; the message names the option and the words.
+    """
+    if not isinstance(value, str) or value not in choices:
+        *others, last = map(repr, choices)
+        raise OptionError(f"{name} is {value!r}; expected {', '.join(others)} or {last}")
+    return value

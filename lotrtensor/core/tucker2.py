@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from array_api_compat import device
 
 from lotrtensor.core.arrays import (
     Array,
     Namespace,
     as_accumulator,
+    as_dtype,
     as_working,
     check_finite,
     check_real_floating,
@@ -117,12 +117,13 @@ class Tucker2(LinearOperators):
 
         Raises
         ------
+        OptionError
+            If the library has no such type.
         DataError
-            If ``dtype`` does not hold the entries.
+            If ``dtype`` is not real floating point, or does not hold the entries.
         """
         xp = self.xp
-        with np.errstate(over="ignore"):
-            cast = [xp.astype(x, dtype) for x in (self.left, self.core, self.right)]
+        cast = [as_dtype(x, dtype) for x in (self.left, self.core, self.right)]
         for x, y in zip((self.left, self.core, self.right), cast, strict=True):
             if not bool(xp.all(xp.isfinite(as_working(y)))):
                 raise DataError(

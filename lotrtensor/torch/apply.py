@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lotrtensor.errors import DataError, FormatError, LotrError, UnsupportedAdapterError
+from lotrtensor.core.options import check_choice, check_flag
+from lotrtensor.errors import FormatError, LotrError, UnsupportedAdapterError
 from lotrtensor.torch.factors import FactorTable, SharedFactors
 from lotrtensor.torch.fastpath import leave_fast_path
 from lotrtensor.torch.groups import (
@@ -16,6 +17,7 @@ from lotrtensor.torch.groups import (
     PAPER_ALPHA,
     GroupPlan,
     Rank,
+    check_model,
     check_numbers,
     plan_groups,
     select,
@@ -77,7 +79,7 @@ def apply_lotr(
     ------
     FormatError
         If a pattern matches nothing, or the model has LoTR layers already.
-    RankError, ShapeError, UnsupportedAdapterError, DataError
+    RankError, ShapeError, UnsupportedAdapterError, OptionError
         If a rank exceeds a layer, unlike layers meet in a group, a layer is of a kind that is not
         adapted or never called, or a name is not known. The model is as it was.
 
@@ -95,8 +97,10 @@ def apply_lotr(
     >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # U, V and two cores
     40
     """
+    check_model(model)
     check_init(init)
     _check_train(train)
+    rslora = check_flag(rslora, "rslora")
     check_numbers(alpha, dropout)
     _check_plain(model)
     layers = select(model, patterns)
@@ -154,7 +158,7 @@ def set_trainable(model: nn.Module, train: str = "all") -> None:
 
     Raises
     ------
-    DataError
+    OptionError
         If ``train`` is neither.
 
     Examples
@@ -206,6 +210,7 @@ def param_groups(
     >>> [group["lr"] for group in lotr.param_groups(model, 1e-3, core_lr=1e-2)]  # factors, cores
     [0.001, 0.01]
     """
+    check_model(model)
     factors = {
         id(parameter)
         for module in model.modules()
@@ -256,6 +261,8 @@ def merge(model: nn.Module, *, safe: bool = False) -> nn.Module:
     >>> lotr.merge(model)[0].merged
     True
     """
+    check_model(model)
+    safe = check_flag(safe, "safe")
     users = weight_users(model, storage)
     for name, layer in lotr_layers(model):
         others = [user for user in users[storage(layer.weight)] if user != f"{name}.base"]
@@ -294,6 +301,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     >>> lotr.unmerge(lotr.merge(model))[0].merged
     False
     """
+    check_model(model)
     for _, layer in lotr_layers(model):
         layer.unmerge()
     return model
@@ -323,6 +331,7 @@ def unload(model: nn.Module) -> nn.Module:
       (1): Linear(in_features=8, out_features=8, bias=True)
     )
     """
+    check_model(model)
     for _, layer in list(lotr_layers(model)):
         replace_everywhere(model, layer, layer.base)
     if TABLE in model._modules:
@@ -345,6 +354,7 @@ def factor_table(model: nn.Module) -> FactorTable:
     FormatError
         If the model has none.
     """
+    check_model(model)
     table = model._modules.get(TABLE)
     if not isinstance(table, FactorTable):
         raise FormatError(f"{type(model).__name__} has no LoTR layers; call apply_lotr first")
@@ -360,5 +370,4 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def _check_train(train: str) -> None:
-    if train not in ("all", "cores"):
-        raise DataError(f"train is {train!r}; expected 'all' or 'cores'")
+    check_choice(train, "train", ("all", "cores"))

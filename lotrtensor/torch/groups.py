@@ -15,6 +15,7 @@ from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.errors import (
     DataError,
     FormatError,
+    OptionError,
     RankError,
     ShapeError,
     UnsupportedAdapterError,
@@ -126,6 +127,18 @@ def plan_groups(
     return tuple(plans)
 
 
+def check_model(model: object) -> None:
+    """Refuse what is no torch module.
+
+    Raises
+    ------
+    DataError
+        Saying what was found.
+    """
+    if not isinstance(model, nn.Module):
+        raise DataError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
+
+
 def check_rank(rank: Rank | Sequence[int]) -> tuple[int, int]:
     """Return ``rank`` as a pair (p, q).
 
@@ -145,11 +158,11 @@ def check_grouping(group_by: str) -> None:
 
     Raises
     ------
-    FormatError
+    OptionError
         Naming what was found.
     """
     if not isinstance(group_by, str):
-        raise FormatError(
+        raise OptionError(
             f"group_by is {group_by!r}; expected 'type', 'shape' or patterns such as "
             "'qv=query|value'"
         )
@@ -160,13 +173,13 @@ def check_numbers(alpha: float | None, dropout: float, *, prefix: str = "") -> N
 
     Raises
     ------
-    DataError
+    OptionError
         Naming the argument and its value.
     """
     if alpha is not None and not (_is_real(alpha) and math.isfinite(alpha)):
-        raise DataError(f"{prefix}alpha is {alpha!r}; expected a finite number")
+        raise OptionError(f"{prefix}alpha is {alpha!r}; expected a finite number")
     if not (_is_real(dropout) and 0.0 <= dropout < 1.0):
-        raise DataError(f"{prefix}dropout is {dropout!r}; expected a number 0 ≤ p < 1")
+        raise OptionError(f"{prefix}dropout is {dropout!r}; expected a number 0 ≤ p < 1")
 
 
 def scale_of(rank: tuple[int, int], alpha: float, *, rslora: bool = False) -> float:
@@ -216,11 +229,13 @@ def select(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, nn.Modu
 
     Raises
     ------
+    OptionError
+        If they are no text.
     FormatError
         If one of them matches nothing, or is no regular expression.
     """
     named = {name: module for name, module in model.named_modules() if name}
-    tests = [patterns] if isinstance(patterns, str) else list(patterns)
+    tests = [patterns] if isinstance(patterns, str) else _texts(patterns)
     if not tests:
         raise FormatError("patterns is empty; expected ends of module paths, such as 'query'")
     found: dict[str, nn.Module] = {}
@@ -262,6 +277,19 @@ def slot_of(name: str, layer: nn.Module) -> Slot:
 def is_transposed(layer: nn.Module) -> bool:
     """Whether a layer is transformers' Conv1D, a linear layer whose weight is n × m."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def _texts(patterns: Iterable[str]) -> list[str]:
+    try:
+        found = list(patterns)
+    except TypeError:
+        found = [patterns]  # type: ignore[list-item]
+    if all(isinstance(text, str) for text in found):
+        return found
+    raise OptionError(
+        f"patterns is {patterns!r}; expected ends of module paths, such as ['query', 'value'], or "
+        "one regular expression"
+    )
 
 
 def _is_count(value: object) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lotrtensor.core.linalg import leading_left
-from lotrtensor.errors import DataError
+from lotrtensor.core.options import check_choice
 from lotrtensor.torch.factors import SharedFactors
 from lotrtensor.torch.groups import is_transposed
 
@@ -20,12 +20,10 @@ def check_init(init: str) -> str:
 
     Raises
     ------
-    DataError
+    OptionError
         If it is none of ``"orthogonal"``, ``"paper"`` and ``"svd"``.
     """
-    if init not in INITS:
-        raise DataError(f"init is {init!r}; expected one of {', '.join(INITS)}")
-    return init
+    return check_choice(init, "init", INITS)
 
 
 @torch.no_grad()
@@ -45,7 +43,7 @@ def init_factors(factors: SharedFactors, init: str, weights: Sequence[Tensor] = 
 
     Raises
     ------
-    DataError
+    OptionError
         If ``init`` is not known.
     """
     check_init(init)

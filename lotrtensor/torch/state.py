@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup
-from lotrtensor.errors import FormatError, UnsupportedAdapterError
+from lotrtensor.errors import FormatError, OptionError, UnsupportedAdapterError
 from lotrtensor.torch.apply import TABLE, factor_table, inject, lotr_layers, set_trainable
-from lotrtensor.torch.groups import GroupPlan, Rank, check_plans
+from lotrtensor.torch.groups import GroupPlan, Rank, check_model, check_plans
 from lotrtensor.torch.shared_weights import weight_users
 from lotrtensor.torch.sources import Source, as_lotr, from_numpy, to_numpy
 
@@ -94,6 +94,7 @@ def load_lotr(
     >>> lotr.load_lotr(base, lotr.to_adapter(model), train="cores")[0].lotr_core.shape
     torch.Size([2, 2])
     """
+    check_model(model)
     adapter = as_lotr(source, rank=rank, group_by=group_by)
     if adapter.extras:
         raise UnsupportedAdapterError(
@@ -156,9 +157,12 @@ def to_adapter(model: nn.Module, config: Mapping[str, Any] | None = None) -> Lot
     >>> lotr.to_adapter(model).groups[0].modules
     ('0', '1')
     """
+    if not isinstance(config, Mapping | None):
+        raise OptionError(f"config is {config!r}; expected a mapping of fields")
+    table = factor_table(model)
     layers = dict(lotr_layers(model))
     groups = []
-    for name, factors in factor_table(model).groups():
+    for name, factors in table.groups():
         members = {path: layer for path, layer in layers.items() if layer.factors is factors}
         groups.append(
             LotrGroup(

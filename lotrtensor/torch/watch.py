@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lotrtensor.errors import FormatError, LotrWarning, UnsupportedAdapterError
+from lotrtensor.torch.groups import check_model
 
 PATIENCE = 16
 """Forwards after which a layer that never ran is reported, where others of its kind did run: an
@@ -157,6 +158,7 @@ def check_adapted(
     >>> all(use.ran for use in lotr.check_adapted(model, torch.ones(1, 8)))
     True
     """
+    check_model(model)
     model = getattr(model, "_orig_mod", model)  # a compiled model would hide what it calls
     layers = dict(watched_layers(model))
     if not layers:

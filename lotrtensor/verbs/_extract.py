@@ -21,12 +21,13 @@ from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.adapters.sizes import check_dtype
 from lotrtensor.core.fit.residual import error_norms2
 from lotrtensor.core.linalg import norm2
+from lotrtensor.core.options import check_choice
 from lotrtensor.core.ranks.goal import Goal, Rank
 from lotrtensor.core.slice_svd import dense_svd
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.dense import LazyStack
 from lotrtensor.core.tucker2 import Tucker2
-from lotrtensor.errors import LotrWarning, OptionError
+from lotrtensor.errors import LotrWarning
 from lotrtensor.verbs._compare import lora_factors
 from lotrtensor.verbs._fit_groups import WIDEST, Progress, fit_groups, warn_unconverged
 from lotrtensor.verbs._goals import (
@@ -138,8 +139,7 @@ def extract(
     >>> adapter.groups[0].modules, adapter.relative_error < 1e-6
     (('layers.0.query',), True)
     """
-    if form not in ("lotr", "lora"):
-        raise OptionError(f"form is {form!r}; expected 'lotr' or 'lora'")
+    check_choice(form, "form", ("lotr", "lora"))
     check_allocation(allocation, lora=form == "lora")
     weights = tuned_weights(
         base,
@@ -151,7 +151,7 @@ def extract(
     )
     store = check_dtype(dtype) if dtype is not None else weights.dtype()
     slots, extras, config = weights.slots(), weights.carried(store), weights.config(str(base))
-    alone = form == "lora" or group_by == "none"
+    alone = form == "lora" or (isinstance(group_by, str) and group_by == "none")
     members = {s.name: [s] for s in slots} if alone else group_modules(slots, group_by)
     sources = [_source(name, group, weights) for name, group in members.items()]
     asked = Asked(rank, tolerance, energy, budget)

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from lotrtensor.adapters.sizes import budget_parameters
+from lotrtensor.core.options import check_choice
 from lotrtensor.core.ranks.goal import UNLIMITED, Goal, Rank, make_goal
 from lotrtensor.errors import OptionError, RankError
 from lotrtensor.verbs._sources import SourceGroup
@@ -121,7 +122,6 @@ def check_allocation(allocation: str, *, lora: bool) -> None:
     OptionError
         If it is neither ``"optimal"`` nor ``"uniform"``, or ``"uniform"`` for a LoTR.
     """
-    if not isinstance(allocation, str) or allocation not in ("optimal", "uniform"):
-        raise OptionError(f"allocation is {allocation!r}; expected 'optimal' or 'uniform'")
+    check_choice(allocation, "allocation", ("optimal", "uniform"))
     if allocation == "uniform" and not lora:
         raise OptionError("allocation is 'uniform', which a LoRA can have; expected 'optimal'")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -13,11 +12,13 @@ from lotrtensor.adapters.architecture import Architecture, read_architecture
 from lotrtensor.adapters.deltas import with_tied
 from lotrtensor.adapters.formats.checkpoint import Checkpoint, open_checkpoint
 from lotrtensor.adapters.formats.checkpoint_writer import rewrite_checkpoint
+from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.layers import WEIGHT, Layers
-from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.names import NameIndex, check_distinct
 from lotrtensor.adapters.quantised import quantised_modules, refuse_quantised
 from lotrtensor.core.linalg import norm2
+from lotrtensor.core.options import check_flag
 from lotrtensor.errors import DataError, FormatError, LotrWarning, UnsupportedAdapterError
 from lotrtensor.verbs._changes import Change, Update, carried_changes, updates_of
 from lotrtensor.verbs._tied import check_tied
@@ -94,8 +95,11 @@ def merge(
     >>> changed, float(merged["layers.0.query.weight"][0, 0])
     (('layers.0.query.weight',), 2.0)
     """
+    check_adapter(adapter)
     _check_layers(adapter)
-    source = open_checkpoint(Path(base))
+    force = check_flag(force, "force")
+    output = expand(output)
+    source = open_checkpoint(expand(base))
     updates = updates_of(adapter)
     architecture = _architecture(source, updates)
     if architecture is not None:
@@ -117,7 +121,7 @@ def merge(
 
     # A shared weight that the checkpoint holds once is written once.
     written = {source.tensors[name]: name for name in reversed(changes)}
-    rewrite_checkpoint(source, Path(output), written.values(), change, force=force)
+    rewrite_checkpoint(source, output, written.values(), change, force=force)
     for note in (*_renamings(source, names), *notes, *_roundings(source, lost)):
         warnings.warn(note, LotrWarning, stacklevel=2)
     return tuple(sorted(stored.key for stored in written))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,12 @@ from lotrtensor.adapters.architecture import Architecture, Kind, read_architectu
 from lotrtensor.adapters.deltas import Deltas, Resized, compare_checkpoints, with_tied
 from lotrtensor.adapters.formats.carried import PREFIX
 from lotrtensor.adapters.formats.checkpoint import Checkpoint, open_checkpoint
+from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.formats.tensors import BFLOAT16, Tensors
 from lotrtensor.adapters.grouping import Slot, layer_order
 from lotrtensor.adapters.layers import WEIGHT, Layers
-from lotrtensor.errors import DataError, FormatError, LotrWarning
+from lotrtensor.core.options import check_choice
+from lotrtensor.errors import FormatError, LotrWarning
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +99,8 @@ def tuned_weights(
 
     Parameters are those of `extract`, which says what is raised and warned of.
     """
-    if resized not in ("refuse", "common-rows"):
-        raise DataError(f"resized is {resized!r}; expected 'refuse' or 'common-rows'")
-    before, after = open_checkpoint(Path(base)), open_checkpoint(Path(tuned))
+    check_choice(resized, "resized", ("refuse", "common-rows"))
+    before, after = open_checkpoint(expand(base)), open_checkpoint(expand(tuned))
     architecture = read_architecture(before.directory, before.config)
     if architecture is not None:
         before, after = (side.renamed(architecture.rename) for side in (before, after))

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from lotrtensor.errors import FormatError
+from lotrtensor.errors import FormatError, OptionError
 
 CONFIG_NAME = "adapter_config.json"
 SINGLE_FILE = ".safetensors"
@@ -21,13 +21,30 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
     Raises
     ------
+    OptionError
+        If it is no path.
     FormatError
         If there is no such home directory.
     """
+    path = check_path(path)
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise FormatError(f"{path} names no home directory: {error}") from error
+
+
+def check_path(path: str | os.PathLike[str]) -> str:
+    """Return ``path`` as text.
+
+    Raises
+    ------
+    OptionError
+        If it is neither text nor a path, or is empty, or no file system has such a name.
+    """
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise OptionError(f"the path is {path!r}; expected the path of a file or directory")
+    return text
 
 
 def check_output(path: Path, *, force: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lotrtensor.adapters.formats.directory import SINGLE_FILE
 from lotrtensor.adapters.formats.image_names import KOHYA, STYLES
+from lotrtensor.core.options import check_choice
 from lotrtensor.errors import FormatError
 
 LAYOUT = "single_file"
@@ -64,8 +65,8 @@ def output_form(path: Path, config: Mapping[str, Any], form: str | None = None) 
         If output, adapter and form do not fit together.
     """
     is_file, from_file = path.suffix == SINGLE_FILE, bool(config.get(LAYOUT))
-    if form not in (None, "peft", KOHYA):
-        raise FormatError(f"the format is {form!r}; expected peft or kohya")
+    if form is not None:
+        check_choice(form, "the format", ("peft", KOHYA))
     if form == KOHYA and not is_file:
         raise FormatError(f"{path}: kohya's LoRA is one file; name it {path.name}{SINGLE_FILE}")
     if form == "peft" and is_file:

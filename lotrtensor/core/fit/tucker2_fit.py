@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lotrtensor.core.arrays import check_real_floating, namespace, to_numpy
+from lotrtensor.core.arrays import as_dtype, to_numpy
 from lotrtensor.core.fit.certificate import Tucker2Fit, certify
 from lotrtensor.core.fit.reduced_stack import ReducedStack
 from lotrtensor.core.fit.reduction import reduce_stack
@@ -114,7 +114,7 @@ def tucker2(
     """
     stack = as_stack(stack)
     if dtype is not None:
-        _check_dtype(stack, dtype)
+        as_dtype(stack.empty(), dtype)  # refused here, before any work
     seed = check_integer(seed, "seed", 0)
     goal = make_goal(rank, tolerance, energy, parameters, largest=stack.max_rank)
     kind, solver = check_method(method)
@@ -229,14 +229,3 @@ def slice_weights(stack: SliceStack, weights: Weights | None) -> np.ndarray | No
             "weights are outside 1e-100 … 1e100, where their squares lose their range"
         )
     return scales
-
-
-def _check_dtype(stack: SliceStack, dtype: Any) -> None:
-    like = stack.empty()
-    try:
-        cast = namespace(like).astype(like, dtype)
-    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise OptionError(
-            f"dtype is {dtype!r}; expected a real floating dtype of {namespace(like).__name__}"
-        ) from error
-    check_real_floating(cast, "dtype")

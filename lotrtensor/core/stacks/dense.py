@@ -19,8 +19,15 @@ from lotrtensor.core.arrays import (
     namespace,
 )
 from lotrtensor.core.linalg import largest_entry, norm2
+from lotrtensor.core.options import check_integer
 from lotrtensor.core.stacks.algebra import LinearOperators
-from lotrtensor.core.stacks.protocol import SliceStack, Sweep, check_one_shape, check_stack
+from lotrtensor.core.stacks.protocol import (
+    SliceStack,
+    Sweep,
+    check_one_shape,
+    check_stack,
+    check_weights,
+)
 from lotrtensor.errors import DataError, ShapeError
 
 
@@ -65,9 +72,11 @@ class LazyStack(LinearOperators):
         *,
         like: Array | None = None,
     ) -> None:
-        if len(shape) != 3 or min(shape) < 1:
-            raise ShapeError(f"shape is {shape}; expected (K, m, n), each at least 1")
-        self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+        try:
+            slices, m, n = (check_integer(side, "a side of the shape", 1) for side in shape)
+        except (TypeError, ValueError) as error:
+            raise ShapeError(f"shape is {shape!r}; expected (K, m, n), each at least 1") from error
+        self.shape = (slices, m, n)
         sample = np.empty(0, dtype=np.float32) if like is None else like
         check_real_floating(sample, "like")
         self._read = read
@@ -119,9 +128,7 @@ class LazyStack(LinearOperators):
 
     def scaled(self, weights: Sequence[float]) -> LazyStack:
         """Return the stack of w_k ΔW_k, formed slice by slice."""
-        if len(weights) != self.shape[0]:
-            raise ShapeError(f"found {len(weights)} weights; expected {self.shape[0]}, one a slice")
-        weights = [float(w) for w in weights]
+        weights = check_weights(weights, self.shape[0])
         return self._formed(lambda k: self.slice(k) * weights[k])
 
     def _formed(self, read: Callable[[int], Array], *others: SliceStack) -> LazyStack:

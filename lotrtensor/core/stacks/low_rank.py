@@ -18,11 +18,18 @@ from lotrtensor.core.arrays import (
     namespace,
 )
 from lotrtensor.core.linalg import gram_root, largest_entry, norms2, orthonormal_basis
+from lotrtensor.core.options import check_integer
 from lotrtensor.core.stacks.algebra import LinearOperators
 from lotrtensor.core.stacks.batches import batches, one_below_another, side_by_side
 from lotrtensor.core.stacks.factors import check_factors, listed
-from lotrtensor.core.stacks.protocol import SliceStack, Sweep, check_one_shape, check_stack
-from lotrtensor.errors import ShapeError
+from lotrtensor.core.stacks.protocol import (
+    SliceStack,
+    Sweep,
+    check_one_shape,
+    check_stack,
+    check_weights,
+)
+from lotrtensor.errors import OptionError
 
 
 class LowRankStack(LinearOperators):
@@ -217,6 +224,9 @@ class LowRankStack(LinearOperators):
 
     def take(self, indices: Sequence[int]) -> LowRankStack:
         """Return the stack of the slices at ``indices``, in that order."""
+        if not isinstance(indices, Sequence) or not indices:
+            raise OptionError(f"indices is {indices!r}; expected the numbers of slices")
+        indices = [check_integer(k, "an index", 0, self.shape[0] - 1) for k in indices]
         pairs = [self.factors(k) for k in indices]
         left = self.xp.concat([b for b, _ in pairs], axis=1)
         right = self.xp.concat([a for _, a in pairs], axis=0)
@@ -224,9 +234,8 @@ class LowRankStack(LinearOperators):
 
     def scaled(self, weights: Sequence[float]) -> LowRankStack:
         """Return the stack of (w_k B_k) A_k."""
-        if len(weights) != self.shape[0]:
-            raise ShapeError(f"found {len(weights)} weights; expected {self.shape[0]}, one a slice")
-        repeated = [float(w) for w, r in zip(weights, self.ranks, strict=True) for _ in range(r)]
+        weights = check_weights(weights, self.shape[0])
+        repeated = [w for w, r in zip(weights, self.ranks, strict=True) for _ in range(r)]
         place = {"dtype": self._left.dtype, "device": device(self._left)}
         left = self._left * self.xp.asarray(repeated, **place)
         return self._with(left, self._right, self.ranks, self.dtype)

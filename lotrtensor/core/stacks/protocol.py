@@ -6,13 +6,12 @@ a pair of thin factors. ``to_dense`` exists for tests and tiny cases.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from lotrtensor.core.arrays import (
-    Array,
-)
-from lotrtensor.errors import DataError, ShapeError
+from lotrtensor.core.arrays import Array
+from lotrtensor.errors import DataError, OptionError, ShapeError
 
 
 class Sweep(NamedTuple):
@@ -135,3 +134,24 @@ def check_one_shape(a: SliceStack, b: SliceStack) -> None:
     """
     if a.shape != b.shape:
         raise ShapeError(f"stacks of shapes (K, m, n) = {a.shape} and {b.shape} have no sum")
+
+
+def check_weights(weights: Sequence[float], slices: int) -> list[float]:
+    """Return one number per slice.
+
+    Raises
+    ------
+    OptionError
+        If they are no finite numbers.
+    ShapeError
+        If there are more or fewer than slices.
+    """
+    try:
+        found = [float(w) for w in weights] if not isinstance(weights, str | bytes) else [math.nan]
+    except (TypeError, ValueError):
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise OptionError(f"weights is {weights!r}; expected {slices} finite numbers")
+    if len(found) != slices:
+        raise ShapeError(f"found {len(found)} weights; expected {slices}, one per slice")
+    return found
