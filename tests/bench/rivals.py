@@ -2,7 +2,8 @@
 
 ``python -m tests.bench.rivals`` prints the README's table of errors at equal bytes, and writes
 ``docs/rivals.json``. Every rival is given the bytes of its codes and scales alone, without config,
-header or index; ours is what lies on disk, those included.
+header or index; ours is what lies on disk, those included. `examples/evidence.py` scores the same
+rivals on the task.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lotrtensor import LoraAdapter, RankError, compare, compress, convert, load, truncate
+from lotrtensor import LoraAdapter, RankError, compare, compress, convert, load
 from lotrtensor.core.slice_svd import slice_svds
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from tests.bench.codebook import codebook, quantise
@@ -34,6 +36,16 @@ NF4 = (
 """NormalFloat of four bits (Dettmers et al., "QLoRA", NeurIPS 2023, appendix E)."""
 
 Update = tuple[np.ndarray, np.ndarray]
+
+
+class Rival(NamedTuple):
+    """What another way takes, and the factors B (m × c) and A (c × n) that it leaves a module."""
+
+    name: str
+    bytes: float
+    factors: list[Update]
+
+
 Rounding = Callable[[np.ndarray], tuple[np.ndarray, float]]
 """Rounds a matrix column by column, or in groups of rows of a column; tells the bits it took."""
 
@@ -69,18 +81,18 @@ def _groups(count: int) -> Iterator[slice]:
         yield slice(start, min(start + GROUP, count))
 
 
-def every_number(lora: LoraAdapter, round_: Rounding) -> tuple[float, float]:
-    """Bytes and relative error where B and Aᵀ are rounded as they are stored."""
+def every_number(name: str, lora: LoraAdapter, round_: Rounding) -> Rival:
+    """B and Aᵀ rounded as they are stored."""
     found, bits = [], 0.0
     for module in lora.modules:
         b, b_bits = round_(module.B.astype(float))
         a, a_bits = round_(module.A.T.astype(float))
         found.append((b, a.T))
         bits += b_bits + a_bits
-    return bits / 8, _error(lora, found)
+    return Rival(name, bits / 8, found)
 
 
-def loraquant(lora: LoraAdapter, ratio: float, bits: int) -> tuple[float, float]:
+def loraquant(lora: LoraAdapter, ratio: float, bits: int) -> Rival:
     """LoRAQuant (arXiv 2510.26690): the leading terms at ``bits``, the others at one bit.
 
     In the singular-vector gauge, U √Σ and √Σ Vᵀ; the leading terms hold ``ratio`` of Σ σ². A group
@@ -102,7 +114,7 @@ def loraquant(lora: LoraAdapter, ratio: float, bits: int) -> tuple[float, float]
             rights.append(right)
             taken += cost
         found.append((np.hstack(lefts), np.hstack(rights).T))
-    return taken / 8, _error(lora, found)
+    return Rival(f"LoRAQuant, {bits} bits for {ratio:.0%}", taken / 8, found)
 
 
 def _range_rounding(bits: int) -> Rounding:
@@ -144,7 +156,7 @@ def _tuned(
     return best[1], best[2], cost
 
 
-def own_widths(lora: LoraAdapter, budget: float) -> tuple[float, float]:
+def own_widths(lora: LoraAdapter, budget: float) -> Rival:
     """Rank-1 terms with a width of 0 to 8 bits each, from Lloyd and Max, a scale a column."""
     svds = [slice_svds(LowRankStack([m.B], [m.A]))[0] for m in lora.modules]
     losses = [1.0] + [1 - (1 - codebook(b).distortion) ** 2 for b in range(1, 9)]
@@ -173,7 +185,38 @@ def own_widths(lora: LoraAdapter, budget: float) -> tuple[float, float]:
                 codes, scale = quantise(side[:, i], int(own[i]))
                 out[:, i] = scale * codebook(int(own[i])).levels[codes]
         factors.append((b * svd.values, a.T))
-    return bits(chosen) / 8, _error(lora, factors)
+    return Rival("own widths", bits(chosen) / 8, factors)
+
+
+def best_terms(lora: LoraAdapter, budget: float) -> Rival:
+    """16-bit LoRA of the best ranks: the rank-1 terms of the most energy a number, 0 of some modules.
+
+    `truncate` keeps one of every module, which takes more than the smaller budgets.
+    """
+    svds = [slice_svds(LowRankStack([m.B], [m.A]))[0] for m in lora.modules]
+    gains = [(v**2 / sum(m.shape), k) for k, m in enumerate(lora.modules) for v in svds[k].values]
+    ranks, taken = [0] * len(svds), 0
+    for _, k in sorted(gains, reverse=True):
+        cost = lora.dtype.itemsize * sum(lora.modules[k].shape)
+        if taken + cost <= budget:
+            ranks[k], taken = ranks[k] + 1, taken + cost
+    factors = []
+    for svd, rank in zip(svds, ranks, strict=True):
+        root = np.sqrt(svd.values[:rank])
+        sides = [(side[:, :rank] * root).astype(lora.dtype) for side in (svd.left, svd.right)]
+        factors.append((sides[0].astype(float), sides[1].astype(float).T))
+    return Rival("truncated LoRA", taken, factors)
+
+
+def error(lora: LoraAdapter, factors: list[Update]) -> float:
+    """√(Σ ‖ΔW − B A‖² / Σ ‖ΔW‖²), from thin factors."""
+    lost2 = norm2 = 0.0
+    for module, (b, a) in zip(lora.modules, factors, strict=True):
+        exact = LowRankStack([module.B.astype(float)], [module.A.astype(float)])
+        rest = exact - LowRankStack([b], [a]) if b.shape[1] else exact
+        lost2 += float(rest.norms2()[0])
+        norm2 += float(exact.norms2()[0])
+    return float(np.sqrt(lost2 / norm2))
 
 
 def lossless(lora: LoraAdapter) -> float:
@@ -185,67 +228,93 @@ def lossless(lora: LoraAdapter) -> float:
     return float(sum(len(zlib.compress(plane.tobytes(), 9)) for plane in planes))
 
 
-def _error(lora: LoraAdapter, found: list[Update]) -> float:
-    """√(Σ ‖ΔW − B A‖² / Σ ‖ΔW‖²), from thin factors."""
-    lost2 = norm2 = 0.0
-    for module, (b, a) in zip(lora.modules, found, strict=True):
-        exact = LowRankStack([module.B.astype(float)], [module.A.astype(float)])
-        lost2 += float((exact - LowRankStack([b], [a])).norms2()[0])
-        norm2 += float(exact.norms2()[0])
-    return float(np.sqrt(lost2 / norm2))
-
-
-def fixed(lora: LoraAdapter) -> Iterator[tuple[str, float, float]]:
-    """Rivals that have one size: name, bytes and error."""
-    yield ("lossless, DEFLATE", lossless(lora), 0.0)
-    yield ("int8", *every_number(lora, absmax(8)))
-    yield ("int4", *every_number(lora, absmax(4)))
-    yield ("NF4", *every_number(lora, normal_float()))
+def of_one_size(lora: LoraAdapter) -> Iterator[Rival]:
+    """Rivals whose size cannot be chosen."""
+    exact = [(m.B.astype(float), m.A.astype(float)) for m in lora.modules]
+    yield Rival("lossless, DEFLATE", lossless(lora), exact)
+    yield every_number("int8", lora, absmax(8))
+    yield every_number("int4", lora, absmax(4))
+    yield every_number("NF4", lora, normal_float())
     for bits in (3, 2):
         for ratio in (0.9, 0.8):
-            name = f"LoRAQuant, {bits} bits for {ratio:.0%}"
-            yield (name, *loraquant(lora, ratio, bits))
+            yield loraquant(lora, ratio, bits)
+
+
+COLUMNS = {
+    "compressed": "compressed",
+    "own_widths": "terms, Lloyd–Max widths",
+    "lotr": "LoTR, 16 bit",
+    "lora": "truncated LoRA, 16 bit",
+}
+"""What is measured at a size, and what the table calls it."""
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print both tables, and write their numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
     bundled = Path(str(files("lotrtensor") / "data" / "amazon-sentiment"))
     parser.add_argument("--adapter", type=Path, default=bundled)
-    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=Path("docs/rivals.json"))
     arguments = parser.parse_args()
     lora = load(arguments.adapter)
     assert isinstance(lora, LoraAdapter)
     sizes = [_at(lora, ratio) for ratio in RATIOS]
-    print("| smaller by | compressed | own widths | LoTR, 16 bit | truncated LoRA, 16 bit |")
-    print("| --- | --- | --- | --- | --- |")
-    for row in sizes:
-        cells = [row[k] for k in ("compressed", "own_widths", "lotr", "lora")]
-        text = " | ".join("–" if cell is None else f"{cell:.3f}" for cell in cells)
-        print(f"| {row['ratio']} × | {text} |")
-    print("\n| of one size | smaller by | error | compressed to that size |")
-    print("| --- | --- | --- | --- |")
-    points = []
-    for name, size, error in fixed(lora):
-        ours = compress(lora, budget=int(size)).relative_error
-        points.append({"name": name, "bytes": size, "error": error, "compressed": ours})
-        print(f"| {name} | {lora.bytes / size:.2f} × | {error:.4f} | {ours:.4f} |")
-    if arguments.json:
-        text = json.dumps({"sizes": sizes, "points": points}, indent=2, ensure_ascii=False)
-        arguments.json.write_text(text + "\n")
+    points = [_point(lora, rival) for rival in of_one_size(lora)]
+    document = {"source_bytes": lora.bytes, "sizes": sizes, "points": points}
+    print("\n".join([*sizes_table(document), "", *points_table(document)]))
+    arguments.out.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def _at(lora: LoraAdapter, ratio: int) -> dict[str, float | None]:
     budget = lora.bytes // ratio
-    row: dict[str, float | None] = {"ratio": ratio}
-    row["compressed"] = compress(lora, budget=budget).relative_error
-    row["own_widths"] = own_widths(lora, budget)[1]
-    for name, verb in (("lotr", convert), ("lora", truncate)):
-        try:
-            row[name] = compare(lora, verb(lora, budget=budget)).relative_error
-        except RankError:
-            row[name] = None
-    return row
+    return {
+        "ratio": ratio,
+        "compressed": compress(lora, budget=budget).relative_error,
+        "own_widths": error(lora, own_widths(lora, budget).factors),
+        "lotr": _lotr(lora, budget),
+        "lora": error(lora, best_terms(lora, budget).factors),
+    }
+
+
+def _lotr(lora: LoraAdapter, budget: int) -> float | None:
+    try:
+        return compare(lora, convert(lora, budget=budget)).relative_error
+    except RankError:
+        return None  # rank 1 throughout takes more
+
+
+def _point(lora: LoraAdapter, rival: Rival) -> dict[str, Any]:
+    found = {"name": rival.name, "bytes": rival.bytes, "error": error(lora, rival.factors)}
+    return found | {"compressed": compress(lora, budget=int(rival.bytes)).relative_error}
+
+
+def sizes_table(document: dict[str, Any]) -> list[str]:
+    """Lines of the README's table of errors at equal bytes."""
+    lines = [
+        f"| smaller by | {' | '.join(COLUMNS.values())} |",
+        "| --- |" + " --- |" * len(COLUMNS),
+    ]
+    for row in document["sizes"]:
+        errors = {key: row[key] for key in COLUMNS if row[key] is not None}
+        cells = {key: f"{value:.3f}" for key, value in errors.items()}
+        least = min(errors, key=errors.__getitem__)
+        cells[least] = f"**{cells[least]}**"
+        lines.append(f"| {row['ratio']} × | {' | '.join(cells.get(key, '–') for key in COLUMNS)} |")
+    return lines
+
+
+def points_table(document: dict[str, Any]) -> list[str]:
+    """Lines of the README's table of rivals of one size."""
+    lines = [
+        "| rival | smaller by | its error | compressed to that size |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in document["points"]:
+        smaller = document["source_bytes"] / row["bytes"]
+        lines.append(
+            f"| {row['name']} | {smaller:.1f} × | {row['error']:.4f} | {row['compressed']:.4f} |"
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""Compress an adapter of the shape that a model of eight billion parameters has: time and memory.
+
+``python -m tests.bench.shaped`` makes a LoRA for 32 layers of seven projections (224 modules, rank
+16, bfloat16, 84 MB), writes it, runs ``lotr compress`` at a tenth of its size in a process of its
+own, and prints wall time, processor time, peak memory and the error.
+
+The factors are planted: singular values σ_j of a module fall as 1 / j, about what trained adapters
+have; a share of the left and right directions is common to a kind of module, the others are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from lotrtensor import LoraAdapter
+from lotrtensor.adapters.modules import LoraModule
+
+LAYERS, RANK, COMMON = 32, 16, 8
+HIDDEN, KEYS, INNER = 4096, 1024, 14336
+KINDS = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KEYS, HIDDEN),
+    "self_attn.v_proj": (KEYS, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+SHARED = 0.3
+"""Share of a direction's squared length that lies in the space common to its kind."""
+
+
+def planted(layers: int = LAYERS, scale: int = 1, seed: int = 0) -> LoraAdapter:
+    """The adapter, all sides divided by ``scale``."""
+    rng = np.random.default_rng(seed)
+    modules = []
+    for kind, (m, n) in KINDS.items():
+        spaces = [_orthonormal(rng, side // scale, COMMON) for side in (m, n)]
+        for layer in range(layers):
+            left, right = (_directions(rng, space) for space in spaces)
+            values = rng.lognormal(0.0, 0.3) / np.arange(1, RANK + 1)
+            mix = np.linalg.qr(rng.normal(size=(RANK, RANK)))[0]
+            root = np.sqrt(values)
+            b, a = (left * root) @ mix, mix.T @ (right * root).T
+            b, a = (x.astype(ml_dtypes.bfloat16).astype(np.float32) for x in (b, a))
+            modules.append(LoraModule(f"model.layers.{layer}.{kind}", b, a))
+    modules.sort(key=lambda module: int(module.name.split(".")[2]))
+    return LoraAdapter(tuple(modules), {}, np.dtype(ml_dtypes.bfloat16))
+
+
+def _orthonormal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    found: np.ndarray = np.linalg.qr(rng.normal(size=(rows, columns)))[0]
+    return found
+
+
+def _directions(rng: np.random.Generator, common: np.ndarray) -> np.ndarray:
+    """RANK orthonormal directions, partly in a common space."""
+    own = rng.normal(size=(common.shape[0], RANK)) / np.sqrt(common.shape[0])
+    inside = common @ rng.normal(size=(common.shape[1], RANK)) / np.sqrt(common.shape[1])
+    found: np.ndarray = np.linalg.qr(np.sqrt(1 - SHARED) * own + np.sqrt(SHARED) * inside)[0]
+    return found
+
+
+def main() -> None:
+    """Print one row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--budget", default="10%")
+    parser.add_argument("--keep", type=Path, default=None, help="directory to work in")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.keep or Path(scratch)
+        source = folder / "shaped"
+        if not source.exists():
+            planted().save(source)
+        print(json.dumps(measured(source, folder / "small", arguments.budget), indent=2))
+
+
+def measured(source: Path, output: Path, budget: str) -> dict[str, float]:
+    """Run the command; what it took, and what it says of its result."""
+    command = [sys.executable, "-c", "from lotrtensor.cli import main; main()", "compress"]
+    command += [str(source), "-o", str(output), "--budget", budget, "--json", "--force"]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    document = json.loads(process.stdout.read())
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"the command failed with {process.returncode}")
+    return {
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_mib": round(usage.ru_maxrss / 1024),
+        "source_bytes": document["source_bytes"],
+        "file_bytes": document["file_bytes"],
+        "relative_error": document["relative_error"],
+    }
+
+
+if __name__ == "__main__":
+    main()
