@@ -60,6 +60,17 @@ class CompressedAdapter:
         What the adapter was stored in before: type, numbers and bytes.
     extras : mapping of str to ndarray
         Tensors carried unchanged under their own keys: fully trained modules, biases.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> import lotrtensor as lt
+    >>> lora = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    >>> small = lt.compress(lora, tolerance=0.5, form="lora")
+    >>> [row.private_ranks for row in small.summary][:2]
+    [(3, 3, 1, 1, 2, 2), (3, 4, 4, 2, 2, 2)]
+    >>> max(module.rank for module in small.to_lora(4).modules)
+    4
     """
 
     groups: tuple[CompressedGroup, ...]

@@ -86,6 +86,15 @@ def compress(
     All columns are rounded to one grid and coded by their entropy; a term or column is kept where
     it takes more off the squared error than its bits do elsewhere. The step of the grid is found
     from a model of normal columns, and corrected by what is measured.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> import lotrtensor as lt
+    >>> lora = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    >>> small = lt.compress(lora, budget="10%", form="lora")
+    >>> small.file_bytes <= lora.bytes / 10, small.relative_error < 0.3
+    (True, True)
     """
     if not isinstance(form, str) or form not in PARTS:
         raise OptionError(f"form is {form!r}; expected 'auto', 'lotr' or 'lora'")
