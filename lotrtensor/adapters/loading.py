@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 from lotrtensor.adapters.compressed import CompressedAdapter
-from lotrtensor.adapters.formats.compressed import FORMAT_VERSION
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, SINGLE_FILE, expand
-from lotrtensor.adapters.formats.native import PEFT_TYPE
+from lotrtensor.adapters.formats.native import COMPRESSED_VERSION, PEFT_TYPE
 from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME, check_exists, read_config
 from lotrtensor.adapters.hub import DIFFUSERS_NAME, fetch, is_remote
 from lotrtensor.adapters.lora import LoraAdapter
@@ -76,7 +75,7 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     config = read_config(found)
     if config.get("peft_type") == PEFT_TYPE:
         version = config.get("format_version")
-        return (CompressedAdapter if version == FORMAT_VERSION else LotrAdapter).load(found)
+        return (CompressedAdapter if version == COMPRESSED_VERSION else LotrAdapter).load(found)
     return LoraAdapter.load(found)
 
 

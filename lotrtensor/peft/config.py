@@ -11,10 +11,10 @@ from typing import Any, Self
 from peft import PeftConfig
 
 from lotrtensor.adapters.formats.group_record import GroupRecord
-from lotrtensor.adapters.formats.native import FORMAT_VERSION, PEFT_TYPE
+from lotrtensor.adapters.formats.native import FORMAT_VERSION, PEFT_TYPE, check_version
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import FitRecord
-from lotrtensor.errors import DataError, FormatError
+from lotrtensor.errors import DataError
 from lotrtensor.torch.groups import (
     DEFAULT_ALPHA,
     PAPER_ALPHA,
@@ -110,11 +110,7 @@ trainable_token_indices : optional
         self._carried: dict[str, tuple[int, ...]] | None = None
         self._settled: dict[str, Any] = {}
         self._asked: list[str] | set[str] | str | None = None
-        if self.format_version != FORMAT_VERSION:
-            raise FormatError(
-                f"the adapter has format_version {self.format_version!r}; this release reads "
-                f"{FORMAT_VERSION}: update lotrtensor or convert the source again"
-            )
+        check_version(self.format_version, "the adapter")
         self.r = check_rank(self.r)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):

@@ -30,7 +30,12 @@ from lotrtensor.adapters.formats.carried import split_extras
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, write_directory
 from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
 from lotrtensor.adapters.formats.names import fold, unfold
-from lotrtensor.adapters.formats.native import COMMON_FIELDS, PEFT_TYPE, check_native
+from lotrtensor.adapters.formats.native import (
+    COMMON_FIELDS,
+    COMPRESSED_VERSION,
+    PEFT_TYPE,
+    check_native,
+)
 from lotrtensor.adapters.formats.tensors import (
     FLOATS,
     WEIGHTS_NAME,
@@ -45,7 +50,6 @@ from lotrtensor.core.bits.stack import QuantisedStack
 from lotrtensor.core.bits.terms import QuantisedTerms
 from lotrtensor.errors import FormatError
 
-FORMAT_VERSION = 2
 GROUPS, CODES, KINDS, VALUES = "lotr_groups", "lotr_codes", "lotr_kinds", "lotr_values"
 
 DEFAULTS = {"bias": "none", "inference_mode": True}
@@ -100,7 +104,7 @@ def compressed_files(content: CompressedContent) -> dict[str, bytes]:
         if source_config.get(key) not in (None, False, [], {}, DEFAULTS.get(key))
         and key != "target_modules"
     }
-    config |= {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION}
+    config |= {"peft_type": PEFT_TYPE, "format_version": COMPRESSED_VERSION}
     return {
         CONFIG_NAME: json.dumps(config, separators=(",", ":"), sort_keys=True).encode(),
         WEIGHTS_NAME: file_bytes(tensors, {}),

@@ -39,6 +39,7 @@ from lotrtensor.adapters.modules import Core, FactoredCore, LotrGroup
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 
 FORMAT_VERSION = 1
+COMPRESSED_VERSION = 2  # lotrtensor.adapters.formats.compressed
 PEFT_TYPE = "LOTR"
 LEFT, RIGHT = "base_model.lotr_left.", "base_model.lotr_right."
 CORE, CORE_LEFT, CORE_RIGHT = ".lotr_core", ".lotr_core_left", ".lotr_core_right"
@@ -73,12 +74,7 @@ def read_lotr(directory: Path) -> LotrContent:
         raise UnsupportedAdapterError(
             f"{directory} has peft_type {config.get('peft_type')!r}; expected {PEFT_TYPE}"
         )
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise FormatError(
-            f"{directory} has format_version {version!r}; this release reads {FORMAT_VERSION}: "
-            "update lotrtensor or convert the source again"
-        )
+    check_version(config.get("format_version"), directory)
     entries = config.get("groups")
     if not isinstance(entries, list) or not entries:
         raise FormatError(f"{directory}: the config has no groups; expected a list of them")
@@ -92,6 +88,26 @@ def read_lotr(directory: Path) -> LotrContent:
     extras = split_extras(tensors, config, adapted, directory)
     common = {key: config[key] for key in (*CARRIED_FIELDS, LAYOUT) if key in config}
     return groups, common, dtype, extras
+
+
+def check_version(version: object, where: object) -> None:
+    """Refuse a format that is not that of a LoTR with factors and cores.
+
+    Raises
+    ------
+    FormatError
+        Saying what would do.
+    """
+    if version == COMPRESSED_VERSION:
+        raise FormatError(
+            f"{where} is compressed (format_version {version}) and holds no factors and cores; "
+            "load it with lotrtensor.load, or make a LoRA of it: lotr export"
+        )
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{where} has format_version {version!r}; this release reads {FORMAT_VERSION} and "
+            f"{COMPRESSED_VERSION}: update lotrtensor or convert the source again"
+        )
 
 
 def write_lotr(directory: Path, content: LotrContent, *, force: bool = False) -> None:
