@@ -169,7 +169,7 @@ class _Job:
         """Neighbouring steps between which ``crossed`` turns true, as it does at coarse ones."""
         # No entry of a column exceeds its norm, and codes are integers of 16 bits.
         low, high = self._largest / LARGEST_CODE, self.coarsest
-        for _ in range(60):
+        while high > low * (1.0 + FINEST):
             middle = math.sqrt(low * high)
             low, high = (low, middle) if crossed(middle) else (middle, high)
         return low, high
@@ -221,6 +221,9 @@ class _Job:
 
 TRIES = 8
 """Files made on the way to a size or an error; two or three do where the model is right."""
+
+FINEST = 1e-5
+"""Steps nearer than this share are one."""
 
 SPARE = 0.99
 """Share of a budget or tolerance that has to be used."""

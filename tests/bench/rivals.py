@@ -189,7 +189,7 @@ def own_widths(lora: LoraAdapter, budget: float) -> Rival:
 
 
 def best_terms(lora: LoraAdapter, budget: float) -> Rival:
-    """16-bit LoRA of the best ranks: the rank-1 terms that save most for their size.
+    """16-bit LoRA of the best ranks: the rank-1 terms of the most energy a number, none of some.
 
     `truncate` keeps one of every module, which takes more than the smaller budgets.
     """

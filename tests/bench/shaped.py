@@ -2,7 +2,8 @@
 
 ``python -m tests.bench.shaped`` makes a LoRA for 32 layers of seven projections (224 modules, rank
 16, bfloat16, 84 MB), writes it, runs ``lotr compress`` at a tenth of its size in a process of its
-own, and prints wall time, processor time, peak memory and the error.
+own, and prints wall time, processor time, peak memory and the error; ``docs/shaped.json`` keeps
+them. ``OMP_NUM_THREADS`` says how many threads it may take: on a machine that others use, one.
 
 The factors are planted: singular values σ_j of a module fall as 1 / j, about what trained adapters
 have; a share of the left and right directions is common to a kind of module, the others are random.
@@ -72,9 +73,10 @@ def _directions(rng: np.random.Generator, common: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Print one row."""
+    """Print one row, and keep it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget", default="10%")
+    parser.add_argument("--out", type=Path, default=Path("docs/shaped.json"))
     parser.add_argument("--keep", type=Path, default=None, help="directory to work in")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,7 +84,9 @@ def main() -> None:
         source = folder / "shaped"
         if not source.exists():
             planted().save(source)
-        print(json.dumps(measured(source, folder / "small", arguments.budget), indent=2))
+        text = json.dumps(measured(source, folder / "small", arguments.budget), indent=2)
+    print(text)
+    arguments.out.write_text(text + "\n")
 
 
 def measured(source: Path, output: Path, budget: str) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,15 +54,34 @@ def core_kinds(left: np.ndarray, right: np.ndarray, slices: int) -> np.ndarray:
         return np.clip(np.round(np.log2(squares)), -8, 60).astype(np.int8)
 
 
-def best_ranks(
-    core: np.ndarray, sides: tuple[int, int], step: float, width: int | None = None
-) -> tuple[int, int]:
-    """Ranks (p, q) of the least ‖error‖² + λ · bits on a grid, among all corners of the cores.
+class CoreSquares(NamedTuple):
+    """What prices need of K cores: ``sums2`` (a × b), Σ_k G_kij² at every place, and K."""
+
+    sums2: np.ndarray
+    slices: int
+
+
+class Corner(NamedTuple):
+    """A Tucker-2 of ``ranks`` (p, q) as predicted: its bits, and the squared norm that it keeps."""
+
+    ranks: tuple[int, int]
+    bits: float
+    saved2: float
+
+
+NOTHING = Corner((0, 0), 0.0, 0.0)
+"""No shared part."""
+
+
+def best_corner(
+    squares: CoreSquares, sides: tuple[int, int], step: float, width: int | None = None
+) -> Corner:
+    """The ranks (p, q) of the least ‖error‖² + λ · bits on a grid, among all corners of the cores.
 
     Parameters
     ----------
-    core : ndarray (K, a, b)
-        Cores between orthonormal factors whose columns come by falling energy: the HOSVD's.
+    squares : CoreSquares
+        Of cores between orthonormal factors whose columns come by falling energy: the HOSVD's.
     sides : (int, int)
         Shape (m, n) of a slice.
     step : float
@@ -71,31 +91,31 @@ def best_ranks(
 
     Returns
     -------
-    (int, int)
-        (0, 0) where sharing is not worth its bits.
+    Corner
+        `NOTHING` where sharing is not worth its bits.
     """
-    bits, saved2 = _corners(core, sides, step, width)
+    bits, saved2 = _corners(squares, sides, step, width)
     gain = saved2 - slope(step) * bits
-    place = int(np.argmax(gain))
-    if gain.flat[place] <= 0.0:
-        return 0, 0
+    place = int(np.argmax(gain)) if gain.size else 0
+    if not gain.size or gain.flat[place] <= 0.0:
+        return NOTHING
     p, q = np.unravel_index(place, gain.shape)
-    return int(p) + 1, int(q) + 1
+    return Corner((int(p) + 1, int(q) + 1), float(bits[p, q]), float(saved2[p, q]))
 
 
-def predict_tucker2(
-    core: np.ndarray,
+def corner(
+    squares: CoreSquares,
     sides: tuple[int, int],
     ranks: tuple[int, int],
     step: float,
     width: int | None = None,
-) -> tuple[float, float]:
-    """Return the bits of ranks (p, q) on a grid, and the squared norm that they keep.
+) -> Corner:
+    """What ranks (p, q) cost and keep on a grid.
 
     Parameters
     ----------
-    core : ndarray (K, a, b)
-        As for `best_ranks`.
+    squares : CoreSquares
+        As for `best_corner`.
     sides : (int, int)
         Shape (m, n) of a slice.
     ranks : (int, int)
@@ -103,30 +123,36 @@ def predict_tucker2(
     step : float
         Step Δ.
     width : int, optional
-        As for `best_ranks`.
+        As for `best_corner`.
     """
     if not min(ranks):
-        return 0.0, 0.0
-    bits, saved2 = _corners(core, sides, step, width)
-    place = ranks[0] - 1, ranks[1] - 1
-    return float(bits[place]), float(saved2[place])
+        return NOTHING
+    p, q = ranks
+    bits, saved2 = _corners(squares, sides, step, width)
+    # Columns beyond those looked at are too small for any code, and cost next to nothing.
+    place = min(p, bits.shape[0]) - 1, min(q, bits.shape[1]) - 1
+    return Corner(ranks, float(bits[place]), float(saved2[place])) if bits.size else NOTHING
 
 
 def _corners(
-    core: np.ndarray, sides: tuple[int, int], step: float, width: int | None
+    squares: CoreSquares, sides: tuple[int, int], step: float, width: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bits and squared norm kept (a × b) of every corner (p, q) of the cores, at [p − 1, q − 1]."""
-    entries2 = np.sum(core**2, axis=0)
-    left, right = np.sqrt(entries2.sum(axis=1)), np.sqrt(entries2.sum(axis=0))
-    (m, n), slices = sides, core.shape[0]
-    costs = [
-        column_cost(x / (math.sqrt(side) * step), width) for x, side in ((left, m), (right, n))
-    ]
-    inside = column_cost(np.sqrt(entries2 / slices) / step, width)
-    kept = (1 - costs[0].distortion)[:, None] * (1 - costs[1].distortion) * (1 - inside.distortion)
-    saved2 = np.cumsum(np.cumsum(entries2 * kept, axis=0), axis=1)
+    """Bits and squared norm kept of every corner (p, q) of the cores, at [p − 1, q − 1].
+
+    Corners end where the columns' codes would all be zero.
+    """
+    sums2, slices = squares
+    norms = np.sqrt(sums2.sum(axis=1)), np.sqrt(sums2.sum(axis=0))
+    deviations = [x / (math.sqrt(side) * step) for x, side in zip(norms, sides, strict=True)]
+    costs = [column_cost(deviation, width) for deviation in deviations]
+    p, q = (int(np.count_nonzero(cost.distortion < 1.0)) for cost in costs)
+    sums2 = sums2[:p, :q]
+    inside = column_cost(np.sqrt(sums2 / slices) / step, width)
+    kept = np.outer(1 - costs[0].distortion[:p], 1 - costs[1].distortion[:q])
+    saved2 = np.cumsum(np.cumsum(sums2 * kept * (1 - inside.distortion), axis=0), axis=1)
     bits = slices * np.cumsum(np.cumsum(inside.bits, axis=0), axis=1)
-    bits += np.cumsum(m * costs[0].bits + _KIND)[:, None] + np.cumsum(n * costs[1].bits + _KIND)
+    bits += np.cumsum(sides[0] * costs[0].bits[:p] + _KIND)[:, None]
+    bits += np.cumsum(sides[1] * costs[1].bits[:q] + _KIND)
     return bits, saved2
 
 

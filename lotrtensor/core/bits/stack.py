@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from lotrtensor.core.arrays import to_numpy
 from lotrtensor.core.bits.shared import (
+    CoreSquares,
+    Corner,
     QuantisedTucker2,
-    best_ranks,
-    predict_tucker2,
+    best_corner,
+    corner,
     quantise_tucker2,
 )
 from lotrtensor.core.bits.terms import (
@@ -100,8 +103,15 @@ class StackInBits:
         self.svds: Sequence[SliceSvd] = slice_svds(stack)
         self.norm2 = float(sum(np.sum(svd.values**2) for svd in self.svds))
         if parts != "private":
-            self._reduced = ReducedStack(stack, reduce_stack(stack, kind="exact"))
-            self._cores = to_numpy(self._reduced.core())
+            reduced = self._reduced
+            self._squares = CoreSquares(reduced.core_sums2, stack.shape[0])
+            if parts == "both":
+                # The bases are large; they are needed again only where a shared part is tried.
+                del self._reduced
+
+    @cached_property
+    def _reduced(self) -> ReducedStack:
+        return ReducedStack(self.stack, reduce_stack(self.stack, kind="exact"))
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -116,8 +126,7 @@ class StackInBits:
             bits, lost = predicted_total(spectra, [self.sides] * len(spectra), step, self.width)
             found.append(Prediction(bits, lost, (0, 0)))
         if self.parts != "private":
-            ranks = best_ranks(self._cores, self.sides, step, self.width)
-            bits, saved2 = predict_tucker2(self._cores, self.sides, ranks, step, self.width)
+            ranks, bits, saved2 = best_corner(self._squares, self.sides, step, self.width)
             found.append(Prediction(bits, self.norm2 - saved2, ranks))
         return min(found, key=lambda p: p.lost2 + slope(step) * p.bits)
 
@@ -132,19 +141,19 @@ class StackInBits:
         """
         candidates = {(0, 0)} if self.parts != "shared" else set()
         if self.parts != "private":
-            p, q = best_ranks(self._cores, self.sides, step, self.width)
-            if self.parts == "shared" or self._near(step, (p, q)):
+            best = best_corner(self._squares, self.sides, step, self.width)
+            p, q = best.ranks
+            if self.parts == "shared" or self._near(step, best):
                 candidates.add((p, q))
             if len(candidates) > 1:
                 candidates.add((-(-p // 2), -(-q // 2)))
         found = [self._at(ranks, step, value_dtype) for ranks in sorted(candidates)]
-        best = min(found, key=lambda item: item[1] + slope(step) * item[2])
-        return best[0], best[1]
+        least = min(found, key=lambda item: item[1] + slope(step) * item[2])
+        return least[0], least[1]
 
-    def _near(self, step: float, ranks: tuple[int, int]) -> bool:
-        """Whether a shared part of these ranks may be worth its bits beside private terms."""
-        bits, saved2 = predict_tucker2(self._cores, self.sides, ranks, step, self.width)
-        alone = self.norm2 - saved2 + slope(step) * bits
+    def _near(self, step: float, shared: Corner) -> bool:
+        """Whether this shared part may be worth its bits beside private terms."""
+        alone = self.norm2 - shared.saved2 + slope(step) * shared.bits
         best = self.predict(step)
         return alone <= NEAR * (best.lost2 + slope(step) * best.bits)
 
@@ -157,7 +166,7 @@ class StackInBits:
             fit = self._reduced.tucker2(ranks, self._reduced.hosvd.left.dtype)
             left, core, right = (to_numpy(x) for x in (fit.left, fit.core, fit.right))
             shared = quantise_tucker2(left, core, right, step, self.width)
-            bits, _ = predict_tucker2(self._cores, self.sides, ranks, step, self.width)
+            bits = corner(self._squares, self.sides, ranks, step, self.width).bits
         if shared is not None:
             left, core, right = shared.factors()
             pairs = [self.stack.factors(k) for k in range(self.stack.shape[0])]

@@ -91,10 +91,15 @@ class ReducedStack:
         return hosvd(self.reduction.small)
 
     @cached_property
+    def core_sums2(self) -> np.ndarray:
+        """Σ_k G_kij² (a × b) of the cores between the bases of the HOSVD."""
+        found: np.ndarray = sum(self._cores2(), np.zeros(()))
+        return found
+
+    @cached_property
     def truncated2(self) -> np.ndarray:
         """Squared error of the truncated HOSVD of ranks (p, q) at [p − 1, q − 1] (a × b)."""
-        core2 = sum(self._cores2(), np.zeros(()))
-        return outside2(core2) + self.reduction.lost2
+        return outside2(self.core_sums2) + self.reduction.lost2
 
     @cached_property
     def curve(self) -> Frontier:
@@ -179,10 +184,6 @@ class ReducedStack:
             place = {"dtype": core.dtype, "device": device(core)}
             core = core * namespace(core).asarray(1.0 / self.weights, **place)[:, None, None]
         return Tucker2(left, core, right).astype(dtype)
-
-    def core(self) -> Array:
-        """All cores UᵀΔW_kV (K × a × b) between the bases of the HOSVD, in full."""
-        return self.reduction.small.core(self.hosvd.left, self.hosvd.right)
 
     def directions(self, count: int) -> tuple[Array, Array]:
         """The leading ``count`` left (m × c) and right (n × c) singular vectors of the stack."""
