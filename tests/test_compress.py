@@ -347,3 +347,35 @@ def test_the_command_refuses(small, tmp_path):
     assert found.code == 1
     assert "smallest file" in found.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("budget", ["25%", "4%"])
+def test_what_other_forms_would_reach_is_what_they_reach(bundled, budget):
+    """Against files and adapters that are really made, at the size of what was made."""
+    found = lt.compress(bundled, budget=budget)
+    terms, shared, truncated, lotr_ = found.alternatives
+    size = found.file_bytes
+    for other, form in ((terms, "lora"), (shared, "lotr")):
+        made = lt.compress(bundled, budget=size, form=form)
+        assert other.relative_error == pytest.approx(dense_error(made, bundled), rel=0.05)
+    made = lt.convert(bundled, budget=size)
+    assert lotr_.relative_error == pytest.approx(made.relative_error, rel=0.02)
+    if truncated.relative_error is None:
+        with pytest.raises(lt.RankError):
+            lt.truncate(bundled, budget=size)
+    else:
+        made = lt.truncate(bundled, budget=size)
+        assert truncated.relative_error == pytest.approx(dense_error(made, bundled), rel=0.01)
+    assert found.relative_error <= terms.relative_error * 1.02
+
+
+def test_the_command_says_what_other_forms_would_reach(bundled, tmp_path):
+    said = lotr("compress", BUNDLED, "-o", tmp_path / "a", "--budget", "10%")
+    assert "truncated LoRA, 16 bit: does not get that small" in said.out
+    assert "LoTR, 16 bit: error 0." in said.out
+    told = json.loads(
+        lotr("compress", BUNDLED, "-o", tmp_path / "b", "--budget", "10%", "--json").out
+    )
+    expected = [a._asdict() for a in lt.compress(bundled, budget="10%").alternatives]
+    assert told["alternatives"] == expected
+    assert not lt.compress(bundled, budget="10%", form="lora").alternatives

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lotrtensor.adapters.compressed_group import CompressedGroup, Source
+from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, Source
 from lotrtensor.adapters.formats.compressed import (
     CompressedContent,
     compressed_files,
@@ -60,6 +60,8 @@ class CompressedAdapter:
         What the adapter was stored in before: type, numbers and bytes.
     extras : mapping of str to ndarray
         Tensors carried unchanged under their own keys: fully trained modules, biases.
+    alternatives : tuple of Alternative
+        What other forms would reach at this size, from `compress`; no file holds it.
 
     Examples
     --------
@@ -77,6 +79,7 @@ class CompressedAdapter:
     config: Mapping[str, Any]
     source: Source
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    alternatives: tuple[Alternative, ...] = ()
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> CompressedAdapter:

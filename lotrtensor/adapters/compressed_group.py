@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,13 @@ class Source:
     dtype: np.dtype
     parameters: int
     bytes: int
+
+
+class Alternative(NamedTuple):
+    """Another form, and its relative error as predicted; None where it needs more bytes."""
+
+    form: str
+    relative_error: float | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from lotrtensor.cli.common import (
     progress_bar,
 )
 from lotrtensor.report.documents import compressed_document
-from lotrtensor.report.tables import compressed_table, file_line
+from lotrtensor.report.tables import alternative_lines, compressed_table, file_line
 from lotrtensor.verbs._compress import compress as compress_adapter
 
 
@@ -70,3 +70,5 @@ def compress(
     console = output_console()
     console.print(compressed_table(document))
     console.print(f"{output}: {file_line(document)}", markup=False)
+    for line in alternative_lines(document):
+        console.print(line, markup=False)

@@ -52,7 +52,8 @@ def lotr_document(adapter: LotrAdapter) -> Document:
 def compressed_document(adapter: CompressedAdapter) -> Document:
     """Errors and sizes of a compressed adapter and of its groups.
 
-    ``file_bytes`` counts both files as written, without tensors that are carried along.
+    ``file_bytes`` counts both files as written, without tensors that are carried along;
+    ``alternatives`` holds what other forms would reach at that size, of an adapter just compressed.
     """
     return {
         "relative_error": adapter.relative_error,
@@ -62,6 +63,7 @@ def compressed_document(adapter: CompressedAdapter) -> Document:
         "source_parameters": adapter.source.parameters,
         "source_bytes": adapter.source.bytes,
         "dtype": adapter.dtype.name,
+        "alternatives": [other._asdict() for other in adapter.alternatives],
         "groups": [
             {
                 "name": row.group,

@@ -97,6 +97,16 @@ def file_line(document: Document) -> str:
     )
 
 
+def alternative_lines(document: Document) -> list[str]:
+    """What other forms would reach at the size of a compressed adapter, one line each."""
+    return [
+        f"{other['form']}: error {error(other['relative_error'])} at that size"
+        if other["relative_error"] is not None
+        else f"{other['form']}: does not get that small"
+        for other in document["alternatives"]
+    ]
+
+
 def lora_table(document: Document) -> Table:
     """Groups of a LoRA adapter as they would share factors, and their sizes."""
     table = _table(

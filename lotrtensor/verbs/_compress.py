@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
 
 from lotrtensor.adapters.compressed import CompressedAdapter
-from lotrtensor.adapters.compressed_group import CompressedGroup, Source
+from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, Source
 from lotrtensor.adapters.formats.native import COMMON_FIELDS
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
@@ -22,6 +22,7 @@ from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.ranks.goal import make_goal
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import OptionError, RankError
+from lotrtensor.verbs._alternatives import PriceInBits, Prices, alternatives, prices_in_bits
 from lotrtensor.verbs._fit_groups import Progress
 from lotrtensor.verbs._sources import SourceGroup, lora_groups, source_group
 
@@ -71,7 +72,8 @@ def compress(
     Returns
     -------
     CompressedAdapter
-        Its ``relative_error`` is that of what is stored, its ``file_bytes`` what that takes.
+        Its ``relative_error`` is that of what is stored, its ``file_bytes`` what that takes; its
+        ``alternatives`` say what other forms would reach there, where form and bits are auto.
 
     Raises
     ------
@@ -103,6 +105,24 @@ def compress(
     lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
     given = None if budget is None else budget_bytes(budget, lora.bytes)
     goal = make_goal(None, tolerance, energy, given, size="budget")
+    job = compression_job(lora, PARTS[form], width, group_by, progress)
+    if budget is None or given is None:
+        found = job.within_tolerance(goal.tolerance or 0.0)
+    else:
+        found = job.within_bytes(given, budget)
+    # A form or width that was asked for is not one way among several.
+    asked = form != "auto" or width is not None
+    return found if asked else replace(found, alternatives=job.alternatives(found))
+
+
+def compression_job(
+    lora: LoraAdapter,
+    parts: Parts = "both",
+    width: int | None = None,
+    group_by: str = "type",
+    progress: Progress | None = None,
+) -> CompressionJob:
+    """Decompose the groups of an adapter once, for all sizes."""
     members = lora_groups(lora, group_by)
     groups = []
     for done, (name, modules) in enumerate(members):
@@ -110,11 +130,8 @@ def compress(
             progress(name, done, len(members))
         source = source_group(name, modules, lora.dtype)
         stack = LowRankStack([m.B for m in modules], [m.A for m in modules])
-        groups.append((source, StackInBits(stack, PARTS[form], width)))
-    job = _Job(groups, lora)
-    if budget is None or given is None:
-        return job.within_tolerance(goal.tolerance or 0.0)
-    return job.within_bytes(given, budget)
+        groups.append((source, StackInBits(stack, parts, width)))
+    return CompressionJob(groups, lora)
 
 
 def _number(bits: int | str) -> object:
@@ -127,7 +144,7 @@ def _number(bits: int | str) -> object:
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class CompressionJob:
     """Groups on their way, and the adapter that they come from."""
 
     groups: list[tuple[SourceGroup, StackInBits]]
@@ -165,6 +182,24 @@ class _Job:
         """A step at which about the largest term alone is left."""
         return 4.0 * self._largest / math.sqrt(min(self.groups[0][1].sides))
 
+    @cached_property
+    def smallest(self) -> CompressedAdapter:
+        """The adapter of which next to nothing is left but config and index."""
+        return self.at(self.coarsest)
+
+    def prices(self, largest: float) -> Prices:
+        """Sizes and errors of files of either part and of both, as predicted."""
+        stacks = [stack for _, stack in self.groups]
+        return prices_in_bits(stacks, self.coarsest, self.smallest.file_bytes, largest)
+
+    def alternatives(self, made: CompressedAdapter) -> tuple[Alternative, ...]:
+        """What other forms would reach at the size of what was made."""
+        stacks = [stack for _, stack in self.groups]
+        ranks = [source.slice_ranks or () for source, _ in self.groups]
+        price = PriceInBits(made.file_bytes, made.relative_error)
+        prices = self.prices(price.bytes)
+        return alternatives(stacks, ranks, self.lora.dtype.itemsize, price, prices)
+
     def solve(self, crossed: Callable[[float], bool]) -> tuple[float, float]:
         """Neighbouring steps between which ``crossed`` turns true, as it does at coarse ones."""
         # No entry of a column exceeds its norm, and codes are integers of 16 bits.
@@ -201,7 +236,7 @@ class _Job:
 
     def within_bytes(self, budget: int, asked: int | str) -> CompressedAdapter:
         """The file of the least error found of at most so many bytes."""
-        smallest = self.at(self.coarsest)
+        smallest = self.smallest
         if budget < smallest.file_bytes:
             raise RankError(
                 f"budget is {asked!r}; the smallest file of this adapter takes "

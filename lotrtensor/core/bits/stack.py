@@ -104,7 +104,7 @@ class StackInBits:
         self.norm2 = float(sum(np.sum(svd.values**2) for svd in self.svds))
         if parts != "private":
             reduced = self._reduced
-            self._squares = CoreSquares(reduced.core_sums2, stack.shape[0])
+            self.squares = CoreSquares(reduced.core_sums2, stack.shape[0])
             if parts == "both":
                 # The bases are large; they are needed again only where a shared part is tried.
                 del self._reduced
@@ -120,15 +120,24 @@ class StackInBits:
 
     def predict(self, step: float) -> Prediction:
         """Return what the better of a shared and a private part costs and loses."""
-        found = []
+        return self.predictions(step)[self.parts]
+
+    def predictions(self, step: float) -> dict[Parts, Prediction]:
+        """Return what a shared part, a private one, and the better of them cost and lose.
+
+        Only what the stack may be made of is there.
+        """
+        found: dict[Parts, Prediction] = {}
         if self.parts != "shared":
             spectra = [svd.values for svd in self.svds]
             bits, lost = predicted_total(spectra, [self.sides] * len(spectra), step, self.width)
-            found.append(Prediction(bits, lost, (0, 0)))
+            found["private"] = Prediction(bits, lost, (0, 0))
         if self.parts != "private":
-            ranks, bits, saved2 = best_corner(self._squares, self.sides, step, self.width)
-            found.append(Prediction(bits, self.norm2 - saved2, ranks))
-        return min(found, key=lambda p: p.lost2 + slope(step) * p.bits)
+            ranks, bits, saved2 = best_corner(self.squares, self.sides, step, self.width)
+            found["shared"] = Prediction(bits, self.norm2 - saved2, ranks)
+        if self.parts == "both":
+            found["both"] = min(found.values(), key=lambda p: p.lost2 + slope(step) * p.bits)
+        return found
 
     def quantise(
         self, step: float, value_dtype: np.dtype = FLOAT16
@@ -141,7 +150,7 @@ class StackInBits:
         """
         candidates = {(0, 0)} if self.parts != "shared" else set()
         if self.parts != "private":
-            best = best_corner(self._squares, self.sides, step, self.width)
+            best = best_corner(self.squares, self.sides, step, self.width)
             p, q = best.ranks
             if self.parts == "shared" or self._near(step, best):
                 candidates.add((p, q))
@@ -166,7 +175,7 @@ class StackInBits:
             fit = self._reduced.tucker2(ranks, self._reduced.hosvd.left.dtype)
             left, core, right = (to_numpy(x) for x in (fit.left, fit.core, fit.right))
             shared = quantise_tucker2(left, core, right, step, self.width)
-            bits = corner(self._squares, self.sides, ranks, step, self.width).bits
+            bits = corner(self.squares, self.sides, ranks, step, self.width).bits
         if shared is not None:
             left, core, right = shared.factors()
             pairs = [self.stack.factors(k) for k in range(self.stack.shape[0])]
