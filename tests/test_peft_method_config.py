@@ -89,5 +89,5 @@ def test_init_weights_false_draws_cores_that_change_the_model() -> None:
 
 
 def test_init_weights_and_a_source_contradict_each_other() -> None:
-    with pytest.raises(lt.DataError, match="init_weights is False"):
+    with pytest.raises(lt.OptionError, match="init_weights is False"):
         config(init="some/directory", init_weights=False)

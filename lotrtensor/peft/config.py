@@ -14,7 +14,7 @@ from lotrtensor.adapters.formats.group_record import GroupRecord
 from lotrtensor.adapters.formats.native import FORMAT_VERSION, PEFT_TYPE, check_version
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import FitRecord
-from lotrtensor.errors import DataError
+from lotrtensor.errors import OptionError
 from lotrtensor.torch.groups import (
     DEFAULT_ALPHA,
     PAPER_ALPHA,
@@ -75,7 +75,7 @@ trainable_token_indices : optional
 
     Raises
     ------
-    RankError, DataError
+    RankError, OptionError
         If a field has no meaning.
     FormatError
         If ``format_version`` or a group of a file is not understood.
@@ -116,11 +116,11 @@ trainable_token_indices : optional
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
         if self.train not in ("all", "cores"):
-            raise DataError(f"train is {self.train!r}; expected 'all' or 'cores'")
+            raise OptionError(f"train is {self.train!r}; expected 'all' or 'cores'")
         if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
-            raise DataError(f"bias is {self.bias!r}; expected 'none', 'all' or 'lotr_only'")
+            raise OptionError(f"bias is {self.bias!r}; expected 'none', 'all' or 'lotr_only'")
         if self.source is not None and not self.init_weights:
-            raise DataError(
+            raise OptionError(
                 f"init_weights is False, which draws cores at random, and init is {self.init!r}, "
                 "which takes those of an adapter; leave one of them out"
             )
