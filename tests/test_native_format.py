@@ -288,7 +288,7 @@ def refused(path, kind, *parts):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1], 1.5])
+@pytest.mark.parametrize("version", [0, 3, "1", None, [1], 1.5, True])
 def test_another_format_version(native, version):
     edit_config(native, format_version=version)
     refused(native, FormatError, "format_version", repr(version))

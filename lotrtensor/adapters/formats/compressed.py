@@ -35,6 +35,7 @@ from lotrtensor.adapters.formats.native import (
     COMPRESSED_VERSION,
     PEFT_TYPE,
     check_native,
+    check_version,
 )
 from lotrtensor.adapters.formats.tensors import (
     FLOATS,
@@ -125,6 +126,7 @@ def read_compressed(directory: Path) -> CompressedContent:
         If the files are damaged, incomplete, or contradict each other.
     """
     config = read_config(directory)
+    check_version(config, COMPRESSED_VERSION, directory)
     check_types(config, CARRIED_FIELDS, directory)
     tensors = read_tensors(directory)
     index = _read_index(bytes(_take(tensors, GROUPS, ("uint8",), directory)), directory)

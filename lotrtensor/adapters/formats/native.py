@@ -39,7 +39,7 @@ from lotrtensor.adapters.modules import Core, FactoredCore, LotrGroup
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 
 FORMAT_VERSION = 1
-COMPRESSED_VERSION = 2  # lotrtensor.adapters.formats.compressed
+COMPRESSED_VERSION = 2
 PEFT_TYPE = "LOTR"
 LEFT, RIGHT = "base_model.lotr_left.", "base_model.lotr_right."
 CORE, CORE_LEFT, CORE_RIGHT = ".lotr_core", ".lotr_core_left", ".lotr_core_right"
@@ -74,7 +74,7 @@ def read_lotr(directory: Path) -> LotrContent:
         raise UnsupportedAdapterError(
             f"{directory} has peft_type {config.get('peft_type')!r}; expected {PEFT_TYPE}"
         )
-    check_version(config.get("format_version"), directory)
+    check_version(config, FORMAT_VERSION, directory)
     entries = config.get("groups")
     if not isinstance(entries, list) or not entries:
         raise FormatError(f"{directory}: the config has no groups; expected a list of them")
@@ -90,23 +90,25 @@ def read_lotr(directory: Path) -> LotrContent:
     return groups, common, dtype, extras
 
 
-def check_version(version: object, where: object) -> None:
-    """Refuse a format that is not that of a LoTR with factors and cores.
+def check_version(config: Mapping[str, Any], expected: int, directory: object) -> None:
+    """Refuse a directory of another format version.
 
     Raises
     ------
     FormatError
-        Saying what would do.
+        Naming the version; another tells who reads it, or that this release does not.
     """
-    if version == COMPRESSED_VERSION:
+    version = config.get("format_version")
+    known = type(version) is int and version in (FORMAT_VERSION, COMPRESSED_VERSION)
+    if not known:
         raise FormatError(
-            f"{where} is compressed (format_version {version}) and holds no factors and cores; "
-            "load it with lotrtensor.load, or make a LoRA of it: lotr export"
-        )
-    if version != FORMAT_VERSION:
-        raise FormatError(
-            f"{where} has format_version {version!r}; this release reads {FORMAT_VERSION} and "
+            f"{directory} has format_version {version!r}; this release reads {FORMAT_VERSION} and "
             f"{COMPRESSED_VERSION}: update lotrtensor or convert the source again"
+        )
+    if version != expected:
+        raise FormatError(
+            f"{directory} has format_version {version}, expected {expected} here; lotrtensor.load "
+            f"reads both {FORMAT_VERSION}, a LoTR, and {COMPRESSED_VERSION}, a compressed adapter"
         )
 
 
