@@ -14,6 +14,7 @@ import safetensors.numpy
 import lotrtensor as lt
 from adapters_fixtures import CONFIG, PREFIX, WEIGHTS, edit_config, snapshot, write_lora
 from compressed_decoder import read_updates
+from compressed_fixtures import codes, dense_updates, terms
 from lotrtensor.adapters.compressed_group import CompressedGroup, Source
 from lotrtensor.core.bits.shared import QuantisedTucker2
 from lotrtensor.core.bits.stack import QuantisedStack
@@ -24,27 +25,13 @@ UPDATES = GOLDEN.parent / "compressed-v2-updates.safetensors"
 """ΔW of every module in float64, computed once from the codes below."""
 
 
-def codes(rows, columns, start, largest):
-    """Different integers of both signs, no column zero."""
-    values = (np.arange(rows * columns) * 37 + start) % (2 * largest + 1) - largest
-    return values.reshape(rows, columns).astype(np.int16)
-
-
-def terms(m, n, rank, start, largest):
-    """A slice's own terms."""
-    values = np.array([0.75, -0.5, 3.0])[:rank]
-    return QuantisedTerms(
-        codes(m, rank, start, largest), values, codes(n, rank, start + 5, largest)
-    )
-
-
 def golden_adapter():
     """Both parts and a slice without terms; an embedding of large codes; a carried tensor."""
     m, n, layers = 7, 5, 3
     shared = QuantisedTucker2(
         codes(m, 2, 1, 3), codes(layers, 6, 9, 2).reshape(layers, 2, 3), codes(n, 3, 4, 5), 0.03125
     )
-    private = (terms(m, n, 1, 2, 1), QuantisedTerms.empty(m, n), terms(m, n, 2, 8, 40))
+    private = (terms((m, n), 1, 2, 1), QuantisedTerms.empty(m, n), terms((m, n), 2, 8, 40))
     query = CompressedGroup(
         name="query",
         modules=tuple(f"layer.{i}.query" for i in range(layers)),
@@ -59,7 +46,7 @@ def golden_adapter():
         modules=("words",),
         shape=(4, 6),
         slice_ranks=(3,),
-        stack=QuantisedStack(None, (terms(4, 6, 3, 3, 1000),)),
+        stack=QuantisedStack(None, (terms((4, 6), 3, 3, 1000),)),
         relative_error=0.125,
         norm=2.0,
         embedding=True,
@@ -69,21 +56,6 @@ def golden_adapter():
     extras = {f"{PREFIX}classifier.bias": np.array([0.5, -1.0], dtype="float32")}
     source = Source(np.dtype("float16"), 100, 200)
     return lt.CompressedAdapter((query, words), config, source, extras)
-
-
-def dense(adapter):
-    """ΔW of every module in float64, from the codes of an adapter in memory."""
-    found = {}
-    for group in adapter.groups:
-        shared = group.stack.shared
-        for k, (name, own) in enumerate(zip(group.modules, group.stack.private, strict=True)):
-            found[name] = np.zeros(group.shape)
-            if shared is not None:
-                left, right = (x / np.linalg.norm(x, axis=0) for x in (shared.left, shared.right))
-                found[name] += left @ (shared.step * shared.core[k]) @ right.T
-            left, right = (x / np.linalg.norm(x, axis=0) for x in (own.left, own.right))
-            found[name] += (left * own.values) @ right.T
-    return found
 
 
 def check_equal(found, expected):
@@ -113,7 +85,7 @@ def test_the_golden_directory_is_read():
 
 def test_the_numbers_of_the_golden_directory():
     expected = safetensors.numpy.load_file(UPDATES)
-    check_equal(dense(golden_adapter()), expected)
+    check_equal(dense_updates(golden_adapter()), expected)
     check_equal({m.name: m.B @ m.A for m in lt.load(GOLDEN).updates()}, expected)
     check_equal(read_updates(GOLDEN), expected)
 
@@ -123,7 +95,7 @@ def test_the_numbers_of_the_golden_directory():
 def test_another_decoder_reads_the_same(tmp_path, form, goal):
     lora = lt.load(write_lora(tmp_path / "lora"))
     lt.compress(lora, form=form, **goal).save(tmp_path / "small")
-    check_equal(read_updates(tmp_path / "small"), dense(lt.load(tmp_path / "small")))
+    check_equal(read_updates(tmp_path / "small"), dense_updates(lt.load(tmp_path / "small")))
 
 
 @pytest.mark.parametrize("form", ["lora", "lotr"])
@@ -131,7 +103,7 @@ def test_another_decoder_reads_the_bundled_adapter(tmp_path, form):
     lora = lt.load(Path(lt.__file__).parent / "data" / "amazon-sentiment")
     found = lt.compress(lora, budget="4%", form=form)
     found.save(tmp_path / "small")
-    check_equal(read_updates(tmp_path / "small"), dense(found))
+    check_equal(read_updates(tmp_path / "small"), dense_updates(found))
 
 
 def test_the_page_shows_the_decoder_and_every_field_of_the_index():

@@ -181,11 +181,11 @@ class CompressedAdapter:
             for group in self.groups
             for name, own in zip(group.modules, group.slice_ranks, strict=True)
         }
-        modules = [_lowered(m, min(before[m.name], rank or m.rank)) for m in self.updates()]
+        modules = [lowered(m, min(before[m.name], rank or m.rank)) for m in self.updates()]
         return LoraAdapter(tuple(modules), self.config, self.dtype, self.extras)
 
 
-def _lowered(module: LoraModule, rank: int) -> LoraModule:
+def lowered(module: LoraModule, rank: int) -> LoraModule:
     """The best module of at most ``rank``, its singular values shared evenly by the factors."""
     svds = slice_svds(LowRankStack([module.B], [module.A]))
     b, a = truncate_slices(svds, [min(rank, len(svds[0].values))]).factors(0)

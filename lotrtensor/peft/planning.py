@@ -13,12 +13,13 @@ from torch import nn
 
 from lotrtensor.adapters.formats.carried import PREFIX
 from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.adapters.parts import group_parts
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 from lotrtensor.peft.config import LotrConfig
 from lotrtensor.torch.groups import GroupPlan, check_plans, check_rank, plan_groups, scale_of
 from lotrtensor.torch.init import INITS
 from lotrtensor.torch.sources import as_lotr
-from lotrtensor.torch.state import adapter_plans
+from lotrtensor.torch.state import parts_plans
 
 
 class AdapterPlan(NamedTuple):
@@ -108,7 +109,7 @@ def _from_source(config: LotrConfig, layers: Mapping[str, nn.Module]) -> Adapter
             f"{config.source} carries {next(iter(source.extras))!r} besides its update, which "
             "would be lost; load it with PeftModel.from_pretrained(..., is_trainable=True)"
         )
-    groups = adapter_plans(source)
+    groups = parts_plans(group_parts(source))
     check_plans(groups, layers)
     rescaled = (
         replace(g, scale=scale_of(g.rank, config.alpha, rslora=config.use_rslora)) for g in groups

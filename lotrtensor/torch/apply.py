@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lotrtensor.core.options import check_choice, check_flag
-from lotrtensor.errors import FormatError, LotrError, UnsupportedAdapterError
+from lotrtensor.errors import FormatError, LotrError, OptionError, UnsupportedAdapterError
 from lotrtensor.torch.factors import FactorTable, SharedFactors
 from lotrtensor.torch.fastpath import leave_fast_path
 from lotrtensor.torch.groups import (
@@ -99,7 +99,7 @@ def apply_lotr(
     """
     check_model(model)
     check_init(init)
-    _check_train(train)
+    check_train(train)
     rslora = check_flag(rslora, "rslora")
     check_numbers(alpha, dropout)
     _check_plain(model)
@@ -115,8 +115,17 @@ def apply_lotr(
     return model
 
 
-def inject(model: nn.Module, plans: Sequence[GroupPlan], *, dropout: float = 0.0) -> None:
-    """Freeze ``model`` and replace the layers of ``plans``; U, V and the cores are zero."""
+def inject(
+    model: nn.Module,
+    plans: Sequence[GroupPlan],
+    *,
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Freeze ``model`` and replace the layers of ``plans``; all factors and cores are zero.
+
+    They have ``dtype``, or that of the base weights.
+    """
     _check_plain(model)
     for plan in plans:
         if plan.embedding:
@@ -129,14 +138,19 @@ def inject(model: nn.Module, plans: Sequence[GroupPlan], *, dropout: float = 0.0
     model.requires_grad_(False)
     table = FactorTable()
     for plan in plans:
-        weight = model.get_submodule(plan.modules[0]).weight
-        assert isinstance(weight, torch.Tensor)
-        dtype = weight.dtype if weight.is_floating_point() else None
-        factors = SharedFactors(plan.shape, plan.rank, dtype=dtype, device=weight.device)
-        table.add(plan.name, factors)
+        factors = _shared_factors(model, plan, dtype)
+        if factors is not None:
+            table.add(plan.name, factors)
         for name in plan.modules:
             base = model.get_submodule(name)
-            layer = LotrLinear(base, factors, scale=plan.scale, dropout=dropout)
+            layer = LotrLinear(
+                base,
+                factors,
+                scale=plan.scale,
+                dropout=dropout,
+                private_rank=plan.private.get(name, 0),
+                dtype=dtype,
+            )
             layer.train(model.training)
             replace_everywhere(model, base, layer)
     model.add_module(TABLE, table)
@@ -144,10 +158,24 @@ def inject(model: nn.Module, plans: Sequence[GroupPlan], *, dropout: float = 0.0
     watch(model)
 
 
+def _shared_factors(
+    model: nn.Module, plan: GroupPlan, dtype: torch.dtype | None
+) -> SharedFactors | None:
+    if not min(plan.rank):
+        return None
+    weight = model.get_submodule(plan.modules[0]).weight
+    assert isinstance(weight, torch.Tensor)
+    if dtype is None and weight.is_floating_point():
+        dtype = weight.dtype
+    return SharedFactors(plan.shape, plan.rank, dtype=dtype, device=weight.device)
+
+
 def set_trainable(model: nn.Module, train: str = "all") -> None:
     """Say what trains: ``"all"`` factors and cores, or the ``"cores"`` alone.
 
-    With the factors frozen a layer of any width trains p · q numbers.
+    With the factors frozen a layer of any width trains p · q numbers. The private factors of a
+    compressed adapter are factors in this: ``"cores"`` freezes them, and a layer that has nothing
+    else does not train.
 
     Parameters
     ----------
@@ -159,7 +187,7 @@ def set_trainable(model: nn.Module, train: str = "all") -> None:
     Raises
     ------
     OptionError
-        If ``train`` is neither.
+        If ``train`` is neither, or ``"cores"`` where no layer has a core.
 
     Examples
     --------
@@ -170,10 +198,12 @@ def set_trainable(model: nn.Module, train: str = "all") -> None:
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lotr_core', '1.lotr_core']
     """
-    _check_train(train)
-    factor_table(model).requires_grad_(train == "all")
-    for _, layer in lotr_layers(model):
-        layer.lotr_core.requires_grad_(True)
+    table, layers = factor_table(model), [layer for _, layer in lotr_layers(model)]
+    check_train(train, cores=any(layer.lotr_core is not None for layer in layers))
+    table.requires_grad_(train == "all")
+    for layer in layers:
+        for name, parameter in layer.named_parameters(recurse=False):
+            parameter.requires_grad_(train == "all" or name == "lotr_core")
 
 
 def param_groups(
@@ -193,7 +223,7 @@ def param_groups(
     lr : float
         For every other trained parameter, a task head say, and for what is not given.
     factor_lr, core_lr : float, optional
-        For U and V, and for the G_k.
+        For U and V, and P_k and Q_k of a compressed adapter; and for the G_k.
     **options
         Further options of every group, such as ``weight_decay``.
 
@@ -220,8 +250,10 @@ def param_groups(
     parts: dict[str, list[nn.Parameter]] = {"factors": [], "cores": [], "rest": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            core = "lotr_core" in name.split(".")
-            part = "factors" if id(parameter) in factors else "cores" if core else "rest"
+            own = set(name.split("."))
+            private = not own.isdisjoint(("lotr_private_left", "lotr_private_right"))
+            factor = private or id(parameter) in factors
+            part = "factors" if factor else "cores" if "lotr_core" in own else "rest"
             parts[part].append(parameter)
     rates = {"factors": factor_lr, "cores": core_lr, "rest": None}
     return [
@@ -369,5 +401,17 @@ def _check_plain(model: nn.Module) -> None:
         )
 
 
-def _check_train(train: str) -> None:
+def check_train(train: str, *, cores: bool = True) -> None:
+    """Refuse what is no word for what trains, and cores where there are none.
+
+    Raises
+    ------
+    OptionError
+        Naming what was found.
+    """
     check_choice(train, "train", ("all", "cores"))
+    if train == "cores" and not cores:
+        raise OptionError(
+            "train is 'cores', and no layer of this adapter has one: nothing is shared in it; "
+            "expected train='all'"
+        )

@@ -60,3 +60,9 @@ def dense_update(left: Tensor, core: Tensor, right: Tensor, scale: float) -> Ten
     wide = torch.promote_types(left.dtype, torch.float32)
     left, core, right = (x.detach().to(wide) for x in (left, core, right))
     return scale * (left @ core) @ right.T
+
+
+def dense_private(left: Tensor, right: Tensor) -> Tensor:
+    """Return P Qᵀ (m × n), multiplied in float32 at the least."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return left.detach().to(wide) @ right.detach().to(wide).T

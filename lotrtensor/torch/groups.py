@@ -43,15 +43,17 @@ class GroupPlan:
     shape : (int, int)
         Shape (m, n) of a ΔW_k.
     rank : (int, int)
-        Left and right rank (p, q).
+        Left and right rank (p, q); (0, 0) where nothing is shared.
     scale : float
-        ΔW_k = scale · U G_k Vᵀ.
+        ΔW_k = scale · U G_k Vᵀ + P_k Q_kᵀ.
     slice_ranks : tuple of int
         No core has a rank above this.
     embedding : bool
         Whether the layers are embeddings, whose weights are n × m.
     fit : mapping or None
         What a conversion wrote of its error, carried along.
+    private_ranks : tuple of int
+        Width c_k of P_k and Q_k, one a slice; empty where no slice has a private part.
     """
 
     name: str
@@ -62,12 +64,20 @@ class GroupPlan:
     slice_ranks: tuple[int, ...]
     embedding: bool = False
     fit: Mapping[str, Any] | None = None
+    private_ranks: tuple[int, ...] = ()
 
     @property
     def parameters(self) -> int:
-        """Number of trained numbers: m p + n q + K p q."""
+        """Number of trained numbers: m p + n q + K p q + (m + n) Σ c_k."""
         (m, n), (p, q) = self.shape, self.rank
-        return m * p + n * q + len(self.modules) * p * q
+        private = (m + n) * sum(self.private_ranks)
+        return m * p + n * q + len(self.modules) * p * q + private
+
+    @property
+    def private(self) -> dict[str, int]:
+        """Width c_k of the private part of every module that has one."""
+        widths = zip(self.modules, self.private_ranks, strict=bool(self.private_ranks))
+        return {name: width for name, width in widths if width}
 
 
 def plan_groups(

@@ -1,4 +1,4 @@
-"""LotrLinear: a frozen linear layer with a LoTR update."""
+"""LotrLinear: a frozen linear layer with an update of a shared and a private part."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from torch import Tensor, nn
 
 from lotrtensor.errors import DataError, UnsupportedAdapterError
 from lotrtensor.torch.factors import SharedFactors
-from lotrtensor.torch.functional import add_update, dense_update
-from lotrtensor.torch.groups import is_transposed
+from lotrtensor.torch.functional import (
+    add_rows,
+    add_update,
+    dense_private,
+    dense_update,
+    project,
+)
+from lotrtensor.torch.groups import is_transposed, slot_of
 from lotrtensor.torch.watch import Watched
 
 
 class LotrLinear(Watched, nn.Module):
-    """A frozen layer and its update: y = base(x) + scale · x V G_kᵀ Uᵀ.
+    """A frozen layer and its update: y = base(x) + scale · x V G_kᵀ Uᵀ + x Q_k P_kᵀ.
 
-    That is W + ΔW_k with ΔW_k = scale · U G_k Vᵀ.
+    That is W + ΔW_k with ΔW_k = scale · U G_k Vᵀ + P_k Q_kᵀ. `apply_lotr` makes the shared part
+    alone; layers of a compressed adapter may have either part, both or none.
 
     ====  =========  ==========================================
     x     (..., n)   input
@@ -25,18 +32,25 @@ class LotrLinear(Watched, nn.Module):
     V     n × q      ``factors.right``, shared by the group
     G_k   p × q      ``lotr_core``, this layer's own, zero at first
     U     m × p      ``factors.left``, shared by the group
+    P_k   m × c      ``lotr_private_left``, this layer's own, zero at first
+    Q_k   n × c      ``lotr_private_right``, this layer's own, zero at first
     ====  =========  ==========================================
 
     Parameters
     ----------
     base : nn.Linear or Conv1D
         The layer to adapt; it is frozen.
-    factors : SharedFactors
-        U and V. They are referred to, not registered: a `FactorTable` of the model owns them.
+    factors : SharedFactors or None
+        U and V. They are referred to, not registered: a `FactorTable` of the model owns them. None
+        where there is no shared part; ``lotr_core`` is None then.
     scale : float
-        Scale of the update.
+        Scale of the shared part.
     dropout : float
         Probability of dropping an entry of x on the way into the update, in training.
+    private_rank : int
+        Width c of P_k and Q_k, which are None where it is 0.
+    dtype : torch.dtype, optional
+        Of P_k and Q_k; if not given, that of the base weight.
 
     Examples
     --------
@@ -47,26 +61,41 @@ class LotrLinear(Watched, nn.Module):
     (torch.Size([2, 2]), torch.Size([8, 8]))
     """
 
+    lotr_core: nn.Parameter | None
+    lotr_private_left: nn.Parameter | None
+    lotr_private_right: nn.Parameter | None
+
     def __init__(
         self,
         base: nn.Module,
-        factors: SharedFactors,
+        factors: SharedFactors | None,
         *,
         scale: float = 1.0,
         dropout: float = 0.0,
+        private_rank: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.lotr_core = nn.Parameter(factors.left.new_zeros(factors.rank))
+        core = None if factors is None else nn.Parameter(factors.left.new_zeros(factors.rank))
+        self.register_parameter("lotr_core", core)
+        sides = _private(base, private_rank, dtype)
+        self.register_parameter("lotr_private_left", sides[0])
+        self.register_parameter("lotr_private_right", sides[1])
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else None
         self.merged = False
         self._shared = (factors,)  # a tuple: nn.Module would register a bare module
 
     @property
-    def factors(self) -> SharedFactors:
-        """The shared factors U and V."""
+    def factors(self) -> SharedFactors | None:
+        """The shared factors U and V; None where there is no shared part."""
         return self._shared[0]
+
+    @property
+    def private_rank(self) -> int:
+        """Width c of the private part."""
+        return 0 if self.lotr_private_left is None else self.lotr_private_left.shape[1]
 
     @property
     def weight(self) -> Tensor:
@@ -79,23 +108,34 @@ class LotrLinear(Watched, nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return base(x) + scale · x V G_kᵀ Uᵀ, or base(x) where the update is merged."""
+        """Return base(x) and the update of x, or base(x) where the update is merged."""
         self.lotr_ran = True
         y: Tensor = self.base(x, *args, **kwargs)
-        if self.merged:
+        core, private = self.lotr_core, self.lotr_private_left
+        own = core if core is not None else private
+        if self.merged or own is None:
             return y
-        factors, core = self._shared[0], self.lotr_core
         if self.dropout is not None:
             x = self.dropout(x)
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(core.dtype)
-        return add_update(y, x, factors.left, core, factors.right, self.scale)
+            x = x.to(own.dtype)
+        factors, other = self._shared[0], self.lotr_private_right
+        if factors is not None and core is not None:
+            y = add_update(y, x, factors.left, core, factors.right, self.scale)
+        if private is not None and other is not None:
+            y = add_rows(y, project(x, other), private.T.contiguous(), 1.0)
+        return y
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return ΔW_k = scale · U G_k Vᵀ (m × n)."""
-        factors = self.factors
-        return dense_update(factors.left, self.lotr_core, factors.right, self.scale)
+        """Return ΔW_k = scale · U G_k Vᵀ + P_k Q_kᵀ (m × n)."""
+        factors, core = self.factors, self.lotr_core
+        delta = torch.zeros(slot_of("the layer", self.base).shape, device=self.weight.device)
+        if factors is not None and core is not None:
+            delta = dense_update(factors.left, core, factors.right, self.scale)
+        if self.lotr_private_left is not None and self.lotr_private_right is not None:
+            delta = delta + dense_private(self.lotr_private_left, self.lotr_private_right)
+        return delta
 
     @torch.no_grad()
     def merge(self, *, safe: bool = False) -> None:
@@ -150,7 +190,24 @@ class LotrLinear(Watched, nn.Module):
 
     def extra_repr(self) -> str:
         """Ranks and scale for ``repr``."""
-        return f"rank={tuple(self.lotr_core.shape)}, scale={self.scale:g}, merged={self.merged}"
+        rank = (0, 0) if self.lotr_core is None else tuple(self.lotr_core.shape)
+        own = f", private_rank={self.private_rank}" if self.private_rank else ""
+        return f"rank={rank}{own}, scale={self.scale:g}, merged={self.merged}"
+
+
+def _private(
+    base: nn.Module, rank: int, dtype: torch.dtype | None
+) -> tuple[nn.Parameter, nn.Parameter] | tuple[None, None]:
+    """P (m × c) and Q (n × c) of zeros beside a base layer; None where c is 0."""
+    if not rank:
+        return None, None
+    weight: Any = base.weight
+    if dtype is None and weight.is_floating_point():
+        dtype = weight.dtype
+    m, n = slot_of("the layer", base).shape
+    options: dict[str, Any] = {"dtype": dtype, "device": weight.device}
+    left, right = (nn.Parameter(torch.zeros(side, rank, **options)) for side in (m, n))
+    return left, right
 
 
 def _kind(weight: Tensor) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.loading import Adapter, load
 from lotrtensor.adapters.lora import LoraAdapter
@@ -30,8 +31,9 @@ def as_lotr(source: Source, *, rank: Rank | None = None, group_by: str = "type")
 
     Parameters
     ----------
-    source : path-like, LotrAdapter, LoraAdapter, or mapping of str to tensor
-        A LoTR is returned as it is, a LoRA converted, deltas ΔW_k (m × n) decomposed.
+    source : path-like, adapter, or mapping of str to tensor
+        A LoTR is returned as it is, a LoRA or a compressed adapter converted, deltas ΔW_k (m × n)
+        decomposed.
     rank : int or (int, int), optional
         Ranks to convert or decompose to; a group that needs less gets less.
     group_by : str
@@ -51,19 +53,25 @@ def as_lotr(source: Source, *, rank: Rank | None = None, group_by: str = "type")
         source = load(source)
     if isinstance(source, LotrAdapter):
         return source
-    if not isinstance(source, LoraAdapter | Mapping):
+    if isinstance(source, CompressedAdapter) and rank is not None:
+        source = source.to_lora()
+    if not isinstance(source, LoraAdapter | CompressedAdapter | Mapping):
         raise UnsupportedAdapterError(
             f"the source is a {type(source).__name__}; expected a directory, a LotrAdapter, a "
             "LoraAdapter, or weight deltas by the path of their layer"
         )
     if rank is None:
-        kind = "a LoRA" if isinstance(source, LoraAdapter) else "a mapping of weight deltas"
+        kind = _KINDS.get(type(source), "a mapping of weight deltas")
         raise UnsupportedAdapterError(
             f"the source is {kind} and has no LoTR form yet; give the rank to convert it with"
         )
     if isinstance(source, LoraAdapter):
         return convert(source, rank=rank, group_by=group_by)
+    assert isinstance(source, Mapping)
     return _decompose(source, rank, group_by)
+
+
+_KINDS: dict[type, str] = {LoraAdapter: "a LoRA", CompressedAdapter: "a compressed adapter"}
 
 
 def _decompose(deltas: Mapping[str, Tensor], rank: tuple[int, int], group_by: str) -> LotrAdapter:

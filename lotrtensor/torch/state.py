@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lotrtensor.adapters.compressed import CompressedAdapter, lowered
+from lotrtensor.adapters.loading import load
+from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import LotrGroup
+from lotrtensor.adapters.modules import LoraModule, LotrGroup
+from lotrtensor.adapters.parts import GroupParts, group_parts
 from lotrtensor.errors import FormatError, OptionError, UnsupportedAdapterError
-from lotrtensor.torch.apply import TABLE, factor_table, inject, lotr_layers, set_trainable
-from lotrtensor.torch.groups import GroupPlan, Rank, check_model, check_plans
+from lotrtensor.torch.apply import (
+    TABLE,
+    check_train,
+    factor_table,
+    inject,
+    lotr_layers,
+    set_trainable,
+)
+from lotrtensor.torch.groups import GroupPlan, Rank, check_model, check_plans, slot_of
+from lotrtensor.torch.linear import LotrLinear
+from lotrtensor.torch.numbers import GroupNumbers, check_dtype, group_numbers
 from lotrtensor.torch.shared_weights import weight_users
-from lotrtensor.torch.sources import Source, as_lotr, from_numpy, to_numpy
+from lotrtensor.torch.sources import Source, as_lotr, to_numpy
+
+OWN = (".lotr_core", ".lotr_private_left", ".lotr_private_right")
+"""Ends of the keys of a layer's own parameters."""
 
 
 def lotr_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the part of ``model.state_dict()`` that is LoTR's: factors once, cores.
+    """Return the part of ``model.state_dict()`` that is LoTR's: factors once, and layers' own.
 
     Parameters
     ----------
@@ -43,7 +60,7 @@ def lotr_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {
         key: value
         for key, value in model.state_dict().items()
-        if key.startswith(TABLE + ".") or key.endswith(".lotr_core")
+        if key.startswith(TABLE + ".") or key.endswith(OWN)
     }
 
 
@@ -54,6 +71,7 @@ def load_lotr(
     rank: Rank | None = None,
     group_by: str = "type",
     train: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Give ``model`` the layers and numbers of a trained adapter, in place.
 
@@ -61,15 +79,18 @@ def load_lotr(
     ----------
     model : nn.Module
         The base model; or one that has these LoTR layers already, which are filled.
-    source : path-like, LotrAdapter, LoraAdapter, or mapping of str to tensor
-        A LoTR; or a LoRA or weight deltas ΔW_k (m × n) by path, which are brought into LoTR form
-        first: fine-tuning then goes on from where they were.
+    source : path-like, adapter, or mapping of str to tensor
+        A LoTR; a compressed adapter, whose codes become plain numbers; or a LoRA or weight deltas
+        ΔW_k (m × n) by path, which are brought into LoTR form first: fine-tuning then goes on from
+        where they were.
     rank : int or (int, int), optional
         Ranks to bring them to.
     group_by : str
         Grouping to do so with.
     train : str, optional
-        ``"all"`` or ``"cores"`` to train on; not given, nothing trains.
+        ``"all"`` or ``"cores"`` to train on, see `set_trainable`; not given, nothing trains.
+    dtype : torch.dtype, optional
+        Of the factors and cores; that of the base weights if not given.
 
     Returns
     -------
@@ -80,10 +101,15 @@ def load_lotr(
     ------
     FormatError, ShapeError
         If the adapter was made for another model: layers are missing, or have other shapes; or if
-        layers to be filled are merged. The model is as it was.
+        layers to be filled are merged, or have another type than ``dtype``. The model is as it was.
     UnsupportedAdapterError
-        If another source than a LoTR is given without ``rank``, or the adapter carries tensors
-        besides its update.
+        If a LoRA or deltas are given without ``rank``, or the adapter carries tensors besides its
+        update.
+    DataError
+        If the type does not hold the adapter's numbers.
+    OptionError
+        If layers do not compute in ``dtype``; if ``train`` is no such word, or means cores that the
+        adapter does not have.
 
     Examples
     --------
@@ -95,22 +121,31 @@ def load_lotr(
     torch.Size([2, 2])
     """
     check_model(model)
-    adapter = as_lotr(source, rank=rank, group_by=group_by)
+    check_dtype(dtype)
+    adapter = _loadable(source, rank, group_by)
     if adapter.extras:
         raise UnsupportedAdapterError(
             f"the adapter carries {next(iter(adapter.extras))!r} besides its update, which would "
             "be lost; load it with lotrtensor.peft"
         )
-    plans = adapter_plans(adapter)
+    parts = group_parts(adapter)
+    plans = parts_plans(parts)
+    if train is not None:
+        check_train(train, cores=any(min(plan.rank) for plan in plans))
     fresh = TABLE not in model._modules
     if fresh:
         check_plans(plans, dict(model.named_modules()))
         if adapter.config.get("ensure_weight_tying"):
             _check_untied(model, plans)
-        inject(model, plans)
     else:
-        _check_same(model, plans)
-    _fill(model, adapter)
+        _check_same(model, plans, dtype)
+    numbers = [
+        group_numbers(plan, group, dtype or _dtype(model, plan.modules[0]))
+        for plan, group in zip(plans, parts, strict=True)
+    ]
+    if fresh:
+        inject(model, plans, dtype=dtype)
+    _fill(model, numbers)
     if train is not None:
         set_trainable(model, train)
     elif fresh:
@@ -118,8 +153,16 @@ def load_lotr(
     return model
 
 
-def adapter_plans(adapter: LotrAdapter) -> tuple[GroupPlan, ...]:
-    """Return the groups of an adapter as plans; scales are in its cores already."""
+def _loadable(source: Source, rank: Rank | None, group_by: str) -> LotrAdapter | CompressedAdapter:
+    if isinstance(source, str | os.PathLike):
+        source = load(source)
+    if isinstance(source, CompressedAdapter) and rank is None:
+        return source
+    return as_lotr(source, rank=rank, group_by=group_by)
+
+
+def parts_plans(groups: Iterable[GroupParts]) -> tuple[GroupPlan, ...]:
+    """Return the groups of an adapter as plans; scales are in its numbers already."""
     return tuple(
         GroupPlan(
             name=group.name,
@@ -129,12 +172,15 @@ def adapter_plans(adapter: LotrAdapter) -> tuple[GroupPlan, ...]:
             scale=1.0,
             slice_ranks=group.slice_ranks,
             embedding=group.embedding,
+            private_ranks=group.private_ranks,
         )
-        for group in adapter.groups
+        for group in groups
     )
 
 
-def to_adapter(model: nn.Module, config: Mapping[str, Any] | None = None) -> LotrAdapter:
+def to_adapter(
+    model: nn.Module, config: Mapping[str, Any] | None = None
+) -> LotrAdapter | LoraAdapter:
     """Return the LoTR layers of ``model`` as an adapter in memory, scales folded into the cores.
 
     Parameters
@@ -146,8 +192,10 @@ def to_adapter(model: nn.Module, config: Mapping[str, Any] | None = None) -> Lot
 
     Returns
     -------
-    LotrAdapter
-        Every scale is 1: it is in the cores.
+    LotrAdapter or LoraAdapter
+        Every scale is 1: it is in the cores. Where layers have private parts, or no shared one, as
+        a compressed adapter gives them, they are no LoTR and become a LoRA: exactly the same
+        update, which `lotrtensor.compress` makes small again.
 
     Examples
     --------
@@ -159,18 +207,23 @@ def to_adapter(model: nn.Module, config: Mapping[str, Any] | None = None) -> Lot
     """
     if not isinstance(config, Mapping | None):
         raise OptionError(f"config is {config!r}; expected a mapping of fields")
-    table = factor_table(model)
-    layers = dict(lotr_layers(model))
+    table, layers = factor_table(model), dict(lotr_layers(model))
+    if any(layer.factors is None or layer.private_rank for layer in layers.values()):
+        modules = tuple(_as_lora(name, layer) for name, layer in layers.items())
+        kinds = [p.dtype for layer in layers.values() for p in layer.parameters(recurse=False)]
+        dtype = to_numpy(torch.zeros(0, dtype=kinds[0] if kinds else torch.float32)).dtype
+        return LoraAdapter(modules, dict(config or {}), dtype)
     groups = []
     for name, factors in table.groups():
         members = {path: layer for path, layer in layers.items() if layer.factors is factors}
+        cores = [x.scale * x.lotr_core for x in members.values() if x.lotr_core is not None]
         groups.append(
             LotrGroup(
                 name=name,
                 modules=tuple(members),
                 left=to_numpy(factors.left),
                 right=to_numpy(factors.right),
-                cores=tuple(to_numpy(layer.lotr_core * layer.scale) for layer in members.values()),
+                cores=tuple(to_numpy(core) for core in cores),
                 slice_ranks=(min(factors.rank),) * len(members),
             )
         )
@@ -186,7 +239,8 @@ def save_lotr(
 ) -> None:
     """Write the LoTR layers of ``model`` as a native directory, factors once a group.
 
-    The command line reads it, and so does `lotrtensor.peft`.
+    The command line reads it, and so does `lotrtensor.peft`. Layers with private parts, of a
+    compressed adapter, become a PEFT LoRA instead; see `to_adapter`.
 
     Parameters
     ----------
@@ -219,15 +273,52 @@ def save_lotr(
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, adapter: LotrAdapter) -> None:
+def _fill(model: nn.Module, groups: Iterable[GroupNumbers]) -> None:
     table = factor_table(model)
-    for group in adapter.groups:
-        factors = table.of(group.name)
-        factors.left.copy_(from_numpy(group.left))
-        factors.right.copy_(from_numpy(group.right))
-        for name, dense in zip(group.modules, group.tucker2().core, strict=True):
-            layer = model.get_submodule(name)
-            layer.lotr_core.copy_(from_numpy(dense) / layer.scale)  # type: ignore[operator]
+    for group in groups:
+        if min(group.plan.rank):
+            factors = table.of(group.plan.name)
+            factors.left.copy_(group.left)
+            factors.right.copy_(group.right)
+        for k, name in enumerate(group.plan.modules):
+            layer: Any = model.get_submodule(name)
+            if layer.lotr_core is not None:
+                layer.lotr_core.copy_(group.cores[k] / layer.scale)
+            if layer.private_rank:
+                layer.lotr_private_left.copy_(group.private[k][0])
+                layer.lotr_private_right.copy_(group.private[k][1])
+
+
+def _dtype(model: nn.Module, name: str) -> torch.dtype:
+    """Type that the factors of a layer have, or get where none is asked for."""
+    layer: Any = model.get_submodule(name)
+    own = [p for p in layer.parameters(recurse=False) if isinstance(layer, LotrLinear)]
+    weight: Tensor = own[0] if own else layer.weight
+    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+
+
+def _as_lora(name: str, layer: LotrLinear) -> LoraModule:
+    """ΔW of a layer as thin factors in float64, from the numbers that it has."""
+    (m, n), factors, core = slot_of(name, layer.base).shape, layer.factors, layer.lotr_core
+    lefts, rights = [np.zeros((m, 0))], [np.zeros((0, n))]
+    if factors is not None and core is not None:
+        left, middle, right = (_wide(x) for x in (factors.left, core, factors.right))
+        middle = layer.scale * middle
+        narrow = left.shape[1] <= right.shape[1]
+        lefts.append(left if narrow else left @ middle)
+        rights.append(middle @ right.T if narrow else right.T)
+    if layer.lotr_private_left is not None and layer.lotr_private_right is not None:
+        lefts.append(_wide(layer.lotr_private_left))
+        rights.append(_wide(layer.lotr_private_right).T)
+    b, a = np.hstack(lefts), np.vstack(rights)
+    if not b.shape[1]:
+        b, a = np.zeros((m, 1)), np.zeros((1, n))
+    # No rank above the sides, and the values shared evenly by both factors.
+    return lowered(LoraModule(name, b, a, False), min(b.shape[1], m, n))
+
+
+def _wide(x: Tensor) -> np.ndarray:
+    return to_numpy(x.double())
 
 
 def _check_untied(model: nn.Module, plans: tuple[GroupPlan, ...]) -> None:
@@ -244,8 +335,8 @@ def _check_untied(model: nn.Module, plans: tuple[GroupPlan, ...]) -> None:
             )
 
 
-def _check_same(model: nn.Module, plans: tuple[GroupPlan, ...]) -> None:
-    """Refuse to fill layers that are merged, or grouped or shaped in another way."""
+def _check_same(model: nn.Module, plans: tuple[GroupPlan, ...], dtype: torch.dtype | None) -> None:
+    """Refuse to fill layers that are merged, or grouped, shaped or typed in another way."""
     layers = dict(lotr_layers(model))
     merged = next((name for name, layer in layers.items() if layer.merged), None)
     if merged is not None:
@@ -261,12 +352,27 @@ def _check_same(model: nn.Module, plans: tuple[GroupPlan, ...]) -> None:
         )
         for name, factors in factor_table(model).groups()
     }
-    expected = {plan.name: (set(plan.modules), plan.shape, plan.rank) for plan in plans}
+    expected = {p.name: (set(p.modules), p.shape, p.rank) for p in plans if min(p.rank)}
     unlike = next((n for n in {**expected, **found} if expected.get(n) != found.get(n)), None)
     if unlike is not None:
         raise FormatError(
             f"group {unlike!r} differs: the adapter has {_describe(expected.get(unlike))}, the "
             f"model {_describe(found.get(unlike))}; load the adapter into the base model"
+        )
+    own = {name: layer.private_rank for name, layer in layers.items()}
+    wanted = {name: plan.private.get(name, 0) for plan in plans for name in plan.modules}
+    other = next((n for n in {**wanted, **own} if wanted.get(n) != own.get(n)), None)
+    if other is not None:
+        raise FormatError(
+            f"{other} has private factors of width {wanted.get(other, 0)} in the adapter and "
+            f"{own.get(other, 0)} in the model, or no place in one of them; load the adapter into "
+            "the base model"
+        )
+    kinds = {p.dtype for layer in layers.values() for p in layer.parameters(recurse=False)}
+    if dtype is not None and kinds - {dtype}:
+        raise FormatError(
+            f"dtype is {dtype}, and the model's layers are {', '.join(map(str, kinds))}; unload "
+            "them first, or leave dtype out"
         )
 
 
