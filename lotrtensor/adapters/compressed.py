@@ -22,9 +22,8 @@ from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.parts import lowered
 from lotrtensor.core.bits.stream import entropy_bits
-from lotrtensor.core.slice_svd import slice_svds, truncate_slices
-from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import RankError
 
 
@@ -183,13 +182,6 @@ class CompressedAdapter:
         }
         modules = [lowered(m, min(before[m.name], rank or m.rank)) for m in self.updates()]
         return LoraAdapter(tuple(modules), self.config, self.dtype, self.extras)
-
-
-def lowered(module: LoraModule, rank: int) -> LoraModule:
-    """The best module of at most ``rank``, its singular values shared evenly by the factors."""
-    svds = slice_svds(LowRankStack([module.B], [module.A]))
-    b, a = truncate_slices(svds, [min(rank, len(svds[0].values))]).factors(0)
-    return LoraModule(module.name, b, a, module.embedding)
 
 
 def _mean_bits(group: CompressedGroup) -> float:

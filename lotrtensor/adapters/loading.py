@@ -8,6 +8,7 @@ from pathlib import Path
 from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, SINGLE_FILE, expand
 from lotrtensor.adapters.formats.native import COMPRESSED_VERSION, PEFT_TYPE
+from lotrtensor.adapters.formats.plain import read_plain
 from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME, check_exists, read_config
 from lotrtensor.adapters.hub import DIFFUSERS_NAME, fetch, is_remote
 from lotrtensor.adapters.lora import LoraAdapter
@@ -74,8 +75,11 @@ def load(path: str | os.PathLike[str]) -> Adapter:
         return LoraAdapter.load(_single_file(found))
     config = read_config(found)
     if config.get("peft_type") == PEFT_TYPE:
-        version = config.get("format_version")
-        return (CompressedAdapter if version == COMPRESSED_VERSION else LotrAdapter).load(found)
+        if config.get("format_version") != COMPRESSED_VERSION:
+            return LotrAdapter.load(found)
+        if "groups" in config:  # in plain numbers, as PEFT saves it
+            return LoraAdapter(*read_plain(found))
+        return CompressedAdapter.load(found)
     return LoraAdapter.load(found)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.compressed_group import CompressedGroup
-from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import LotrGroup
+from lotrtensor.adapters.modules import LoraModule, LotrGroup
+from lotrtensor.core.slice_svd import slice_svds, truncate_slices
+from lotrtensor.core.stacks.low_rank import LowRankStack
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +56,65 @@ class GroupParts:
         return tuple(left.shape[1] for left, _ in self.private)
 
 
-def group_parts(adapter: LotrAdapter | CompressedAdapter) -> tuple[GroupParts, ...]:
+def group_parts(groups: Iterable[LotrGroup | CompressedGroup]) -> tuple[GroupParts, ...]:
     """Return the groups of an adapter in parts; those of a compressed one in float64."""
-    if isinstance(adapter, LotrAdapter):
-        return tuple(_of_lotr(group) for group in adapter.groups)
-    return tuple(_of_compressed(group) for group in adapter.groups)
+    return tuple(
+        _of_lotr(group) if isinstance(group, LotrGroup) else _of_compressed(group)
+        for group in groups
+    )
+
+
+def thin_module(
+    name: str,
+    shared: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
+    private: tuple[np.ndarray, np.ndarray] | None,
+    shape: tuple[int, int],
+    *,
+    embedding: bool = False,
+) -> LoraModule:
+    """Return U G Vᵀ + P Qᵀ as thin factors in float64, of no rank above the sides.
+
+    Parameters
+    ----------
+    name : str
+        Path of the module.
+    shared : (ndarray (m, p), ndarray (p, q), ndarray (n, q)) or None
+        U, G and V.
+    private : (ndarray (m, c), ndarray (n, c)) or None
+        P and Q.
+    shape : (int, int)
+        Shape (m, n); the update is zero, of rank 1, where there is neither part.
+    embedding : bool
+        Whether the module is an embedding.
+    """
+    (m, n), lefts, rights = shape, [], []
+    if shared is not None:
+        left, core, right = (x.astype(np.float64) for x in shared)
+        narrow = left.shape[1] <= right.shape[1]
+        lefts.append(left if narrow else left @ core)
+        rights.append(core @ right.T if narrow else right.T)
+    if private is not None:
+        lefts.append(private[0].astype(np.float64))
+        rights.append(private[1].astype(np.float64).T)
+    if not lefts:
+        return LoraModule(name, np.zeros((m, 1)), np.zeros((1, n)), embedding)
+    module = LoraModule(name, np.hstack(lefts), np.vstack(rights), embedding)
+    return lowered(module, min(module.rank, m, n))
+
+
+def lowered(module: LoraModule, rank: int) -> LoraModule:
+    """Return the best module of at most ``rank``, its singular values shared evenly by both sides.
+
+    Parameters
+    ----------
+    module : LoraModule
+        ΔW = B A.
+    rank : int
+        At least 1.
+    """
+    svds = slice_svds(LowRankStack([module.B], [module.A]))
+    b, a = truncate_slices(svds, [min(rank, len(svds[0].values))]).factors(0)
+    return LoraModule(module.name, b, a, module.embedding)
 
 
 def _of_lotr(group: LotrGroup) -> GroupParts:

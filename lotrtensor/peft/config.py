@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 
+from lotrtensor.adapters.compressed import CompressedAdapter
+from lotrtensor.adapters.compressed_group import CompressedGroup
+from lotrtensor.adapters.formats.directory import CONFIG_NAME
 from lotrtensor.adapters.formats.group_record import GroupRecord
-from lotrtensor.adapters.formats.native import FORMAT_VERSION, PEFT_TYPE, check_version
+from lotrtensor.adapters.formats.native import (
+    COMPRESSED_VERSION,
+    FORMAT_VERSION,
+    PEFT_TYPE,
+    check_known,
+)
+from lotrtensor.adapters.formats.plain import read_plain
+from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import FitRecord
 from lotrtensor.errors import OptionError
@@ -25,7 +36,9 @@ from lotrtensor.torch.groups import (
 )
 from lotrtensor.torch.init import INITS
 
-SETTLED_FIELDS = ("groups", "init", "train", "share_factors", "target_modules")
+SETTLED_FIELDS = (
+    *("groups", "format_version", "init", "train", "share_factors", "target_modules"),
+)
 """What a model decides when it makes the adapter."""
 
 
@@ -70,7 +83,8 @@ class LotrConfig(PeftConfig):
 trainable_token_indices : optional
         As in LoRA.
     format_version, groups : optional
-        Written by ``save_pretrained`` and by ``lotr convert``: what the file holds. Given, they
+        Written by ``save_pretrained`` and by ``lotr convert``: what the file holds; those of a
+        compressed adapter are read from its tensors. Given, they
         decide which layers are adapted, and the fields above do not.
 
     Raises
@@ -110,7 +124,7 @@ trainable_token_indices : optional
         self._carried: dict[str, tuple[int, ...]] | None = None
         self._settled: dict[str, Any] = {}
         self._asked: list[str] | set[str] | str | None = None
-        check_version(self.format_version, "the adapter")
+        check_known(self.format_version, "the adapter")
         self.r = check_rank(self.r)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
@@ -152,13 +166,39 @@ trainable_token_indices : optional
         config: Self = super().from_pretrained(name, subfolder, **kwargs)
         if not isinstance(config, LotrConfig):  # PEFT goes by the file's own method
             return config
+        if config.is_compressed:
+            config._read_compressed(name, subfolder, ignore_mismatched_sizes, kwargs)
+            return config
         directory = Path(name, subfolder or "")
         # Of a model hub's repository only the config is here; a pickle is PEFT's to read.
         if config.groups is not None and directory.is_dir() and not _is_pickled(directory):
-            extras = LotrAdapter.load(directory).extras
+            if config.format_version == COMPRESSED_VERSION:
+                extras = read_plain(directory)[3]
+            else:
+                extras = LotrAdapter.load(directory).extras
             if not ignore_mismatched_sizes:
                 config._carried = {key: array.shape for key, array in extras.items()}
         return config
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the groups are in the tensor file, in bits, and have not been read yet."""
+        return self.format_version == COMPRESSED_VERSION and self.groups is None
+
+    def _read_compressed(
+        self, name: str, subfolder: str | None, ignore_mismatched_sizes: bool, kwargs: Any
+    ) -> None:
+        """Read the groups of a compressed adapter, of a local directory or of a model hub."""
+        directory = Path(name, subfolder or "")
+        if not directory.is_dir():
+            options, _, _ = self._split_kwargs(kwargs)  # type: ignore[no-untyped-call]
+            hf_hub_download(name, CONFIG_NAME, subfolder=subfolder, **options)
+            file = hf_hub_download(name, WEIGHTS_NAME, subfolder=subfolder, **options)
+            directory = Path(file).parent
+        adapter = CompressedAdapter.load(directory)
+        self.groups = [write_group(_plan_of(group)) for group in adapter.groups]
+        if not ignore_mismatched_sizes:
+            self._carried = {key: array.shape for key, array in adapter.extras.items()}
 
     @property
     def carried(self) -> Mapping[str, tuple[int, ...]] | None:
@@ -185,7 +225,8 @@ trainable_token_indices : optional
         FormatError
             If one of them lacks a field or mistypes it.
         """
-        return tuple(_read_group(entry) for entry in self.groups or ())
+        private = self.format_version == COMPRESSED_VERSION
+        return tuple(_read_group(entry, private=private) for entry in self.groups or ())
 
     def fresh(self) -> LotrConfig:
         """Return a copy with the target modules as the user gave them, for the next model."""
@@ -261,11 +302,31 @@ def write_group(plan: GroupPlan) -> dict[str, Any]:
         scale=plan.scale,
         embedding=plan.embedding,
         fit=FitRecord(**plan.fit) if plan.fit else None,
+        private_ranks=plan.private_ranks,
     ).to_json()
 
 
-def _read_group(entry: Any) -> GroupPlan:
-    record = GroupRecord.from_json(entry, "the adapter's config")
+def version_of(plans: Iterable[GroupPlan]) -> int:
+    """Return the format version that can hold groups: 2 where parts are private, or none shared."""
+    native = all(min(plan.rank) and not plan.private_ranks for plan in plans)
+    return FORMAT_VERSION if native else COMPRESSED_VERSION
+
+
+def _plan_of(group: CompressedGroup) -> GroupPlan:
+    return GroupPlan(
+        name=group.name,
+        modules=group.modules,
+        shape=group.shape,
+        rank=group.stack.shared_ranks,
+        scale=1.0,
+        slice_ranks=group.slice_ranks,
+        embedding=group.embedding,
+        private_ranks=group.private_ranks if any(group.private_ranks) else (),
+    )
+
+
+def _read_group(entry: Any, *, private: bool) -> GroupPlan:
+    record = GroupRecord.from_json(entry, "the adapter's config", private=private)
     return GroupPlan(
         name=record.name,
         modules=record.modules,
@@ -275,4 +336,5 @@ def _read_group(entry: Any) -> GroupPlan:
         slice_ranks=record.slice_ranks,
         embedding=record.embedding,
         fit=asdict(record.fit) if record.fit else None,
+        private_ranks=record.private_ranks,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from peft.utils import resolve_quantization_backend
@@ -14,18 +14,9 @@ from lotrtensor.peft.layer import LotrLayer
 from lotrtensor.peft.planning import AdapterPlan
 from lotrtensor.peft.quantized import restore_order
 from lotrtensor.torch.factors import FactorTable, SharedFactors
-from lotrtensor.torch.groups import GroupPlan
 from lotrtensor.torch.init import base_weight, init_factors
+from lotrtensor.torch.numbers import GroupNumbers
 from lotrtensor.torch.sources import from_numpy
-
-
-class GroupNumbers(NamedTuple):
-    """Numbers of a group: U, V and a core for each of its layers, as tensors."""
-
-    plan: GroupPlan
-    left: Tensor
-    cores: Sequence[Tensor]
-    right: Tensor
 
 
 def make_table(
@@ -54,6 +45,8 @@ def make_table(
     # Numbers of a file replace whatever is drawn here.
     init = "orthogonal" if config.groups is not None else config.init
     for group in plan.groups:
+        if not min(group.rank):
+            continue
         if shared is not None:
             table.add(group.name, shared.of(group.name))
             continue

@@ -11,11 +11,12 @@ from torch import nn
 
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
-from lotrtensor.peft.factors import GroupNumbers, fill_adapter, source_groups
+from lotrtensor.peft.factors import fill_adapter, source_groups
 from lotrtensor.peft.layer import LotrLayer
 from lotrtensor.peft.model import LotrModel
 from lotrtensor.peft.planning import AdapterPlan
 from lotrtensor.torch.groups import GroupPlan
+from lotrtensor.torch.numbers import GroupNumbers
 
 
 def hotswap_adapter(
@@ -95,6 +96,12 @@ def _check_alone(
 
 
 def _check_groups(plans: Mapping[str, GroupPlan], adapter: LotrAdapter) -> None:
+    own = next((name for name, plan in plans.items() if plan.private_ranks), None)
+    if own is not None:
+        raise UnsupportedAdapterError(
+            f"group {own!r} of the loaded adapter has private factors, as compressed adapters do, "
+            "which are not swapped; delete the adapter and load the other"
+        )
     found = {group.name: group for group in adapter.groups}
     for name in {**plans, **found}:
         plan, group = plans.get(name), found.get(name)

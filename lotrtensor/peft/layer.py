@@ -17,8 +17,15 @@ from lotrtensor.errors import DataError
 from lotrtensor.peft.mixed import BASE, Rows, multiply_rows
 from lotrtensor.peft.quantized import restore_order
 from lotrtensor.torch.factors import SharedFactors, Transposed
-from lotrtensor.torch.functional import add_projected, add_rows, dense_update, project
+from lotrtensor.torch.functional import (
+    add_projected,
+    add_rows,
+    dense_private,
+    dense_update,
+    project,
+)
 from lotrtensor.torch.groups import is_transposed, slot_of
+from lotrtensor.torch.linear import private_factors
 from lotrtensor.torch.watch import Watched
 
 
@@ -29,9 +36,12 @@ class LotrLayer(Watched, BaseTunerLayer):
     module that holds U and V, which the `LotrModel` owns. It is a plain dict: what it refers to is
     not registered a second time. ``lotr_tied[adapter]`` is the layer of the same weight whose
     update this one takes instead of having its own; it is a plain dict too.
+
+    ``lotr_private_left[adapter]`` and ``lotr_private_right[adapter]`` are P_k (m × c) and
+    Q_k (n × c) of an adapter with private parts; one whose group shares nothing has no core.
     """
 
-    adapter_layer_names = ("lotr_core",)
+    adapter_layer_names = ("lotr_core", "lotr_private_left", "lotr_private_right")
     other_param_names = (
         *("lotr_shared", "lotr_scale", "lotr_dropout", "lotr_trains_factors"),
         "lotr_tied",
@@ -43,6 +53,8 @@ class LotrLayer(Watched, BaseTunerLayer):
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
         self.lotr_core = nn.ParameterDict({})
+        self.lotr_private_left = nn.ParameterDict({})
+        self.lotr_private_right = nn.ParameterDict({})
         self.lotr_dropout = nn.ModuleDict({})
         self.lotr_shared: dict[str, SharedFactors | Transposed] = {}
         self.lotr_tied: dict[str, LotrLayer] = {}
@@ -56,9 +68,10 @@ class LotrLayer(Watched, BaseTunerLayer):
     def update_layer(
         self,
         adapter_name: str,
-        factors: SharedFactors,
+        factors: SharedFactors | None,
         *,
         scale: float,
+        private_rank: int = 0,
         dropout: float = 0.0,
         trains_factors: bool = True,
         init_weights: bool = True,
@@ -70,26 +83,33 @@ class LotrLayer(Watched, BaseTunerLayer):
         ----------
         adapter_name : str
             Its name.
-        factors : SharedFactors
-            U and V of this layer's group.
+        factors : SharedFactors or None
+            U and V of this layer's group, if it shares any.
         scale : float
-            ΔW_k = scale · U G_k Vᵀ.
+            ΔW_k = scale · U G_k Vᵀ + P_k Q_kᵀ.
+        private_rank : int
+            Width c of P_k and Q_k, which are zero until a file fills them.
         dropout : float
             Dropout on the input of the update.
         trains_factors : bool
-            Whether U and V train with the core.
+            Whether U and V, and P_k and Q_k, train with the core.
         init_weights : bool
             False draws the core at random, each entry within ±1/√q as in a linear layer.
         inference_mode : bool
             Whether nothing trains.
         """
-        core = factors.left.new_zeros(factors.rank)
-        if not init_weights:
-            nn.init.kaiming_uniform_(core, a=math.sqrt(5))
-        self.lotr_core[adapter_name] = nn.Parameter(core)
+        if factors is not None:
+            core = factors.left.new_zeros(factors.rank)
+            if not init_weights:
+                nn.init.kaiming_uniform_(core, a=math.sqrt(5))
+            self.lotr_core[adapter_name] = nn.Parameter(core)
+            self.lotr_shared[adapter_name] = factors
+        left, right = private_factors(self.get_base_layer(), private_rank, None)
+        if left is not None and right is not None:
+            self.lotr_private_left[adapter_name] = left
+            self.lotr_private_right[adapter_name] = right
         if dropout:
             self.lotr_dropout[adapter_name] = nn.Dropout(dropout)
-        self.lotr_shared[adapter_name] = factors
         self.lotr_scale[adapter_name] = scale
         self.lotr_trains_factors[adapter_name] = trains_factors
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -107,11 +127,12 @@ class LotrLayer(Watched, BaseTunerLayer):
         dropout : float
             Dropout on the input of the update.
         """
-        factors = owner.lotr_shared[adapter_name]
-        assert isinstance(factors, SharedFactors)
-        across = self.stores_transposed != owner.stores_transposed
         self.lotr_tied[adapter_name] = owner
-        self.lotr_shared[adapter_name] = Transposed(factors) if across else factors
+        factors = owner.lotr_shared.get(adapter_name)
+        if factors is not None:
+            assert isinstance(factors, SharedFactors)
+            across = self._lies_across(owner)
+            self.lotr_shared[adapter_name] = Transposed(factors) if across else factors
         self.lotr_scale[adapter_name] = owner.lotr_scale[adapter_name]
         if dropout and adapter_name not in self.lotr_dropout:
             self.lotr_dropout[adapter_name] = nn.Dropout(dropout)
@@ -124,7 +145,10 @@ class LotrLayer(Watched, BaseTunerLayer):
 
     def carries(self, adapter_name: str) -> bool:
         """Whether the adapter has an update here, its own or a tied one."""
-        return adapter_name in self.lotr_core or adapter_name in self.lotr_tied
+        return any(
+            adapter_name in held
+            for held in (self.lotr_core, self.lotr_private_left, self.lotr_tied)
+        )
 
     def owner_of(self, adapter_name: str) -> LotrLayer:
         """Return the layer whose core the adapter uses here: this one, or the one it is tied to."""
@@ -134,6 +158,18 @@ class LotrLayer(Watched, BaseTunerLayer):
         """Return G_k (p × q) of an adapter."""
         core: Tensor = self.owner_of(adapter_name).lotr_core._parameters[adapter_name]  # type: ignore[assignment]
         return core.T if isinstance(self.lotr_shared[adapter_name], Transposed) else core
+
+    def private(self, adapter_name: str) -> tuple[Tensor, Tensor] | None:
+        """Return P_k (m × c) and Q_k (n × c) of an adapter; None where it has none here."""
+        owner = self.owner_of(adapter_name)
+        left = owner.lotr_private_left._parameters.get(adapter_name)
+        right = owner.lotr_private_right._parameters.get(adapter_name)
+        if left is None or right is None:
+            return None
+        return (right, left) if self._lies_across(owner) else (left, right)
+
+    def _lies_across(self, owner: LotrLayer) -> bool:
+        return self.stores_transposed != owner.stores_transposed
 
     # PEFT asks the layers to say what trains. Factors follow the cores that they belong to, so
     # that every way of asking (set_adapter, disable_adapter, set_requires_grad) reaches them.
@@ -165,6 +201,10 @@ class LotrLayer(Watched, BaseTunerLayer):
                 trains[factors] = trains.get(factors, False) or core.requires_grad
         for factors, requires_grad in trains.items():
             factors.requires_grad_(requires_grad)
+        for held in (self.lotr_private_left, self.lotr_private_right):
+            for name, factor in held.items():
+                if not self.lotr_trains_factors[name]:
+                    factor.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this layer."""
@@ -183,10 +223,18 @@ class LotrLayer(Watched, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return ΔW_k of an adapter in the layout of the base weight: m × n, or n × m."""
-        factors = self.lotr_shared[adapter_name]
-        core, scale = self.core(adapter_name), self.lotr_scale[adapter_name]
-        delta = dense_update(factors.left, core, factors.right, scale)
+        delta = torch.zeros(self.out_features, self.in_features, device=self._device)
+        factors, private = self.lotr_shared.get(adapter_name), self.private(adapter_name)
+        if factors is not None:
+            core, scale = self.core(adapter_name), self.lotr_scale[adapter_name]
+            delta = dense_update(factors.left, core, factors.right, scale)
+        if private is not None:
+            delta = delta + dense_private(*private).to(delta.device)
         return delta.T if self.stores_transposed else delta
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.get_base_layer().parameters()).device
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -259,7 +307,7 @@ class LotrLayer(Watched, BaseTunerLayer):
     def forward(
         self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> Tensor:
-        """Return base(x) + Σ scale · x V G_kᵀ Uᵀ over the active adapters.
+        """Return base(x) + Σ scale · x V G_kᵀ Uᵀ + x Q_k P_kᵀ over the active adapters.
 
         With ``adapter_names``, one a row of x, every row gets the update of its own adapter.
         """
@@ -284,13 +332,28 @@ class LotrLayer(Watched, BaseTunerLayer):
         return y
 
     def _add(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        factors, core = self.lotr_shared[name], self.core(name)
+        factors, private = self.lotr_shared.get(name), self.private(name)
+        if factors is None:
+            return y if private is None else self._add_private(y, x, private, name)
         left: Tensor = factors.left
         right: Tensor = factors.right
+        core = self.core(name)
         if left.device != y.device:  # layers of a group may be spread over devices
             left, core, right = (x.to(y.device) for x in (left, core, right))
-        h = self._project(x, right, name)
-        return add_projected(y, h, left, core, self._scale(name))
+        if private is None:
+            return add_projected(y, self._project(x, right, name), left, core, self._scale(name))
+        # Both parts see the same x, dropout included.
+        both = self._project(x, torch.cat([right, private[1].to(right.dtype)], dim=1), name)
+        h, own = both[:, : right.shape[1]], both[:, right.shape[1] :]
+        y = add_projected(y, h, left, core, self._scale(name))
+        return add_rows(y, own, private[0].T.contiguous(), self._output_scale())
+
+    def _add_private(
+        self, y: Tensor, x: Tensor, private: tuple[Tensor, Tensor], name: str
+    ) -> Tensor:
+        left, right = private
+        own = self._project(x, right, name)
+        return add_rows(y, own, left.T.contiguous(), self._output_scale())
 
     def _add_mixed(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Add to every row of y the update of its adapter; rows of shared factors go together."""
@@ -315,10 +378,27 @@ class LotrLayer(Watched, BaseTunerLayer):
                 y = add_rows(y, mixed, wide, scale)
             else:
                 y = y.index_copy(0, rows, add_rows(y[rows], mixed, wide, scale))
+        return self._add_mixed_private(y, x, batch)
+
+    def _add_mixed_private(self, y: Tensor, x: Tensor, batch: Rows) -> Tensor:
+        """Add private parts: one thin product an adapter, for all of its rows together."""
+        for name in batch.distinct:
+            private = self.private(name)
+            if private is None:
+                continue
+            rows = batch.rows_of(name, y.device)
+            if rows is None:
+                y = self._add_private(y, x, private, name)
+            else:
+                y = y.index_copy(0, rows, self._add_private(y[rows], x[rows], private, name))
         return y
 
     def _scale(self, name: str) -> float:
-        return self.lotr_scale[name]
+        return self.lotr_scale[name] * self._output_scale()
+
+    def _output_scale(self) -> float:
+        """What the layer multiplies its output by."""
+        return 1.0
 
     def _project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
         """Return the rows of x V (t × q)."""
@@ -364,7 +444,7 @@ class Embedding(LotrLayer, nn.Module):
             sparse=base.sparse,
         )
 
-    def _scale(self, name: str) -> float:
+    def _output_scale(self) -> float:
         # Some models scale what comes out of the embedding; the update has to follow.
         scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
-        return self.lotr_scale[name] * (1.0 if scale is None else float(scale))
+        return 1.0 if scale is None else float(scale)

@@ -35,8 +35,9 @@ class Rows(list[str]):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names)
-        self._distinct = list(dict.fromkeys(names))
+        self.distinct = list(dict.fromkeys(names))
         self._splits: dict[tuple[int, ...], list[Part]] = {}
+        self._rows: dict[tuple[str, torch.device], Tensor | None] = {}
 
     def split(self, shared: Mapping[str, SharedFactors | Transposed]) -> list[Part]:
         """Return the rows of adapters that have the same factors, whatever their number.
@@ -47,11 +48,20 @@ class Rows(list[str]):
             Factors of every adapter of a layer; rows of others, ``"__base__"`` among them, are
             left out.
         """
-        key = tuple(id(shared.get(name)) for name in self._distinct)
+        key = tuple(id(shared.get(name)) for name in self.distinct)
         parts = self._splits.get(key)
         if parts is None:
             parts = self._splits[key] = list(self._split(shared))
         return parts
+
+    def rows_of(self, name: str, device: torch.device) -> Tensor | None:
+        """Return the rows of one adapter; None where they are all."""
+        key = name, device
+        if key not in self._rows:
+            rows = [row for row, own in enumerate(self) if own == name]
+            whole = len(rows) == len(self)
+            self._rows[key] = None if whole else torch.tensor(rows, device=device)
+        return self._rows[key]
 
     def _split(self, shared: Mapping[str, SharedFactors | Transposed]) -> Iterator[Part]:
         by_factors: dict[SharedFactors | Transposed, list[int]] = {}

@@ -21,9 +21,9 @@ from peft.utils import (
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
-from lotrtensor.errors import FormatError
+from lotrtensor.errors import LotrError
 from lotrtensor.peft import state as keys
-from lotrtensor.peft.config import LotrConfig, write_group
+from lotrtensor.peft.config import LotrConfig, version_of, write_group
 from lotrtensor.peft.factors import fill_adapter, make_table, source_groups
 from lotrtensor.peft.layer import Embedding, Linear, LotrLayer
 from lotrtensor.peft.merging import check_merge
@@ -176,6 +176,7 @@ class LotrModel(SeveralAdapters):
                 self.lotr_factors[adapter_name] = make_table(config, plan, layers, table, options)
             self._lotr_plans[adapter_name] = plan
             config.groups = [write_group(group) for group in plan.groups]
+            config.format_version = version_of(plan.groups)
             config.init = config.init if config.init in INITS else "orthogonal"
             if config.share_factors:
                 config.train, config.share_factors = "cores", None
@@ -229,9 +230,11 @@ class LotrModel(SeveralAdapters):
         parameter_name: str | None = None,
     ) -> None:
         group = self._lotr_plans[adapter_name].group_of(current_key)
-        factors = self.factor_table(adapter_name).of(group.name)
+        table = self.factor_table(adapter_name)
+        factors = table.of(group.name) if min(group.rank) else None
         options: dict[str, Any] = {
             "scale": group.scale,
+            "private_rank": group.private.get(current_key, 0),
             "dropout": peft_config.lotr_dropout,
             "trains_factors": peft_config.train == "all",
             "init_weights": peft_config.init_weights,
@@ -353,9 +356,11 @@ class LotrModel(SeveralAdapters):
     ) -> dict[str, Tensor]:
         tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
         try:
+            expected = cls._expected(model, adapter_name)
+            state_dict = keys.dequantise(state_dict, expected, f"adapter {adapter_name!r}")
             state_dict = keys.multiply_cores(state_dict)
-            keys.check_state(state_dict, cls._expected(model, adapter_name))
-        except FormatError:
+            keys.check_state(state_dict, {key: value.shape for key, value in expected.items()})
+        except LotrError:
             if tuner is not None and adapter_name in tuner._lotr_pending:
                 tuner._take_out(adapter_name)
             raise
@@ -365,12 +370,12 @@ class LotrModel(SeveralAdapters):
         return keys.add_aliases(found, dict(model.named_parameters(remove_duplicate=False)))
 
     @classmethod
-    def _expected(cls, model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
-        """Keys and shapes of an adapter's file."""
+    def _expected(cls, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+        """Return the parameters of an adapter by the keys of its file."""
         prefixes = tuners_utils._get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         own = tuners_utils._filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
         return {
-            cls._remove_adapter_name_from_key(key, adapter_name): value.shape
+            cls._remove_adapter_name_from_key(key, adapter_name): value
             for key, value in own.items()
         }
 

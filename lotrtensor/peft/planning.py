@@ -16,6 +16,7 @@ from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.parts import group_parts
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 from lotrtensor.peft.config import LotrConfig
+from lotrtensor.torch.apply import check_train
 from lotrtensor.torch.groups import GroupPlan, check_plans, check_rank, plan_groups, scale_of
 from lotrtensor.torch.init import INITS
 from lotrtensor.torch.sources import as_lotr
@@ -62,9 +63,14 @@ def plan_adapter(
     if config.groups is not None:
         groups = config.plans()
         check_plans(groups, layers)
+        check_train(config.train, cores=any(min(group.rank) for group in groups))
         return AdapterPlan(groups if config.inference_mode else tuple(map(trained, groups)))
     if shared is not None:
-        return AdapterPlan(tuple(map(trained, shared)))
+        # Private parts, and groups that have nothing else, stay the owner's own.
+        own = (replace(group, private_ranks=()) for group in shared if min(group.rank))
+        found = AdapterPlan(tuple(map(trained, own)))
+        check_train("cores", cores=bool(found.groups))
+        return found
     if config.source is not None:
         return _from_source(config, layers)
     plans = plan_groups(
@@ -93,8 +99,11 @@ def base_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def trained(group: GroupPlan) -> GroupPlan:
-    """What a group becomes in training: its cores may gain rank, and no error holds any more."""
-    return replace(group, slice_ranks=(min(group.rank),) * len(group.modules), fit=None)
+    """What a group becomes in training: its slices may gain rank, and no error holds any more."""
+    widths = group.private_ranks or (0,) * len(group.modules)
+    most = min(group.shape)
+    ranks = tuple(max(1, min(most, min(group.rank) + width)) for width in widths)
+    return replace(group, slice_ranks=ranks, fit=None)
 
 
 def _from_source(config: LotrConfig, layers: Mapping[str, nn.Module]) -> AdapterPlan:
@@ -109,7 +118,7 @@ def _from_source(config: LotrConfig, layers: Mapping[str, nn.Module]) -> Adapter
             f"{config.source} carries {next(iter(source.extras))!r} besides its update, which "
             "would be lost; load it with PeftModel.from_pretrained(..., is_trainable=True)"
         )
-    groups = parts_plans(group_parts(source))
+    groups = parts_plans(group_parts(source.groups))
     check_plans(groups, layers)
     rescaled = (
         replace(g, scale=scale_of(g.rank, config.alpha, rslora=config.use_rslora)) for g in groups

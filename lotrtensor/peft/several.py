@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from lotrtensor.errors import DataError
-from lotrtensor.peft.config import LotrConfig, write_group
+from lotrtensor.peft.config import LotrConfig, version_of, write_group
 from lotrtensor.peft.factors import fill_adapter, tie_equal
 from lotrtensor.peft.hooks import mixed_batch_hooks
 from lotrtensor.peft.layer import LotrLayer
@@ -134,6 +134,7 @@ class SeveralAdapters(BaseTuner):
         groups = tuple(map(trained, self.plans(adapter_name)))
         config = self._lotr_configs[adapter_name]
         config.groups = [write_group(group) for group in groups]
+        config.format_version = version_of(groups)
         given: Any = self.peft_config[adapter_name]
         given.settle(config)
         self._lotr_plans[adapter_name] = AdapterPlan(groups)

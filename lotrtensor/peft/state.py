@@ -5,12 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lotrtensor.adapters.formats.native import CORE, CORE_LEFT, CORE_RIGHT, LEFT, RIGHT
+from lotrtensor.adapters.formats.carried import PREFIX
+from lotrtensor.adapters.formats.compressed import CODED, GROUPS, take_groups
+from lotrtensor.adapters.formats.native import (
+    CORE,
+    CORE_LEFT,
+    CORE_RIGHT,
+    LEFT,
+    PRIVATE_LEFT,
+    PRIVATE_RIGHT,
+    RIGHT,
+)
+from lotrtensor.adapters.parts import GroupParts, group_parts
 from lotrtensor.errors import FormatError
 from lotrtensor.torch.factors import decode
+from lotrtensor.torch.numbers import cast
 
 FACTORS = "lotr_factors"
 _PREFIX = {"left": LEFT, "right": RIGHT}
@@ -45,6 +58,54 @@ def multiply_cores(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dense
 
 
+def dequantise(
+    state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """Return a file's tensors with those of a compressed adapter as plain numbers.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        Tensors of the file; without codes they are returned as they are.
+    parameters : mapping of str to Tensor
+        The model's parameters by the file's keys: their types are taken.
+    where : str
+        The adapter, named in messages.
+
+    Raises
+    ------
+    FormatError
+        If the codes are damaged.
+    DataError
+        If a parameter's type does not hold the numbers.
+    """
+    if GROUPS not in state:
+        return dict(state)
+    coded = {key: state[key].cpu().numpy() for key in CODED if key in state}
+    groups, _ = take_groups(coded, where)
+    found = {key: value for key, value in state.items() if key not in CODED}
+    for group in group_parts(groups):
+        for key, array in _arrays(group).items():
+            place = parameters.get(key)
+            dtype = torch.float32 if place is None else place.dtype
+            found[key] = cast([array], dtype, key)[0]
+    return found
+
+
+def _arrays(group: GroupParts) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    if min(group.rank):
+        found = {LEFT + group.name: group.left, RIGHT + group.name: group.right}
+        found |= {
+            PREFIX + module + CORE: core
+            for module, core in zip(group.modules, group.core, strict=True)
+        }
+    for module, (left, right) in zip(group.modules, group.private, strict=bool(group.private)):
+        if left.shape[1]:
+            found |= {PREFIX + module + PRIVATE_LEFT: left, PREFIX + module + PRIVATE_RIGHT: right}
+    return found
+
+
 def add_aliases(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state with every other name of its parameters too, which PEFT would miss.
 
@@ -77,4 +138,4 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size])
 
 
 def _is_own(key: str) -> bool:
-    return key.startswith((LEFT, RIGHT)) or key.endswith(CORE)
+    return key.startswith((LEFT, RIGHT)) or key.endswith((CORE, PRIVATE_LEFT, PRIVATE_RIGHT))

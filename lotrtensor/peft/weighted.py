@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ from lotrtensor.core.fit.truncate import truncate_tucker2
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
 from lotrtensor.peft.config import LotrConfig, write_group
-from lotrtensor.peft.factors import GroupNumbers
 from lotrtensor.peft.layer import Embedding, LotrLayer
 from lotrtensor.torch.groups import GroupPlan, check_rank
+from lotrtensor.torch.numbers import GroupNumbers
 
 COMBINATIONS = ("svd", "cat", "linear")
 
@@ -71,10 +71,11 @@ def weighted_sum(
     Raises
     ------
     UnsupportedAdapterError
-        If ``"linear"`` meets adapters that do not share factors.
+        If ``"linear"`` meets adapters that do not share factors, or one has private factors.
     RankError
         If ``svd_rank`` is no rank.
     """
+    _check_shared_alone(layers, weights)
     groups: list[GroupNumbers] = []
     lost2 = whole2 = 0.0
     for cell in _cells(layers, weights):
@@ -184,6 +185,16 @@ def _check_configs(configs: Mapping[str, Any]) -> None:
             "some of the adapters have ensure_weight_tying and some do not, so that the tied "
             "layers would need updates of their own; add up adapters that agree"
         )
+
+
+def _check_shared_alone(layers: Mapping[str, LotrLayer], adapters: Iterable[str]) -> None:
+    for adapter, (path, layer) in itertools.product(adapters, layers.items()):
+        if layer.private(adapter) is not None:
+            raise UnsupportedAdapterError(
+                f"adapter {adapter!r} has private factors in {path}, as compressed adapters do, "
+                "which have no weighted sum here; convert the adapters to LoTR (lotr export, lotr "
+                "convert) and add those up"
+            )
 
 
 def _cells(layers: Mapping[str, LotrLayer], weights: Mapping[str, float]) -> Iterator[_Cell]:

@@ -79,7 +79,7 @@ class LotrLinear(Watched, nn.Module):
         self.base = base.requires_grad_(False)
         core = None if factors is None else nn.Parameter(factors.left.new_zeros(factors.rank))
         self.register_parameter("lotr_core", core)
-        sides = _private(base, private_rank, dtype)
+        sides = private_factors(base, private_rank, dtype)
         self.register_parameter("lotr_private_left", sides[0])
         self.register_parameter("lotr_private_right", sides[1])
         self.scale = scale
@@ -195,15 +195,15 @@ class LotrLinear(Watched, nn.Module):
         return f"rank={rank}{own}, scale={self.scale:g}, merged={self.merged}"
 
 
-def _private(
+def private_factors(
     base: nn.Module, rank: int, dtype: torch.dtype | None
 ) -> tuple[nn.Parameter, nn.Parameter] | tuple[None, None]:
-    """P (m × c) and Q (n × c) of zeros beside a base layer; None where c is 0."""
+    """Return P (m × c) and Q (n × c) of zeros for a base layer; None where c is 0."""
     if not rank:
         return None, None
     weight: Any = base.weight
-    if dtype is None and weight.is_floating_point():
-        dtype = weight.dtype
+    if dtype is None:
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
     m, n = slot_of("the layer", base).shape
     options: dict[str, Any] = {"dtype": dtype, "device": weight.device}
     left, right = (nn.Parameter(torch.zeros(side, rank, **options)) for side in (m, n))

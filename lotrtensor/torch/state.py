@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lotrtensor.adapters.compressed import CompressedAdapter, lowered
+from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule, LotrGroup
-from lotrtensor.adapters.parts import GroupParts, group_parts
+from lotrtensor.adapters.parts import GroupParts, group_parts, thin_module
 from lotrtensor.errors import FormatError, OptionError, UnsupportedAdapterError
 from lotrtensor.torch.apply import (
     TABLE,
@@ -128,7 +128,7 @@ def load_lotr(
             f"the adapter carries {next(iter(adapter.extras))!r} besides its update, which would "
             "be lost; load it with lotrtensor.peft"
         )
-    parts = group_parts(adapter)
+    parts = group_parts(adapter.groups)
     plans = parts_plans(parts)
     if train is not None:
         check_train(train, cores=any(min(plan.rank) for plan in plans))
@@ -299,22 +299,13 @@ def _dtype(model: nn.Module, name: str) -> torch.dtype:
 
 def _as_lora(name: str, layer: LotrLinear) -> LoraModule:
     """ΔW of a layer as thin factors in float64, from the numbers that it has."""
-    (m, n), factors, core = slot_of(name, layer.base).shape, layer.factors, layer.lotr_core
-    lefts, rights = [np.zeros((m, 0))], [np.zeros((0, n))]
+    factors, core = layer.factors, layer.lotr_core
+    shared = private = None
     if factors is not None and core is not None:
-        left, middle, right = (_wide(x) for x in (factors.left, core, factors.right))
-        middle = layer.scale * middle
-        narrow = left.shape[1] <= right.shape[1]
-        lefts.append(left if narrow else left @ middle)
-        rights.append(middle @ right.T if narrow else right.T)
+        shared = _wide(factors.left), layer.scale * _wide(core), _wide(factors.right)
     if layer.lotr_private_left is not None and layer.lotr_private_right is not None:
-        lefts.append(_wide(layer.lotr_private_left))
-        rights.append(_wide(layer.lotr_private_right).T)
-    b, a = np.hstack(lefts), np.vstack(rights)
-    if not b.shape[1]:
-        b, a = np.zeros((m, 1)), np.zeros((1, n))
-    # No rank above the sides, and the values shared evenly by both factors.
-    return lowered(LoraModule(name, b, a, False), min(b.shape[1], m, n))
+        private = _wide(layer.lotr_private_left), _wide(layer.lotr_private_right)
+    return thin_module(name, shared, private, slot_of(name, layer.base).shape)
 
 
 def _wide(x: Tensor) -> np.ndarray:

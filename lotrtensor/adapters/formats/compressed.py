@@ -52,6 +52,7 @@ from lotrtensor.core.bits.terms import QuantisedTerms
 from lotrtensor.errors import FormatError
 
 GROUPS, CODES, KINDS, VALUES = "lotr_groups", "lotr_codes", "lotr_kinds", "lotr_values"
+CODED = (GROUPS, CODES, KINDS, VALUES)
 
 DEFAULTS = {"bias": "none", "inference_mode": True}
 """Values of common fields that need not be written, beside those that are empty or false."""
@@ -129,6 +130,21 @@ def read_compressed(directory: Path) -> CompressedContent:
     check_version(config, COMPRESSED_VERSION, directory)
     check_types(config, CARRIED_FIELDS, directory)
     tensors = read_tensors(directory)
+    groups, source = take_groups(tensors, directory)
+    adapted = {name: group.embedding for group in groups for name in group.modules}
+    extras = split_extras(tensors, config, adapted, directory)
+    common = {key: config[key] for key in COMMON_FIELDS if key in config}
+    return groups, common, source, extras
+
+
+def take_groups(tensors: Tensors, directory: object) -> tuple[tuple[CompressedGroup, ...], Source]:
+    """Take the four tensors of a compressed adapter out of ``tensors``, and decode them.
+
+    Raises
+    ------
+    FormatError
+        If they are damaged, incomplete, or contradict each other; ``directory`` names the file.
+    """
     index = _read_index(bytes(_take(tensors, GROUPS, ("uint8",), directory)), directory)
     records = [_read_record(record, directory) for record in index.get("groups") or [None]]
     source = _read_source(index.get("source"), directory)
@@ -147,13 +163,10 @@ def read_compressed(directory: Path) -> CompressedContent:
         groups = _unpack(records, codes, kinds, values)
     except FormatError as error:
         raise FormatError(f"{directory}: {error}") from error
-    adapted = {name: group.embedding for group in groups for name in group.modules}
-    extras = split_extras(tensors, config, adapted, directory)
-    common = {key: config[key] for key in COMMON_FIELDS if key in config}
-    return groups, common, source, extras
+    return groups, source
 
 
-def _read_index(content: bytes, directory: Path) -> dict[str, Any]:
+def _read_index(content: bytes, directory: object) -> dict[str, Any]:
     decoder = zlib.decompressobj()
     try:
         index = json.loads(decoder.decompress(content, LONGEST))
@@ -236,7 +249,7 @@ def _rounded_up(x: float) -> float:
     return found if found >= x else float(f"{x * (1 + 1e-5):.6g}")
 
 
-def _read_record(record: Any, directory: Path) -> _Record:
+def _read_record(record: Any, directory: object) -> _Record:
     def refuse(field: str, expected: str) -> FormatError:
         found = record.get(field) if isinstance(record, dict) else record
         return FormatError(
@@ -295,7 +308,7 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1e30
 
 
-def _read_source(record: Any, directory: Path) -> Source:
+def _read_source(record: Any, directory: object) -> Source:
     if isinstance(record, list) and len(record) == 3:
         dtype = next((known for known in FLOATS if known.name == record[0]), None)
         if dtype is not None and all(type(x) is int and 0 < x < 2**63 for x in record[1:]):
@@ -305,7 +318,7 @@ def _read_source(record: Any, directory: Path) -> Source:
     )
 
 
-def _take(tensors: Tensors, key: str, dtypes: Sequence[str], directory: Path) -> np.ndarray:
+def _take(tensors: Tensors, key: str, dtypes: Sequence[str], directory: object) -> np.ndarray:
     if key not in tensors:
         raise FormatError(f"{directory}: {key} is missing; fetch the adapter again")
     found = tensors.pop(key)

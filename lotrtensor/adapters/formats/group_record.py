@@ -32,6 +32,8 @@ class GroupRecord:
         Whether the modules are embeddings.
     fit : FitRecord or None
         How well the group stands for what it was fitted to.
+    private_ranks : tuple of int
+        Width of the private part of each ΔW_k; empty, and not written, in version 1.
     """
 
     name: str
@@ -42,10 +44,11 @@ class GroupRecord:
     scale: float
     embedding: bool = False
     fit: FitRecord | None = None
+    private_ranks: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as JSON holds it."""
-        return {
+        entry = {
             "name": self.name,
             "modules": list(self.modules),
             "shape": list(self.shape),
@@ -55,9 +58,10 @@ class GroupRecord:
             "embedding": self.embedding,
             "fit": asdict(self.fit) if self.fit else None,
         }
+        return entry | ({"private_ranks": list(self.private_ranks)} if self.private_ranks else {})
 
     @classmethod
-    def from_json(cls, entry: Any, where: object) -> GroupRecord:
+    def from_json(cls, entry: Any, where: object, *, private: bool = False) -> GroupRecord:
         """Read an entry, every field of the type and length that the format says.
 
         Parameters
@@ -66,6 +70,8 @@ class GroupRecord:
             An element of ``groups``.
         where : object
             The file or adapter, named in messages.
+        private : bool
+            Whether there may be private parts, and groups that share nothing: in version 2.
 
         Raises
         ------
@@ -74,10 +80,13 @@ class GroupRecord:
         """
         if not isinstance(entry, Mapping):
             raise _refusal(where, "an entry", entry, "an object")
-        for field, (holds, expected) in _EXPECTED.items():
+        for field, (holds, expected) in {**_EXPECTED, **(_PRIVATE if private else {})}.items():
             if not holds(entry.get(field)):
                 raise _refusal(where, field, entry.get(field, "missing"), expected)
         modules, ranks, fit = entry["modules"], entry["slice_ranks"], entry.get("fit")
+        widths = tuple(entry.get("private_ranks") or ()) if private else ()
+        if widths and len(widths) != len(modules):
+            raise _refusal(where, "private_ranks", list(widths), f"{len(modules)} integers")
         if len(ranks) != len(modules):
             raise _refusal(
                 where, "slice_ranks", ranks, f"{len(modules)} positive integers, one a module"
@@ -91,6 +100,7 @@ class GroupRecord:
             scale=float(entry["scale"]),
             embedding=bool(entry.get("embedding")),
             fit=FitRecord(**fit) if fit else None,
+            private_ranks=widths,
         )
 
 
@@ -104,6 +114,14 @@ def _integers(value: Any) -> bool:
 
 def _pair(value: Any) -> bool:
     return _integers(value) and len(value) == 2
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(v) is int and v >= 0 for v in value)
+
+
+def _rank_or_none(value: Any) -> bool:
+    return _pair(value) or (_counts(value) and list(value) == [0, 0])
 
 
 def _names(value: Any) -> bool:
@@ -138,4 +156,9 @@ _EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "scale": (_finite, "a finite number"),
     "embedding": (lambda v: v is None or isinstance(v, bool), "true or false"),
     "fit": (_fit, f"null, or the numbers {', '.join(_FIT_FIELDS)}"),
+}
+
+_PRIVATE: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "rank": (_rank_or_none, "two positive integers, or two zeros"),
+    "private_ranks": (lambda v: v is None or _counts(v), "integers of 0 or more, one a module"),
 }

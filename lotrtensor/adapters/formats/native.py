@@ -43,6 +43,7 @@ COMPRESSED_VERSION = 2
 PEFT_TYPE = "LOTR"
 LEFT, RIGHT = "base_model.lotr_left.", "base_model.lotr_right."
 CORE, CORE_LEFT, CORE_RIGHT = ".lotr_core", ".lotr_core_left", ".lotr_core_right"
+PRIVATE_LEFT, PRIVATE_RIGHT = ".lotr_private_left", ".lotr_private_right"
 
 # To what an adapter applies, whatever its method; of one that was a single file, how that named and
 # shaped its tensors; and the kernels of convolutions.
@@ -81,7 +82,7 @@ def read_lotr(directory: Path) -> LotrContent:
     read_layout(config, directory)
     check_types(config, CARRIED_FIELDS, directory)
     records = [GroupRecord.from_json(entry, directory) for entry in entries]
-    tensors, records = _unwrapped(read_tensors(directory), records, directory)
+    tensors, records = take_wrappers_off(read_tensors(directory), records, directory)
     groups = tuple(_read_group(record, tensors, directory) for record in records)
     dtype = groups[0].left.dtype
     adapted = {name: group.embedding for group in groups for name in group.modules}
@@ -99,16 +100,26 @@ def check_version(config: Mapping[str, Any], expected: int, directory: object) -
         Naming the version; another tells who reads it, or that this release does not.
     """
     version = config.get("format_version")
-    known = type(version) is int and version in (FORMAT_VERSION, COMPRESSED_VERSION)
-    if not known:
-        raise FormatError(
-            f"{directory} has format_version {version!r}; this release reads {FORMAT_VERSION} and "
-            f"{COMPRESSED_VERSION}: update lotrtensor or convert the source again"
-        )
+    check_known(version, directory)
     if version != expected:
         raise FormatError(
             f"{directory} has format_version {version}, expected {expected} here; lotrtensor.load "
             f"reads both {FORMAT_VERSION}, a LoTR, and {COMPRESSED_VERSION}, a compressed adapter"
+        )
+
+
+def check_known(version: object, where: object) -> None:
+    """Refuse a format version that no reader here takes; ``where`` names the adapter.
+
+    Raises
+    ------
+    FormatError
+        Naming the version.
+    """
+    if type(version) is not int or version not in (FORMAT_VERSION, COMPRESSED_VERSION):
+        raise FormatError(
+            f"{where} has format_version {version!r}; this release reads {FORMAT_VERSION} and "
+            f"{COMPRESSED_VERSION}: update lotrtensor or convert the source again"
         )
 
 
@@ -174,10 +185,18 @@ def check_native(
         )
 
 
-def _unwrapped(
+def take_wrappers_off(
     tensors: Tensors, records: list[GroupRecord], directory: Path
 ) -> tuple[Tensors, list[GroupRecord]]:
-    """Take the names of wrappers off, where the adapter was trained in a wrapped model."""
+    """Take the names of wrappers off, where the adapter was trained in a wrapped model.
+
+    Parameters
+    ----------
+    tensors, records
+        Of the directory.
+    directory : Path
+        Named in messages.
+    """
     names = [name for record in records for name in record.modules]
     own = [key for key in tensors if not key.startswith((LEFT, RIGHT))]  # these name groups
     plain = unwrapped_names([*own, *names], directory)
@@ -203,8 +222,8 @@ def _record(group: LotrGroup) -> GroupRecord:
 def _read_group(record: GroupRecord, tensors: Tensors, directory: Path) -> LotrGroup:
     """Take the tensors of one group out of ``tensors``; whatever is left belongs to no group."""
     (m, n), (p, q) = record.shape, record.rank
-    left = _take(tensors, LEFT + record.name, (m, p), directory)
-    right = _take(tensors, RIGHT + record.name, (n, q), directory)
+    left = take_tensor(tensors, LEFT + record.name, (m, p), directory)
+    right = take_tensor(tensors, RIGHT + record.name, (n, q), directory)
     cores = []
     for module, rank in zip(record.modules, record.slice_ranks, strict=True):
         core = _read_core(module, rank, (p, q), tensors, directory)
@@ -249,14 +268,21 @@ def _read_core(
 ) -> Core:
     key = PREFIX + module
     if key + CORE_LEFT not in tensors:
-        return _take(tensors, key + CORE, pair, directory)
+        return take_tensor(tensors, key + CORE, pair, directory)
     return FactoredCore(
-        _take(tensors, key + CORE_LEFT, (pair[0], rank), directory),
-        _take(tensors, key + CORE_RIGHT, (rank, pair[1]), directory),
+        take_tensor(tensors, key + CORE_LEFT, (pair[0], rank), directory),
+        take_tensor(tensors, key + CORE_RIGHT, (rank, pair[1]), directory),
     )
 
 
-def _take(tensors: Tensors, key: str, shape: tuple[int, int], directory: Path) -> np.ndarray:
+def take_tensor(tensors: Tensors, key: str, shape: tuple[int, int], directory: Path) -> np.ndarray:
+    """Take a tensor of this shape out of ``tensors``.
+
+    Raises
+    ------
+    FormatError, DataError
+        If it is missing, of another shape, or not finite floating point.
+    """
     if key not in tensors:
         raise FormatError(f"{directory}: {key} is missing; the config expects it as {shape}")
     tensor = tensors.pop(key)
