@@ -439,6 +439,14 @@ def test_sums_and_swaps_are_refused(tmp_path: Path) -> None:
     torch.testing.assert_close(model(X), tuned(mixed())(X))
 
 
+def test_a_config_that_was_read_without_the_tensors(tmp_path: Path) -> None:
+    config = peft.PeftConfig.from_pretrained(saved(tmp_path / "a", mixed()))
+    with pytest.raises(lt.FormatError, match=r"LotrConfig\.from_pretrained"):
+        peft.PeftModel.from_pretrained(base(), tmp_path / "a", config=config)
+    with pytest.raises(lt.FormatError, match=r"LotrConfig\.from_pretrained"):
+        peft.get_peft_model(base(), lotr.LotrConfig(format_version=2, target_modules=["up"]))
+
+
 def test_another_model(tmp_path: Path) -> None:
     with pytest.raises(lt.FormatError, match="made for another model"):
         peft.PeftModel.from_pretrained(bert(), saved(tmp_path / "a", mixed()))

@@ -42,7 +42,8 @@ def test_every_block_runs_and_prints_what_follows_it(
         assert capsys.readouterr().out == printed
     made = {path.name for path in tmp_path.iterdir()}
     plain = {"plain-lotr", "plain-small", "plain-again"}
-    assert made == {"my-lotr", *plain, "from-all-processes"}
+    compressed = {"my-small", "my-trained", "my-small-again"}
+    assert made == {"my-lotr", *plain, *compressed, "from-all-processes"}
 
 
 def test_the_page_shows_what_was_measured() -> None:

@@ -31,6 +31,7 @@ from lotrtensor.peft.planning import (
     AdapterPlan,
     base_layers,
     check_carried,
+    check_groups,
     check_names,
     check_sharing,
     plan_adapter,
@@ -125,6 +126,7 @@ class LotrModel(SeveralAdapters):
         """
         given: Any = self.peft_config[adapter_name]
         config: LotrConfig = given.fresh()  # what is written into it belongs to this model alone
+        check_groups(config)
         check_sharing(config, adapter_name, self.lotr_factors)
         before = Snapshot(model)
         self.peft_config[adapter_name] = config

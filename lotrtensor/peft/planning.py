@@ -188,6 +188,22 @@ def refuse_injection(model: nn.Module) -> NoReturn:
     )
 
 
+def check_groups(config: LotrConfig) -> None:
+    """Refuse the config of a compressed adapter whose tensors have not been read.
+
+    Raises
+    ------
+    FormatError
+        Saying how to read it.
+    """
+    if config.is_compressed:
+        raise FormatError(
+            f"the config has format_version {config.format_version} and no groups, which a "
+            "compressed adapter keeps among its tensors; read the config by "
+            "LotrConfig.from_pretrained, or leave config out"
+        )
+
+
 def check_sharing(config: LotrConfig, adapter_name: str, existing: Iterable[str]) -> None:
     """Refuse a name or an owner of factors that cannot be.
 
