@@ -226,7 +226,7 @@ def test_sharing_the_factors_of_a_compressed_adapter(tmp_path: Path) -> None:
     model.set_adapter("b")
     torch.testing.assert_close(model(X), base()(X))
     alone = loaded(tmp_path / "p", private_only, adapter_name="a")
-    with pytest.raises(lt.DataError, match="nothing is shared"):
+    with pytest.raises(lt.OptionError, match="nothing is shared"):
         alone.add_adapter("b", lotr.LotrConfig(share_factors="a"))
 
 
@@ -455,7 +455,7 @@ def test_another_model(tmp_path: Path) -> None:
 def test_cores_where_there_are_none(tmp_path: Path) -> None:
     config = lotr.LotrConfig.from_pretrained(saved(tmp_path / "a", private_only()))
     config.train = "cores"
-    with pytest.raises(lt.DataError, match="nothing is shared"):
+    with pytest.raises(lt.OptionError, match="nothing is shared"):
         peft.PeftModel.from_pretrained(base(), tmp_path / "a", config=config)
 
 
