@@ -30,8 +30,8 @@ def equalising_rotation(values: np.ndarray) -> np.ndarray:
     -------
     ndarray (c, c)
         A product of c − 1 plane rotations, each of which brings one diagonal entry to the mean:
-        between an entry above and one below it there is an angle that does (Chan and Li, SIAM J.
-        Algebraic Discrete Methods 4 (1983)).
+        between an entry above and one below it there is an angle that does (Chan and Li, J. Math.
+        Anal. Appl. 91 (1983)).
     """
     count = len(values)
     rotation, matrix = np.eye(count), np.diag(np.asarray(values, dtype=np.float64))
