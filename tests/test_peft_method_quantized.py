@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import BertModel, BitsAndBytesConfig  # noqa: E402
 
+from compressed_fixtures import adapter, dense_updates, group  # noqa: E402
 from tests.peft_models import (  # noqa: E402
     THIRD_PARTY,
     bert,
@@ -105,6 +106,25 @@ def test_trains_merges_and_reloads(quantized: Any, tmp_path: Path) -> None:
     assert (output(model) - expected).abs().max() < 0.25 * moved
     model.unmerge_adapter()
     assert (output(model) - expected).abs().max() < 0.25 * moved
+
+
+def test_a_compressed_adapter(quantized: Any, tmp_path: Path) -> None:
+    """Beside quantised layers private factors are float32, and compute what a dense ΔW would."""
+    names = [f"encoder.layer.{k}.attention.self.query" for k in range(2)]
+    compressed = adapter(group("query", names, (64, 64), (2, 3), (2, 0)))
+    compressed.save(tmp_path / "small")
+    model = PeftModel.from_pretrained(quantized(), tmp_path / "small", is_trainable=True)
+    assert {p.dtype for n, p in model.named_parameters() if "lotr_" in n} == {torch.float32}
+    layers = dict(model.base_model.model.named_modules())
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
+    for name, delta in dense_updates(compressed).items():
+        expected = layers[name].base_layer(x) + x @ torch.from_numpy(delta.T).float()
+        torch.testing.assert_close(layers[name](x), expected, rtol=1e-4, atol=1e-4)
+    # A model of its own: evaluation may have left the base weights in an order without gradients.
+    trained = PeftModel.from_pretrained(quantized(), tmp_path / "small", is_trainable=True).train()
+    weighted(trained(ids())[0]).backward()
+    left, _ = trained.base_model.model.get_submodule(names[0]).private("default")
+    assert left.grad.abs().max() > 0
 
 
 def test_svd_of_the_dequantised_weights(quantized: Any) -> None:

@@ -15,6 +15,7 @@ from lotrtensor.peft.planning import AdapterPlan
 from lotrtensor.peft.quantized import restore_order
 from lotrtensor.torch.factors import FactorTable, SharedFactors
 from lotrtensor.torch.init import base_weight, init_factors
+from lotrtensor.torch.linear import factor_options
 from lotrtensor.torch.numbers import GroupNumbers
 from lotrtensor.torch.sources import from_numpy
 
@@ -50,14 +51,8 @@ def make_table(
         if shared is not None:
             table.add(group.name, shared.of(group.name))
             continue
-        first = layers[group.modules[0]]
-        weight = next((w for w in first.parameters() if w.is_floating_point()), None)
-        factors = SharedFactors(
-            group.shape,
-            group.rank,
-            dtype=weight.dtype if weight is not None else torch.float32,
-            device=next((w.device for w in first.parameters()), None),
-        )
+        options = factor_options(layers[group.modules[0]])
+        factors = SharedFactors(group.shape, group.rank, **options)
         table.add(group.name, factors.requires_grad_(config.train == "all"))
         if plan.source is None:
             chosen = [layers[name] for name in group.modules] if init == "svd" else []

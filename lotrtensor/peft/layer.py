@@ -14,7 +14,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from lotrtensor.errors import DataError
-from lotrtensor.peft.mixed import BASE, Rows, multiply_rows
+from lotrtensor.peft.mixed import add_mixed
 from lotrtensor.peft.quantized import restore_order
 from lotrtensor.torch.factors import SharedFactors, Transposed
 from lotrtensor.torch.functional import (
@@ -25,7 +25,7 @@ from lotrtensor.torch.functional import (
     project,
 )
 from lotrtensor.torch.groups import is_transposed, slot_of
-from lotrtensor.torch.linear import private_factors
+from lotrtensor.torch.linear import factor_options, private_factors
 from lotrtensor.torch.watch import Watched
 
 
@@ -223,7 +223,11 @@ class LotrLayer(Watched, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return ΔW_k of an adapter in the layout of the base weight: m × n, or n × m."""
-        delta = torch.zeros(self.out_features, self.in_features, device=self._device)
+        delta = torch.zeros(
+            self.out_features,
+            self.in_features,
+            device=factor_options(self.get_base_layer())["device"],
+        )
         factors, private = self.lotr_shared.get(adapter_name), self.private(adapter_name)
         if factors is not None:
             core, scale = self.core(adapter_name), self.lotr_scale[adapter_name]
@@ -231,10 +235,6 @@ class LotrLayer(Watched, BaseTunerLayer):
         if private is not None:
             delta = delta + dense_private(*private).to(delta.device)
         return delta.T if self.stores_transposed else delta
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.get_base_layer().parameters()).device
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -325,7 +325,7 @@ class LotrLayer(Watched, BaseTunerLayer):
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         if adapter_names is not None:
-            return self._add_mixed(y, x, adapter_names)
+            return add_mixed(self, y, x, adapter_names)
         for name in self.active_adapters:
             if self.carries(name):
                 y = self._add(y, x, name)
@@ -334,73 +334,37 @@ class LotrLayer(Watched, BaseTunerLayer):
     def _add(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         factors, private = self.lotr_shared.get(name), self.private(name)
         if factors is None:
-            return y if private is None else self._add_private(y, x, private, name)
+            return y if private is None else self.add_private(y, x, private, name)
         left: Tensor = factors.left
         right: Tensor = factors.right
         core = self.core(name)
         if left.device != y.device:  # layers of a group may be spread over devices
             left, core, right = (x.to(y.device) for x in (left, core, right))
         if private is None:
-            return add_projected(y, self._project(x, right, name), left, core, self._scale(name))
+            return add_projected(y, self.project(x, right, name), left, core, self.scale(name))
         # Both parts see the same x, dropout included.
-        both = self._project(x, torch.cat([right, private[1].to(right.dtype)], dim=1), name)
+        both = self.project(x, torch.cat([right, private[1].to(right.dtype)], dim=1), name)
         h, own = both[:, : right.shape[1]], both[:, right.shape[1] :]
-        y = add_projected(y, h, left, core, self._scale(name))
-        return add_rows(y, own, private[0].T.contiguous(), self._output_scale())
+        y = add_projected(y, h, left, core, self.scale(name))
+        return add_rows(y, own, private[0].T.contiguous(), self.output_scale())
 
-    def _add_private(
+    def add_private(
         self, y: Tensor, x: Tensor, private: tuple[Tensor, Tensor], name: str
     ) -> Tensor:
+        """Return y + x Q Pᵀ for the private part (P, Q) of an adapter."""
         left, right = private
-        own = self._project(x, right, name)
-        return add_rows(y, own, left.T.contiguous(), self._output_scale())
+        own = self.project(x, right, name)
+        return add_rows(y, own, left.T.contiguous(), self.output_scale())
 
-    def _add_mixed(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
-        """Add to every row of y the update of its adapter; rows of shared factors go together."""
-        if len(adapter_names) != len(x):
-            raise DataError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively: one a row, {BASE!r} for none."
-            )
-        batch = adapter_names if isinstance(adapter_names, Rows) else Rows(adapter_names)
-        for factors, rows, names, which in batch.split(self.lotr_shared):
-            part = x if rows is None else x[rows]
-            h = self._project(part, factors.right, names[0])
-            # One product with all cores: scaling them one by one would cost more than the update.
-            cores = torch.stack([self.core(name) for name in names])
-            scale = self._scale(names[0])
-            if len(set(map(self.lotr_scale.__getitem__, names))) > 1:
-                cores = cores * cores.new_tensor(list(map(self._scale, names)))[:, None, None]
-                scale = 1.0
-            mixed = multiply_rows(h, cores, which)
-            wide = factors.left.T.contiguous()
-            if rows is None:
-                y = add_rows(y, mixed, wide, scale)
-            else:
-                y = y.index_copy(0, rows, add_rows(y[rows], mixed, wide, scale))
-        return self._add_mixed_private(y, x, batch)
+    def scale(self, name: str) -> float:
+        """Return the scale of an adapter's shared part, that of the output included."""
+        return self.lotr_scale[name] * self.output_scale()
 
-    def _add_mixed_private(self, y: Tensor, x: Tensor, batch: Rows) -> Tensor:
-        """Add private parts: one thin product an adapter, for all of its rows together."""
-        for name in batch.distinct:
-            private = self.private(name)
-            if private is None:
-                continue
-            rows = batch.rows_of(name, y.device)
-            if rows is None:
-                y = self._add_private(y, x, private, name)
-            else:
-                y = y.index_copy(0, rows, self._add_private(y[rows], x[rows], private, name))
-        return y
-
-    def _scale(self, name: str) -> float:
-        return self.lotr_scale[name] * self._output_scale()
-
-    def _output_scale(self) -> float:
+    def output_scale(self) -> float:
         """What the layer multiplies its output by."""
         return 1.0
 
-    def _project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
+    def project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
         """Return the rows of x V (t × q)."""
         raise NotImplementedError
 
@@ -417,7 +381,8 @@ class Linear(LotrLayer, nn.Module):
         LotrLayer.__init__(self, base_layer, **quantization)
         self._active_adapter = adapter_name
 
-    def _project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
+    def project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
+        """Return the rows of x V (t × q)."""
         if name in self.lotr_dropout:
             x = self.lotr_dropout[name](x)
         # Autocast chooses the type itself; a cast before it would only be undone.
@@ -434,7 +399,8 @@ class Embedding(LotrLayer, nn.Module):
         LotrLayer.__init__(self, base_layer, **quantization)
         self._active_adapter = adapter_name
 
-    def _project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
+    def project(self, x: Tensor, right: Tensor, name: str) -> Tensor:
+        """Return the rows of V (t × q) that x names."""
         base: Any = self.get_base_layer()
         return F.embedding(
             x.reshape(-1),
@@ -444,7 +410,7 @@ class Embedding(LotrLayer, nn.Module):
             sparse=base.sparse,
         )
 
-    def _output_scale(self) -> float:
-        # Some models scale what comes out of the embedding; the update has to follow.
+    def output_scale(self) -> float:
+        """What the model multiplies the embedding's output by; the update has to follow."""
         scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
         return 1.0 if scale is None else float(scale)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lotrtensor.errors import DataError
 from lotrtensor.torch.factors import SharedFactors, Transposed
+from lotrtensor.torch.functional import add_rows
+
+if TYPE_CHECKING:
+    from lotrtensor.peft.layer import LotrLayer
 
 BASE = "__base__"
 """Adapter name of a row that gets no update."""
@@ -95,3 +100,58 @@ def multiply_rows(h: Tensor, cores: Tensor, which: Tensor) -> Tensor:
     own = cores.index_select(0, which).to(h.dtype)
     mixed = torch.bmm(h.reshape(len(which), -1, h.shape[-1]), own.mT)
     return mixed.reshape(-1, own.shape[1])
+
+
+def add_mixed(layer: LotrLayer, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+    """Add to every row of y the update of its adapter; rows of shared factors go together.
+
+    Parameters
+    ----------
+    layer : LotrLayer
+        The layer that has the adapters.
+    y, x : tensor (b, ..., m), (b, ..., n)
+        Output of its base layer, and input.
+    adapter_names : list of str
+        Adapter of each row.
+
+    Raises
+    ------
+    DataError
+        If there is not one name a row.
+    """
+    if len(adapter_names) != len(x):
+        raise DataError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {len(x)} respectively: one a row, {BASE!r} for none."
+        )
+    batch = adapter_names if isinstance(adapter_names, Rows) else Rows(adapter_names)
+    for factors, rows, names, which in batch.split(layer.lotr_shared):
+        part = x if rows is None else x[rows]
+        h = layer.project(part, factors.right, names[0])
+        # One product with all cores: scaling them one by one would cost more than the update.
+        cores = torch.stack([layer.core(name) for name in names])
+        scale = layer.scale(names[0])
+        if len(set(map(layer.lotr_scale.__getitem__, names))) > 1:
+            cores = cores * cores.new_tensor(list(map(layer.scale, names)))[:, None, None]
+            scale = 1.0
+        mixed = multiply_rows(h, cores, which)
+        wide = factors.left.T.contiguous()
+        if rows is None:
+            y = add_rows(y, mixed, wide, scale)
+        else:
+            y = y.index_copy(0, rows, add_rows(y[rows], mixed, wide, scale))
+    return _add_private(layer, y, x, batch)
+
+
+def _add_private(layer: LotrLayer, y: Tensor, x: Tensor, batch: Rows) -> Tensor:
+    """Add private parts: two thin products an adapter, for all of its rows together."""
+    for name in batch.distinct:
+        private = layer.private(name)
+        if private is None:
+            continue
+        rows = batch.rows_of(name, y.device)
+        if rows is None:
+            y = layer.add_private(y, x, private, name)
+        else:
+            y = y.index_copy(0, rows, layer.add_private(y[rows], x[rows], private, name))
+    return y

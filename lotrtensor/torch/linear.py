@@ -195,17 +195,24 @@ class LotrLinear(Watched, nn.Module):
         return f"rank={rank}{own}, scale={self.scale:g}, merged={self.merged}"
 
 
+def factor_options(base: nn.Module) -> dict[str, Any]:
+    """Return the type and device of factors beside a base layer, which may be quantised."""
+    weights = list(base.parameters())
+    found = next((w for w in weights if w.is_floating_point()), None)
+    return {
+        "dtype": torch.float32 if found is None else found.dtype,
+        "device": weights[0].device if weights else None,
+    }
+
+
 def private_factors(
     base: nn.Module, rank: int, dtype: torch.dtype | None
 ) -> tuple[nn.Parameter, nn.Parameter] | tuple[None, None]:
     """Return P (m × c) and Q (n × c) of zeros for a base layer; None where c is 0."""
     if not rank:
         return None, None
-    weight: Any = base.weight
-    if dtype is None:
-        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    options = factor_options(base) | ({"dtype": dtype} if dtype is not None else {})
     m, n = slot_of("the layer", base).shape
-    options: dict[str, Any] = {"dtype": dtype, "device": weight.device}
     left, right = (nn.Parameter(torch.zeros(side, rank, **options)) for side in (m, n))
     return left, right
 
