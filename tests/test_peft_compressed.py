@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 import lotrtensor as lt  # noqa: E402
 import lotrtensor.peft as lotr  # noqa: E402
 from adapters_fixtures import edit_config  # noqa: E402
+from adapters_fixtures import lotr as lotr_command  # noqa: E402
 from compressed_fixtures import adapter, dense_updates, group  # noqa: E402
 from tests.peft_models import bert, output  # noqa: E402
 from tests.test_torch_compressed import base, mixed, private_only, state, tuned  # noqa: E402
@@ -277,6 +278,21 @@ def test_training_on_saving_and_loading(tmp_path: Path, make, low_cpu_mem_usage:
         layer = again.get_submodule(f"base_model.model.{module.name}")
         expected = layer.get_delta_weight("default").detach().numpy()
         np.testing.assert_allclose(module.B @ module.A, expected, rtol=0, atol=1e-12)
+
+
+def test_plain_numbers_are_exported_by_the_command(tmp_path: Path) -> None:
+    """On disk it is no LoRA that others read, so that the export makes one."""
+    model = loaded(tmp_path / "a", is_trainable=True)
+    train(model)
+    model.save_pretrained(tmp_path / "plain")
+    assert lotr_command("export", tmp_path / "plain", "-o", tmp_path / "lora").code == 0
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "lora")
+    torch.testing.assert_close(theirs(X), model(X))
+    low = lotr_command("export", tmp_path / "plain", "-o", tmp_path / "low", "--rank", 1)
+    assert low.code == 0
+    assert {m.rank for m in lt.load(tmp_path / "low").modules} == {1}
+    again = lotr_command("export", tmp_path / "lora", "-o", tmp_path / "again")
+    assert (again.code, "LoRA already" in again.err) == (1, True)
 
 
 def test_an_untrained_one_is_saved_too(tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ class CompressedAdapter:
         RankError
             If ``rank`` is below 1.
         """
-        if rank is not None and rank < 1:
-            raise RankError(f"rank is {rank}; expected at least 1")
+        if rank is not None and (not isinstance(rank, int | np.integer) or rank < 1):
+            raise RankError(f"rank is {rank!r}; expected an integer of at least 1")
         before = {
             name: own
             for group in self.groups

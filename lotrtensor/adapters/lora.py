@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from lotrtensor.adapters.formats.layout import output_form
 from lotrtensor.adapters.formats.peft import read_lora, write_lora
 from lotrtensor.adapters.formats.tensors import check_exists
 from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.parts import lowered
 from lotrtensor.core.options import check_flag
-from lotrtensor.errors import FormatError
+from lotrtensor.errors import FormatError, RankError
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +108,26 @@ class LoraAdapter:
             raise FormatError(f"{path}: padding is for vLLM, which reads PEFT directories alone")
         else:
             write_single_file(path, content, kohya=form == "kohya", force=force)
+
+    def to_lora(self, rank: int | None = None) -> LoraAdapter:
+        """Return the adapter itself, or the best of a lower rank, as other adapters' do.
+
+        Parameters
+        ----------
+        rank : int, optional
+            Largest LoRA rank of a module.
+
+        Raises
+        ------
+        RankError
+            If ``rank`` is below 1.
+        """
+        if rank is None:
+            return self
+        if not isinstance(rank, int | np.integer) or isinstance(rank, bool) or rank < 1:
+            raise RankError(f"rank is {rank!r}; expected an integer of at least 1")
+        modules = (m if m.rank <= rank else lowered(m, rank) for m in self.modules)
+        return replace(self, modules=tuple(modules))
 
     @property
     def parameters(self) -> int:

@@ -9,6 +9,7 @@ import typer
 
 from lotrtensor.adapters.formats.directory import check_inputs_outside, check_lora_output
 from lotrtensor.adapters.formats.layout import output_form
+from lotrtensor.adapters.formats.native import PEFT_TYPE
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.sizes import check_dtype
@@ -62,7 +63,7 @@ def export(
     check_lora_output(output, force=force)
     check_inputs_outside(output, adapter, in_place=True)
     lotr = load(adapter)
-    if isinstance(lotr, LoraAdapter):
+    if isinstance(lotr, LoraAdapter) and lotr.config.get("peft_type") != PEFT_TYPE:
         raise UnsupportedAdapterError(f"{adapter} is a LoRA already; expected a LoTR adapter")
     output_form(output, lotr.config, form)
     with progress_bar("exporting"):

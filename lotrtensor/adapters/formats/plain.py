@@ -19,6 +19,7 @@ from lotrtensor.adapters.formats.native import (
     COMPRESSED_VERSION,
     CORE,
     LEFT,
+    PEFT_TYPE,
     PRIVATE_LEFT,
     PRIVATE_RIGHT,
     RIGHT,
@@ -63,6 +64,7 @@ def read_plain(directory: Path) -> PlainContent:
     adapted = {module.name: module.embedding for module in modules}
     extras = split_extras(tensors, config, adapted, directory)
     common = {key: config[key] for key in CARRIED_FIELDS if key in config}
+    common["peft_type"] = PEFT_TYPE  # what it is on disk: no LoRA yet
     return tuple(modules), common, dtypes[0] if dtypes else np.dtype("float32"), extras
 
 
