@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from peft import PeftModel, get_peft_model, inject_adapter_in_model  # noqa: E402
+from peft import get_peft_model, inject_adapter_in_model  # noqa: E402
 from torch import nn  # noqa: E402
 
 import lotrtensor as lt  # noqa: E402
@@ -99,20 +96,3 @@ def test_injection_without_a_tuner_is_refused() -> None:
     with pytest.raises(lt.UnsupportedAdapterError, match=r"shared state.*get_peft_model"):
         inject_adapter_in_model(config(), base)
     assert unchanged(base)
-
-
-def test_a_compressed_adapter_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    model = get_peft_model(bert(), config(init_weights=False))
-    model.save_pretrained(tmp_path / "lotr")
-    lt.compress(lt.load(tmp_path / "lotr"), tolerance=0.3).save(tmp_path / "small")
-    base = bert()
-    with pytest.raises(lt.FormatError, match=r"is compressed .*: lotr export"):
-        PeftModel.from_pretrained(base, tmp_path / "small")
-    assert unchanged(base)
-    expected = lt.load(tmp_path / "small").to_lora()
-    expected.save(tmp_path / "lora")
-    again = PeftModel.from_pretrained(base, tmp_path / "lora")
-    for module in expected.modules:
-        layer = again.base_model.model.get_submodule(module.name)
-        delta = layer.get_delta_weight("default").detach().numpy()
-        np.testing.assert_allclose(delta, module.B @ module.A, atol=1e-6)
