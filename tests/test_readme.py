@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import shlex
@@ -17,6 +19,7 @@ import safetensors.numpy
 
 import lotrtensor as lt
 from adapters_fixtures import dense, lotr, write_lora
+from tests.bench import rivals
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -134,3 +137,47 @@ def test_the_commands_of_the_image_guide_run(tmp_path, monkeypatch):
         *tensors,
         *(key.replace("lora_up.weight", "alpha") for key in tensors if "lora_up" in key),
     }
+
+
+def load_example(name):
+    """A module of ``examples/``, which is no package."""
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_sizes_are_the_measured_ones():
+    """What the two scripts wrote, formatted as they print it."""
+    measured = json.loads((ROOT / "docs" / "rivals.json").read_text())
+    for table in (rivals.sizes_table(measured), rivals.points_table(measured)):
+        assert "\n".join(table) + "\n" in README
+    for row in measured["sizes"]:
+        others = [
+            row[key] for key in rivals.COLUMNS if key != "compressed" and row[key] is not None
+        ]
+        assert row["compressed"] <= min(others)
+    lossy = [row for row in measured["points"] if row["error"] > 1e-9]
+    assert len(lossy) == len(measured["points"]) - 1
+    assert all(row["compressed"] < row["error"] for row in lossy)
+
+
+def test_the_table_of_accuracies_is_the_measured_one(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    measured = json.loads((ROOT / "docs" / "evidence.json").read_text())
+    assert "\n".join(load_example("evidence").accuracy_table(measured)) + "\n" in README
+
+
+def test_the_measured_errors_are_those_of_today():
+    """The recorded error at a tenth and at an eighth, made anew."""
+    lora = lt.load(str(BUNDLED))
+    row = next(
+        r
+        for r in json.loads((ROOT / "docs" / "rivals.json").read_text())["sizes"]
+        if r["ratio"] == 8
+    )
+    found = lt.compress(lora, budget=lora.bytes // 8).relative_error
+    assert found == pytest.approx(row["compressed"], rel=1e-3)
+    assert lt.compress(lora, budget="10%").relative_error <= 0.3
