@@ -5,11 +5,12 @@ The base package needs NumPy and SciPy only; it imports no deep-learning framewo
 
 from importlib.metadata import version
 
-from lotrtensor.adapters.compressed import CompressedAdapter
+from lotrtensor.adapters.compressed import CompressedAdapter, CompressedSummary
+from lotrtensor.adapters.compressed_group import CompressedGroup, SourceRecord
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import GroupSummary, LotrAdapter
-from lotrtensor.adapters.modules import FitRecord, LoraModule, LotrGroup
+from lotrtensor.adapters.modules import FactoredCore, FitRecord, LoraModule, LotrGroup
 from lotrtensor.analysis import Analysis, Choice, Similarity, analyze, similarity
 from lotrtensor.core.clusters import Clustering, cluster
 from lotrtensor.core.fit.certificate import Tucker2Fit
@@ -52,9 +53,12 @@ __all__ = [
     "Choice",
     "Clustering",
     "CompressedAdapter",
+    "CompressedGroup",
+    "CompressedSummary",
     "DataError",
     "DenseStack",
     "Difference",
+    "FactoredCore",
     "FitRecord",
     "FormatError",
     "GroupSummary",
@@ -74,6 +78,7 @@ __all__ = [
     "ShapeError",
     "Similarity",
     "SliceStack",
+    "SourceRecord",
     "Tucker2",
     "Tucker2Fit",
     "UnsupportedAdapterError",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import lotrtensor as lt
-from lotrtensor.adapters.compressed_group import CompressedGroup, Source
+from lotrtensor.adapters.compressed_group import CompressedGroup, SourceRecord
 from lotrtensor.core.bits.shared import QuantisedTucker2
 from lotrtensor.core.bits.stack import QuantisedStack
 from lotrtensor.core.bits.terms import QuantisedTerms
@@ -62,7 +62,7 @@ def group(
 
 def adapter(*groups: CompressedGroup, **config: Any) -> lt.CompressedAdapter:
     """An adapter of these groups."""
-    return lt.CompressedAdapter(groups, config, Source(np.dtype("float32"), 100, 400))
+    return lt.CompressedAdapter(groups, config, SourceRecord(np.dtype("float32"), 100, 400))
 
 
 def dense_updates(adapter: lt.CompressedAdapter) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import lotrtensor as lt
 from adapters_fixtures import CONFIG, PREFIX, WEIGHTS, edit_config, snapshot, write_lora
 from compressed_decoder import read_updates
 from compressed_fixtures import codes, dense_updates, terms
-from lotrtensor.adapters.compressed_group import CompressedGroup, Source
+from lotrtensor.adapters.compressed_group import CompressedGroup, SourceRecord
 from lotrtensor.core.bits.shared import QuantisedTucker2
 from lotrtensor.core.bits.stack import QuantisedStack
 from lotrtensor.core.bits.terms import QuantisedTerms
@@ -54,7 +54,7 @@ def golden_adapter():
     config = {"base_model_name_or_path": "org/model", "task_type": "SEQ_CLS",
               "modules_to_save": ["classifier"]}  # fmt: skip
     extras = {f"{PREFIX}classifier.bias": np.array([0.5, -1.0], dtype="float32")}
-    source = Source(np.dtype("float16"), 100, 200)
+    source = SourceRecord(np.dtype("float16"), 100, 200)
     return lt.CompressedAdapter((query, words), config, source, extras)
 
 

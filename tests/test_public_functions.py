@@ -21,6 +21,7 @@ MODULES = tuple(
 )
 ADAPTER = lt.LoraAdapter(MODULES, {}, np.dtype(np.float64))
 LOTR = lt.convert(ADAPTER, rank=2)
+SMALL = lt.compress(ADAPTER, tolerance=0.5)
 TUCKER2 = lt.tucker2(STACK, 3).tucker2
 
 JUNK = [
@@ -93,8 +94,10 @@ RIGHT_FILES = {
     lt.load: {"path": "lora"},
     lt.LoraAdapter.load: {"path": "lora"},
     lt.LotrAdapter.load: {"directory": "lotr"},
+    lt.CompressedAdapter.load: {"directory": "small"},
     lt.LoraAdapter.save: {"self": ADAPTER, "path": "out"},
     lt.LotrAdapter.save: {"self": LOTR, "directory": "out"},
+    lt.CompressedAdapter.save: {"self": SMALL, "directory": "out"},
     lt.extract: CHECKPOINTS | {"rank": 1},
     lt.extraction_error: CHECKPOINTS | {"adapter": ADAPTER},
     lt.merge: {"base": "base", "adapter": ADAPTER, "output": "out"},
@@ -120,12 +123,12 @@ def files(tmp_path, monkeypatch):
     write(tmp_path / "tuned", TUNED)
     ADAPTER.save("lora")
     LOTR.save("lotr")
+    SMALL.save("small")
 
 
 def test_every_public_function_is_tried():
-    functions = {getattr(lt, n) for n in lt.__all__ if inspect.isfunction(getattr(lt, n))}
-    tried = {f for f in RIGHT | RIGHT_FILES if inspect.isfunction(f)}
-    assert functions | {getattr(core, n) for n in core.__all__} <= tried
+    public = {getattr(package, name) for package in (lt, core) for name in package.__all__}
+    assert {f for f in public if inspect.isfunction(f)} <= (RIGHT | RIGHT_FILES).keys()
 
 
 def name_of(value):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, Source
+from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, SourceRecord
 from lotrtensor.adapters.formats.compressed import (
     CompressedContent,
     compressed_files,
@@ -24,6 +24,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.parts import lowered
 from lotrtensor.core.bits.stream import entropy_bits
+from lotrtensor.core.options import check_flag
 from lotrtensor.errors import RankError
 
 
@@ -33,6 +34,15 @@ class CompressedSummary(NamedTuple):
     ``shared_ranks`` is (p, q) of the shared part, (0, 0) where there is none; ``private_ranks`` the
     number of terms of every slice; ``bits`` the mean bits of a stored number; ``relative_error`` a
     relative Frobenius error.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> B, A = np.random.default_rng(0).normal(size=(2, 64, 4))
+    >>> adapter = lt.LoraAdapter((lt.LoraModule("layers.0.q", B, A.T),), {}, np.dtype("float32"))
+    >>> row = lt.compress(adapter, tolerance=0.1).summary[0]
+    >>> row.group, row.slices, row.relative_error <= 0.1
+    ('q', 1, True)
     """
 
     group: str
@@ -55,7 +65,7 @@ class CompressedAdapter:
         The groups.
     config : mapping
         Fields of ``adapter_config.json`` beside the groups: base model, task, targets.
-    source : Source
+    source : SourceRecord
         What the adapter was stored in before: type, numbers and bytes.
     extras : mapping of str to ndarray
         Tensors carried unchanged under their own keys: fully trained modules, biases.
@@ -76,7 +86,7 @@ class CompressedAdapter:
 
     groups: tuple[CompressedGroup, ...]
     config: Mapping[str, Any]
-    source: Source
+    source: SourceRecord
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     alternatives: tuple[Alternative, ...] = ()
 
@@ -93,7 +103,7 @@ class CompressedAdapter:
         FormatError
             If ``directory`` exists and ``force`` is not given, or cannot be written.
         """
-        write_compressed(expand(directory), self._content, force=force)
+        write_compressed(expand(directory), self._content, force=check_flag(force, "force"))
 
     @property
     def _content(self) -> CompressedContent:

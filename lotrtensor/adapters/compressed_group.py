@@ -11,7 +11,7 @@ from lotrtensor.core.bits.stack import QuantisedStack
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceRecord:
     """What an adapter was stored in before it was compressed.
 
     Attributes
@@ -20,6 +20,12 @@ class Source:
         Type of its factors.
     parameters, bytes : int
         Numbers of its updates, and their size.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> lt.SourceRecord(np.dtype("float32"), parameters=1000, bytes=4000).bytes
+    4000
     """
 
     dtype: np.dtype
@@ -56,6 +62,15 @@ class CompressedGroup:
         √(Σ_k ‖ΔW_k‖²) of the updates before.
     embedding : bool
         Whether the modules are embeddings, whose weights are n × m.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> B, A = np.random.default_rng(0).normal(size=(2, 64, 4))
+    >>> adapter = lt.LoraAdapter((lt.LoraModule("layers.0.q", B, A.T),), {}, np.dtype("float32"))
+    >>> group = lt.compress(adapter, tolerance=0.1).groups[0]
+    >>> group.name, group.modules, group.shape
+    ('q', ('layers.0.q',), (64, 64))
     """
 
     name: str

@@ -65,7 +65,15 @@ class LoraModule:
 
 @dataclass(frozen=True, eq=False)
 class FactoredCore:
-    """A core G_k = ``left @ right`` of rank r_k, kept as a product where that is smaller."""
+    """A core G_k = ``left @ right`` of rank r_k, kept as a product where that is smaller.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> core = lt.FactoredCore(np.ones((8, 1)), np.ones((1, 8)))
+    >>> core.size, core.dense().shape
+    (16, (8, 8))
+    """
 
     left: np.ndarray
     right: np.ndarray

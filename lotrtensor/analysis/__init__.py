@@ -2,6 +2,34 @@
 
 from lotrtensor.analysis._analyze import analyze
 from lotrtensor.analysis._similarity import similarity
-from lotrtensor.analysis.rows import Analysis, Choice, Kind, Similarity
+from lotrtensor.analysis.rows import (
+    AdapterPoint,
+    Analysis,
+    Choice,
+    Curve,
+    CurvePoint,
+    GroupAnalysis,
+    GroupPoint,
+    Kind,
+    ModuleRow,
+    Similarity,
+    Step,
+    Target,
+)
 
-__all__ = ["Analysis", "Choice", "Kind", "Similarity", "analyze", "similarity"]
+__all__ = [
+    "AdapterPoint",
+    "Analysis",
+    "Choice",
+    "Curve",
+    "CurvePoint",
+    "GroupAnalysis",
+    "GroupPoint",
+    "Kind",
+    "ModuleRow",
+    "Similarity",
+    "Step",
+    "Target",
+    "analyze",
+    "similarity",
+]

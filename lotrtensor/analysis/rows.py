@@ -11,7 +11,14 @@ from lotrtensor.core.rates import RatePoint
 
 
 class Kind(StrEnum):
-    """Ways to store an adapter; what people call them is the `Choice.representation`."""
+    """Ways to store an adapter; what people call them is the `Choice.representation`.
+
+    Examples
+    --------
+    >>> from lotrtensor.analysis import Kind
+    >>> [kind.value for kind in Kind if not kind.shares_factors]
+    ['lora-best-ranks', 'lora-one-rank']
+    """
 
     LOTR_BY_TYPE = "lotr-by-type"
     LOTR_BY_SHAPE = "lotr-by-shape"

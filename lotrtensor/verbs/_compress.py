@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from lotrtensor.adapters.compressed import CompressedAdapter
-from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, Source
+from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, SourceRecord
 from lotrtensor.adapters.formats.native import COMMON_FIELDS
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
@@ -169,7 +169,7 @@ class CompressionJob:
         groups = tuple(_group(source, stack, step, dtype) for source, stack in self.groups)
         lora = self.lora
         config = {key: lora.config[key] for key in COMMON_FIELDS if key in lora.config}
-        source = Source(lora.dtype, lora.parameters, lora.bytes)
+        source = SourceRecord(lora.dtype, lora.parameters, lora.bytes)
         return CompressedAdapter(groups, config, source, lora.extras)
 
     @property

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lotrtensor.adapters.compressed_group import CompressedGroup, Source
+from lotrtensor.adapters.compressed_group import CompressedGroup, SourceRecord
 from lotrtensor.adapters.formats.carried import split_extras
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, write_directory
 from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
@@ -61,7 +61,7 @@ LONGEST = 2**26
 """Bytes of the groups as JSON, at most: a small file cannot ask for more memory."""
 
 CompressedContent = tuple[
-    tuple[CompressedGroup, ...], Mapping[str, Any], Source, Mapping[str, np.ndarray]
+    tuple[CompressedGroup, ...], Mapping[str, Any], SourceRecord, Mapping[str, np.ndarray]
 ]
 """Groups, config, source and carried tensors: the fields of a `CompressedAdapter`."""
 
@@ -308,11 +308,11 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1e30
 
 
-def _read_source(record: Any, directory: object) -> Source:
+def _read_source(record: Any, directory: object) -> SourceRecord:
     if isinstance(record, list) and len(record) == 3:
         dtype = next((known for known in FLOATS if known.name == record[0]), None)
         if dtype is not None and all(type(x) is int and 0 < x < 2**63 for x in record[1:]):
-            return Source(dtype, record[1], record[2])
+            return SourceRecord(dtype, record[1], record[2])
     raise FormatError(
         f"{directory}: source is {str(record)[:80]}; expected a type, its numbers and its bytes"
     )

@@ -23,6 +23,14 @@ class QuantisedTucker2:
     """Integer ``left`` (m × p), ``right`` (n × q) and ``core`` (K × p × q), and the ``step``.
 
     U and V are the columns of codes brought to norm 1, and G_k = step · core_k: no scale is stored.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> B, A = np.random.default_rng(0).normal(size=(2, 64, 4))
+    >>> adapter = lt.LoraAdapter((lt.LoraModule("layers.0.q", B, A.T),), {}, np.dtype("float32"))
+    >>> lt.compress(adapter, tolerance=0.1, form="lotr").groups[0].stack.shared is None
+    False
     """
 
     left: np.ndarray

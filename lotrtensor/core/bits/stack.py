@@ -55,6 +55,15 @@ class QuantisedStack:
         Terms of every slice; of rank 0 where there are none.
     value_dtype : dtype
         Type that the values of the terms are stored in; they are rounded to it.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> B, A = np.random.default_rng(0).normal(size=(2, 64, 4))
+    >>> adapter = lt.LoraAdapter((lt.LoraModule("layers.0.q", B, A.T),), {}, np.dtype("float32"))
+    >>> stack = lt.compress(adapter, tolerance=0.1, form="lora").groups[0].stack
+    >>> stack.shared_ranks, [factor.shape for factor in stack.factors(0)]
+    ((0, 0), [(64, 4), (4, 64)])
     """
 
     shared: QuantisedTucker2 | None

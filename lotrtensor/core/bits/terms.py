@@ -33,6 +33,15 @@ class QuantisedTerms:
     """Rank-1 terms: integer ``left`` (m × c) and ``right`` (n × c), and a value (c) each.
 
     ΔW ≈ P diag(values) Qᵀ, P and Q being the columns of codes brought to norm 1.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> B, A = np.random.default_rng(0).normal(size=(2, 64, 4))
+    >>> adapter = lt.LoraAdapter((lt.LoraModule("layers.0.q", B, A.T),), {}, np.dtype("float32"))
+    >>> terms = lt.compress(adapter, tolerance=0.1, form="lora").groups[0].stack.private[0]
+    >>> terms.rank, terms.left.dtype.kind
+    (4, 'i')
     """
 
     left: np.ndarray

@@ -15,6 +15,13 @@ class Hosvd(NamedTuple):
     ``left`` (m × a) and ``right`` (n × b) are the left singular vectors of the unfoldings
     [ΔW_1 … ΔW_K] (m × Kn) and [ΔW_1ᵀ … ΔW_Kᵀ] (n × Km); ``left_values`` (a) and
     ``right_values`` (b) their singular values.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lotrtensor.core import hosvd
+    >>> float(hosvd(np.ones((3, 4, 5))).lower_bound2((1, 1)).round(9))  # nothing beyond rank 1
+    0.0
     """
 
     left: Array

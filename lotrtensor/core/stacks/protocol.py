@@ -19,6 +19,14 @@ class Sweep(NamedTuple):
 
     ``left`` is Σ_k (ΔW_k V)(ΔW_k V)ᵀ U (m × b), ``right`` Σ_k (ΔW_kᵀ U)(ΔW_kᵀ U)ᵀ V (n × c),
     ``core`` UᵀΔW_k V (K × b × c) and ``norms2`` ‖ΔW_k‖² (K).
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> left, right = np.eye(4)[:, :2], np.eye(5)[:, :1]
+    >>> sweep = lt.DenseStack(np.ones((3, 4, 5))).sweep(left, right)
+    >>> sweep.left.shape, sweep.right.shape, sweep.core.shape, sweep.norms2.tolist()
+    ((4, 2), (5, 1), (3, 2, 1), [20.0, 20.0, 20.0])
     """
 
     left: Array
