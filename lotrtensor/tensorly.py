@@ -52,7 +52,7 @@ def from_tensorly(tensor: Any) -> Tucker2:
     Parameters
     ----------
     tensor : TuckerTensor or (core, factors)
-        Three factors, one a mode; or two, of the modes 1 and 2, as ``partial_tucker`` with
+        Three factors, one per mode; or two, of the modes 1 and 2, as ``partial_tucker`` with
         ``modes=[1, 2]`` returns them. A first factor goes into the cores, G ← G ×₁ F.
 
     Returns

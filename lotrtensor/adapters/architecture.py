@@ -1,4 +1,4 @@
-"""What the class of a base model says of its weights: asked of transformers, where it is installed.
+"""What the class of a base model says about its weights, where transformers is installed.
 
 The only module of the base package that imports a framework, and only when it is called. The model
 is built without weights (on torch's meta device) from ``config.json`` alone: no download, and no
@@ -54,7 +54,7 @@ def read_architecture(directory: Path, config: Mapping[str, Any]) -> Architectur
                 directory, local_files_only=True, trust_remote_code=False
             )
             return Architecture(model_class(settings).eval())
-    except Exception:  # whatever a foreign config makes a class raise, it is then not known
+    except Exception:  # a class may raise anything on a foreign config
         return None
 
 
@@ -171,7 +171,7 @@ def _kind(module: Any) -> Kind:
 
 @contextlib.contextmanager
 def _silence(transformers: Any) -> Iterator[None]:
-    """What transformers says of a model that is built to be looked at is no news."""
+    """Keep transformers quiet: its messages do not concern a model built only for inspection."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:

@@ -139,7 +139,7 @@ class CompressedAdapter:
 
     @property
     def summary(self) -> tuple[CompressedSummary, ...]:
-        """One row a group: slices, shape, ranks of both parts, numbers, mean bits, error."""
+        """One row per group: slices, shape, ranks of both parts, numbers, mean bits, error."""
         return tuple(
             CompressedSummary(
                 group=group.name,

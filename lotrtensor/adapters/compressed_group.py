@@ -49,7 +49,7 @@ class CompressedGroup:
     name : str
         Name of the group.
     modules : tuple of str
-        Paths of the adapted modules, one a slice.
+        Paths of the adapted modules, one per slice.
     shape : (int, int)
         Shape (m, n) of one ΔW_k.
     slice_ranks : tuple of int

@@ -1,4 +1,4 @@
-"""Which parameters a model uses without calling their module: a run on tensors without numbers."""
+"""Which parameters a model uses without calling their module, found by a run on meta tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DryRun(NamedTuple):
 
 
 def dry_run(model: Any) -> DryRun:
-    """Run a model without numbers and watch which parameters it takes from where.
+    """Run a model on meta tensors and record which parameters are used outside of their modules.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def dry_run(model: Any) -> DryRun:
             try:
                 with torch.no_grad(), _watch(owners, running, found):
                     model(**inputs)
-            except Exception:  # not the input that this model takes, or no run without numbers
+            except Exception:  # another kind of input, or the model cannot run on meta tensors
                 running.clear()
             else:
                 complete = True
@@ -56,11 +56,11 @@ def dry_run(model: Any) -> DryRun:
 
 
 def _watch(owners: dict[int, list[Any]], running: list[Any], found: set[int]) -> Any:
-    """Return a mode of torch that notes parameters used outside of their modules."""
+    """Return a torch function mode that records parameters used outside of their modules."""
     import torch
     from torch.overrides import TorchFunctionMode
 
-    # Numbers are asked for to warn of padding and the like: any answer does.
+    # Models ask for values only to warn of padding and the like: any answer will do.
     answers: dict[Any, Any] = {
         torch.Tensor.__contains__: False,
         torch.Tensor.__bool__: False,
@@ -74,7 +74,7 @@ def _watch(owners: dict[int, list[Any]], running: list[Any], found: set[int]) ->
             if func in answers and args[0].is_meta:
                 return answers[func]
             result = func(*args, **(kwargs or {}))
-            # Asking a parameter for its type or shape is no use of its numbers.
+            # Reading the type or shape of a parameter does not use its values.
             results = result if isinstance(result, tuple | list) else (result,)
             if any(isinstance(item, torch.Tensor) for item in results):
                 for used in _parameters((*args, *(kwargs or {}).values())):

@@ -1,4 +1,4 @@
-"""What a two-dimensional weight belongs to, and so how its update is laid on."""
+"""The kind of layer that a two-dimensional weight belongs to: it decides on transposing ΔW."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ only where the class of the model is not known."""
 
 
 class Layers:
-    """The kinds of a checkpoint's weights: by its class, by what the user says, by shapes.
+    """The kinds of a checkpoint's weights, from its class, the user's options, or shapes.
 
     Parameters
     ----------
@@ -40,9 +40,9 @@ class Layers:
         Modules whose weight is in × out: a regular expression that occurs in their paths, or True
         for all whose class is not known; False to find out.
     embeddings : str, optional
-        Modules that are embeddings, likewise; not given, names tell.
+        Modules that are embeddings, likewise; by default they are known by their names.
     seen : mapping of str to bool
-        Modules of which it is known in other ways whether they are in × out.
+        Modules whose layout is known from elsewhere: whether each is in × out.
 
     Raises
     ------

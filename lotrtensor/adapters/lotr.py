@@ -128,7 +128,7 @@ class LotrAdapter:
 
     @property
     def summary(self) -> tuple[GroupSummary, ...]:
-        """One row a group: slices, shape, ranks, errors, parameters, bytes."""
+        """One row per group: slices, shape, ranks, errors, parameters, bytes."""
         return tuple(
             GroupSummary(
                 group=group.name,

@@ -134,11 +134,11 @@ class LotrGroup:
     name : str
         Name of the group; also its key in the file.
     modules : tuple of str
-        Paths of the adapted modules, one a slice.
+        Paths of the adapted modules, one per slice.
     left, right : ndarray (m, p), (n, q)
         Shared factors U and V, as stored.
     cores : tuple of ndarray (p, q) or FactoredCore
-        One a module, as stored.
+        One per module, as stored.
     slice_ranks : tuple of int
         Rank r_k that each ΔW_k had before; no core has a higher one.
     embedding : bool

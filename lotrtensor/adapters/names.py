@@ -1,4 +1,4 @@
-"""One weight under several names: how the modules of two files are found in each other."""
+"""Match the module names of two files, in which one weight may have different names."""
 
 from __future__ import annotations
 

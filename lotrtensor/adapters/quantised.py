@@ -1,4 +1,4 @@
-"""Weights that are stored as packed numbers, by what lies beside them in a checkpoint."""
+"""Detect quantised weights by the tensors stored beside them in a checkpoint."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ class TruncatedLora:
         return self._point(found)
 
     def curve(self) -> Curve:
-        """One point a rank, or one for each of the best terms, thinned out."""
+        """One point per rank, or one for each of the best terms, thinned out."""
         points = truncation_curve(self.spectra, self.costs, optimal=not self.one_rank)
         kept = thinned([point.parameters for point in points])
         return Curve(self.name, tuple(CurvePoint(*points[i], None) for i in kept))

@@ -29,7 +29,7 @@ def module_svds(modules: Sequence[LoraModule]) -> list[SliceSvd]:
 
 
 def module_rows(modules: Sequence[LoraModule], svds: Sequence[SliceSvd]) -> tuple[ModuleRow, ...]:
-    """One row a module."""
+    """One row per module."""
     return tuple(
         ModuleRow(
             name=module.name,

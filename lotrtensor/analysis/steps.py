@@ -12,7 +12,7 @@ STOPS = 40
 
 
 def steps(lotr: Lotr, others: Sequence[Representation], source_parameters: int) -> tuple[Step, ...]:
-    """One step a rank, with the same size shared out by energy and the alternatives at it."""
+    """One step per rank, with the same size shared out by energy and the alternatives at it."""
     ranks = _ranks(lotr, source_parameters)
     one_rank = [[group.nearest((rank, rank)) for group in lotr.groups] for rank in ranks]
     sizes = [lotr.point(pairs).parameters for pairs in one_rank]

@@ -1,7 +1,8 @@
 """HOSVD, ST-HOSVD and HOOI by themselves, of anything that stands for a stack.
 
-`lotrtensor.tucker2` chooses among them and certifies what it returns. All three go over to the
-equal small problem of the exact reduction first, so that thin factors stay thin.
+`lotrtensor.tucker2` chooses among them and certifies what it returns. All three first replace the
+stack by the small problem of the exact reduction, which has the same errors, so that thin factors
+stay thin.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def hooi(stack: Operand, rank: Rank, *, rtol: float = 1e-6, max_sweeps: int = 50
     rank : int or (int, int)
         Left and right rank (p, q).
     rtol : float
-        Stop when further sweeps promise to lower the squared error by less than this share of it.
+        Stop when further sweeps are expected to lower the squared error by less than this share of
+        it.
     max_sweeps : int
         Stop here in any case.
 

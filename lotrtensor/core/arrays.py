@@ -1,4 +1,4 @@
-"""Which array library, device and type: the questions asked once, at the door."""
+"""Array library, device and type, found from the arguments of a public function."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_real_floating(x: Array, name: str) -> None:
     Raises
     ------
     DataError
-        Integers would be truncated and complex factors conjugated without a word.
+        Integers would be truncated and complex factors conjugated silently.
     """
     xp = namespace(x)
     if not (is_bfloat16(x) or xp.isdtype(x.dtype, "real floating")):
@@ -109,7 +109,7 @@ def as_working(x: Array) -> Array:
 
 
 def as_accumulator(x: Array) -> Array:
-    """Return ``x`` in the widest real type its library and device have, float64 where they can."""
+    """Return ``x`` in the widest real type of its library and device, usually float64."""
     xp = namespace(x)
     if x.dtype == xp.float64:
         return x
@@ -142,7 +142,7 @@ def constant(x: Array) -> Array:
 
 
 def common_dtype(arrays: list[Array]) -> Any:
-    """Return the type that all ``arrays`` promote to; unlike half-precision types, to float32."""
+    """Return the type that all ``arrays`` promote to; float32 for a mix of half-precision types."""
     dtypes = list({x.dtype: None for x in arrays})
     if len(dtypes) == 1:
         return dtypes[0]

@@ -27,7 +27,7 @@ class Clustering:
     labels : ndarray (K,) of int
         Cluster of every slice, numbered by first appearance.
     fits : tuple of Tucker2Fit
-        One a cluster, of its slices in their order.
+        One per cluster, of its slices in their order.
     relative_error : float
         √(Σ_k ‖ΔW_k − U_c G_k V_cᵀ‖² / Σ_k ‖ΔW_k‖²) with c the cluster of slice k.
 
@@ -62,9 +62,9 @@ def cluster(
 ) -> Clustering:
     """Split the slices among ``clusters`` bases (U_c, V_c) of one rank.
 
-    By turns every slice goes to the basis that leaves the smallest residual, and every basis is
-    fitted anew; a round that does not lower the error ends a start. The starts are contiguous
-    runs of slices, for neighbouring layers are alike, and random partitions.
+    A round assigns every slice to the basis that leaves it the smallest residual, then fits every
+    basis again. A start ends with the first round that does not lower the error. The starts are
+    contiguous runs of slices, because neighbouring layers are alike, and random partitions.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def cluster(
     -----
     Both half steps lower Σ_k ‖ΔW_k − U_c U_cᵀ ΔW_k V_c V_cᵀ‖², as in clustering by subspaces
     (Bradley and Mangasarian, "k-Plane clustering", J. Global Optim. 16 (2000)). A round costs one
-    fit and one residual a cluster.
+    fit and one residual per cluster.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Linear algebra on arrays of any array-API library, where the standard has no single word.
+"""Linear algebra on arrays of any library, where the array API standard has no function.
 
 Only these few functions know which library they run on: SciPy drives LAPACK for large NumPy
 arrays, in place or for a subset of the eigenpairs; all else takes the standard's own route.

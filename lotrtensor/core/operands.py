@@ -1,4 +1,4 @@
-"""as_stack: the door for everything that stands for K slices of one shape."""
+"""as_stack: make a stack of anything that stands for K slices of one shape."""
 
 from __future__ import annotations
 

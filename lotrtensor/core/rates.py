@@ -109,7 +109,7 @@ def rate_distortion(
 
 def _check_slice_ranks(slice_ranks: Sequence[int], slices: int) -> list[int]:
     if not isinstance(slice_ranks, Sequence) or len(slice_ranks) != slices:
-        raise OptionError(f"slice_ranks is {slice_ranks!r}; expected {slices}, one a slice")
+        raise OptionError(f"slice_ranks is {slice_ranks!r}; expected {slices}, one per slice")
     return [check_integer(r, f"rank of slice {k}", 1) for k, r in enumerate(slice_ranks)]
 
 
@@ -135,7 +135,7 @@ def truncated_lora_curve(stacks: Sequence[LowRankStack], *, optimal: bool) -> tu
     Returns
     -------
     tuple of SizePoint
-        By rising parameters. Uniform: one point a rank. Optimal: one a rank-1 term, from rank 1
+        By rising parameters. Uniform: one point per rank. Optimal: one per rank-1 term, from rank 1
         everywhere on.
     """
     spectra = [svd.values for stack in stacks for svd in slice_svds(stack)]

@@ -1,4 +1,4 @@
-"""Truncated LoRA: each slice to a lower rank of its own, exactly, through small SVDs."""
+"""Truncated LoRA: the best approximation of each slice at a lower rank, by small SVDs."""
 
 from __future__ import annotations
 

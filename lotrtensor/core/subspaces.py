@@ -1,4 +1,4 @@
-"""How far slices use the same directions: overlap of their leading singular subspaces."""
+"""Overlap of the leading singular subspaces of slices: how far they use the same directions."""
 
 from __future__ import annotations
 

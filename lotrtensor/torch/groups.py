@@ -39,7 +39,7 @@ class GroupPlan:
     name : str
         Name of the group; also its key in a file.
     modules : tuple of str
-        Paths of the layers, one a slice.
+        Paths of the layers, one per slice.
     shape : (int, int)
         Shape (m, n) of a ΔW_k.
     rank : (int, int)

@@ -237,7 +237,7 @@ def save_lotr(
     config: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> None:
-    """Write the LoTR layers of ``model`` as a native directory, factors once a group.
+    """Write the LoTR layers of ``model`` as a native directory, factors once per group.
 
     The command line reads it, and so does `lotrtensor.peft`. Layers with private parts, of a
     compressed adapter, become a PEFT LoRA instead; see `to_adapter`.

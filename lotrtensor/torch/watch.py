@@ -135,7 +135,7 @@ def check_adapted(
     Returns
     -------
     tuple of LayerUse
-        One an adapted layer.
+        One per adapted layer.
 
     Raises
     ------

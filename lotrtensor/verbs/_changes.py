@@ -1,4 +1,4 @@
-"""What merging an adapter changes: updates that are added, tensors that are replaced."""
+"""The changes that merging an adapter makes: updates added, tensors replaced."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def carried_changes(
 ) -> tuple[dict[str, Change], list[str]]:
     """Return the tensors of a checkpoint that an adapter carries in full and that differ.
 
-    Beside them, what is to be said of them and of those that are dropped, for they are the base's.
+    Also return what the user is told of these, and of those dropped because the base has them.
 
     Parameters
     ----------

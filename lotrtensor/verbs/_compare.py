@@ -1,4 +1,4 @@
-"""compare: how far two adapters are apart, module by module."""
+"""compare: the difference of two adapters, module by module."""
 
 from __future__ import annotations
 

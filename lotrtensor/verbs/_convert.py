@@ -57,7 +57,7 @@ def convert(
     dtype : dtype, optional
         Type to store in; the adapter's own if not given.
     progress : callable, optional
-        Told of every group before it is decomposed.
+        Called for every group before it is decomposed.
 
     Returns
     -------
@@ -76,8 +76,8 @@ def convert(
     Notes
     -----
     The cores of a group cost K p q numbers, its factors m p + n q; LoRA's cost Σ r_k (m + n). One
-    tolerance or budget is shared out among the groups by energy per parameter, on the convex
-    hulls of their rate–distortion curves.
+    tolerance or budget is distributed over the groups so that the total size or error is least, on
+    their rate–distortion curves.
 
     Examples
     --------

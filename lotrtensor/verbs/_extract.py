@@ -70,7 +70,7 @@ def extract(
         How far; exactly one of them, as for `convert`. Shares are of the bytes of the matrices
         that differ.
     form : str
-        ``"lotr"``: factors shared by groups; ``"lora"``: a pair of factors a module.
+        ``"lotr"``: factors shared by groups; ``"lora"``: a pair of factors per module.
     group_by : str
         LoTR: as for `convert`; ``"none"`` gives every module factors of its own.
     allocation : str
@@ -91,7 +91,7 @@ def extract(
     dtype : dtype, optional
         Type to store in; the tuned checkpoint's own if not given.
     progress : callable, optional
-        Told of every group or module before it is decomposed.
+        Called for every group or module before it is decomposed.
 
     Returns
     -------
@@ -122,10 +122,10 @@ def extract(
     most `WIDEST` of them where a budget decides, and once more to measure what a tolerance allows.
 
     What a weight belongs to is asked of the class that ``config.json`` of the base names, where
-    transformers is installed and has it. Modules then have the paths of today's transformers; a
-    weight that several modules share moves all of them; and a weight that is used without its
-    module being called, or belongs to a layer of its own kind, is carried in full, in
-    ``modules_to_save``, for an adapter there would change nothing.
+    transformers is installed and has it. Modules then have the paths of today's transformers; the
+    update of a weight that several modules share applies to all of them; and a weight that is used
+    without its module being called, or that belongs to a custom layer, is carried in full in
+    ``modules_to_save``, because an adapter there would change nothing.
 
     Examples
     --------

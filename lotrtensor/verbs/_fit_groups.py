@@ -1,4 +1,4 @@
-"""Groups of updates at one rank, or within one tolerance or size: the engine of the verbs."""
+"""Decompose groups of updates at one rank, or within one tolerance or size."""
 
 from __future__ import annotations
 
@@ -108,9 +108,9 @@ def _reduce(source: SourceGroup, goal: Goal) -> ReducedStack:
 
 @dataclass(frozen=True, eq=False)
 class GroupFit:
-    """A group on its way: where it comes from and what its decomposition tells.
+    """A group to be decomposed: its source and its reduced stack.
 
-    At the ranks of a group that is in LoTR form already it is kept as it is.
+    A group that is in LoTR form already is kept as it is at its own ranks.
     """
 
     source: SourceGroup

@@ -1,4 +1,4 @@
-"""The goal of a verb, built at its door: ranks are checked, and a budget becomes parameters."""
+"""What a verb is asked for: checks the ranks and turns a budget into a number of parameters."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def lora_goal(
     """
     rank = asked.rank
     if rank is not None and (not isinstance(rank, int | np.integer) or isinstance(rank, bool)):
-        raise RankError(f"rank is {rank!r}; expected one integer, for a LoRA has one rank a module")
+        raise RankError(
+            f"rank is {rank!r}; expected one integer, for a LoRA has one rank per module"
+        )
     name, most = max(largest.items(), key=lambda item: item[1])
     if rank is not None and rank > most:
         raise RankError(

@@ -1,4 +1,4 @@
-"""LoRA modules at lower ranks: allocated, rounded to the type that is stored, and measured."""
+"""LoRA modules at lower ranks: allocated, rounded to the stored type, and measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lotrtensor.verbs._goals import Allocation
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """One module's ΔW on its way to a LoRA.
+    """The ΔW of one module, to be stored at a lower rank.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class Update:
     lost2 : float
         Squared norm of ΔW beyond ``svd``.
     whole : LoraModule or None
-        The module as it was: what full rank gives back, without another rounding.
+        The source module, returned unchanged at full rank, without another rounding.
     """
 
     name: str

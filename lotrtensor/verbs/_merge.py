@@ -1,4 +1,4 @@
-"""merge: an adapter's update goes into the weights of a checkpoint."""
+"""merge: add the update of an adapter to the weights of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups of updates on their way into shared factors: where they come from, how they split."""
+"""Groups of updates that are to share factors: made from adapters, or split into clusters."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lotrtensor.errors import RankError
 
 @dataclass(frozen=True, eq=False)
 class SourceGroup:
-    """Updates that are to share their factors, and what they cost where they come from.
+    """Updates that are to share their factors, and their size in the source.
 
     Attributes
     ----------
     name : str
         Name of the group.
     modules : tuple of str
-        Paths of the modules, one a slice.
+        Paths of the modules, one per slice.
     stack : SliceStack or Tucker2
         Their updates.
     slice_ranks : tuple of int or None
@@ -36,7 +36,7 @@ class SourceGroup:
     parameters, bytes : int
         Size of the updates as stored in the source.
     kept : LotrGroup or None
-        The group as it was: what full rank gives back, without another rounding.
+        The source group, returned unchanged at full rank, without another rounding.
     """
 
     name: str
@@ -55,7 +55,7 @@ class SourceGroup:
 
     @property
     def lazy(self) -> bool:
-        """Whether every pass over the updates costs their reading."""
+        """Whether every pass reads the updates again."""
         return not isinstance(self.stack, Tucker2) and self.stack.lazy
 
     @property
@@ -122,7 +122,7 @@ def split_groups(
     groups : sequence of (str, sequence of LoraModule)
         Names and modules of the groups.
     clusters : int
-        Clusters a group, at most one a slice.
+        Number of clusters per group, at most one per slice.
     rank : (int, int) or None
         Ranks that the clusters are found at; a quarter of what the group can need if not given.
 

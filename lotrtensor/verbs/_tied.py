@@ -1,4 +1,4 @@
-"""Weights that several modules share: an update for one of them would move the others too."""
+"""Tied weights: an update for one module would change the others that share its weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""truncate: an adapter to lower ranks, in the form that it has."""
+"""truncate: lower the ranks of an adapter and keep its form."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def truncate(
         How a LoRA's ranks follow from a tolerance, energy or budget: ``"optimal"``, the best ranks
         of all modules, or ``"uniform"``, one rank for all.
     progress : callable, optional
-        Told of every group of a LoTR before it is decomposed.
+        Called for every group of a LoTR before it is decomposed.
 
     Returns
     -------
@@ -108,8 +108,8 @@ def truncate(
     Notes
     -----
     For a LoRA, QRs of B and Aᵀ leave an r × r matrix, whose SVD is that of ΔW: the product is
-    never built (Eckart and Young, Psychometrika 1 (1936)). For a LoTR, QRs of U and V leave a
-    K × p × q tensor, which is decomposed in its place.
+    never built (Eckart and Young, Psychometrika 1 (1936)). For a LoTR, QRs of U and V leave an
+    equal K × p × q problem, which is decomposed instead.
 
     Examples
     --------
@@ -151,7 +151,7 @@ def _truncate_tucker2(found: Tucker2, asked: Asked) -> Tucker2:
 
 
 def padded_rank(adapter: LoraAdapter, budget: int | str) -> int:
-    """Largest rank of all modules that ``budget`` pays where each is padded to it.
+    """Largest common rank within ``budget``, where every module is padded to it.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What two checkpoints differ in, sorted: modules that get an update, weights carried in full."""
+"""The weights in which two checkpoints differ: modules to update, weights carried in full."""
 
 from __future__ import annotations
 

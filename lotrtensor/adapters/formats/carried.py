@@ -1,4 +1,4 @@
-"""What an adapter file holds beside its update, and what of it PEFT puts where.
+"""Tensors that an adapter file holds beside its update, and where PEFT loads them.
 
 PEFT loads every tensor whose key is a parameter of the adapted model. So a file may carry, under
 the path of a module,
@@ -9,8 +9,8 @@ the path of a module,
     <module>.base_layer.weight          the weight below an adapter, as the base model has it
     <module>.token_adapter.trainable_tokens_delta        rows of an embedding
 
-What belongs to an update that is not read here must never pass for one of these: the result would
-lack it without a word.
+A tensor of an update that is not read here must never be taken for one of these: the result would
+silently lack it.
 """
 
 from __future__ import annotations

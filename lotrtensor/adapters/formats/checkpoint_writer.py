@@ -1,4 +1,4 @@
-"""A checkpoint written anew with some tensors changed: every other byte stays as it is."""
+"""Write a copy of a checkpoint with some tensors changed and every other byte kept."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def rewrite_checkpoint(
                 shutil.copy2(path, fresh / path.name)
             for path in _module_directories(source):
                 shutil.copytree(path, fresh / path.name)
-            # A file of any name that was named alone becomes one that is found in a directory.
+            # A single file gets the name that is looked for in a directory.
             kept = WEIGHT_NAMES if source.single else changed
             for shard in sorted(changed):
                 target = fresh / (shard if shard in kept else SINGLE_NAME)

@@ -19,7 +19,7 @@ class GroupRecord:
     name : str
         Name of the group; also its key in the file.
     modules : tuple of str
-        Paths of the adapted modules, one a slice.
+        Paths of the adapted modules, one per slice.
     shape : (int, int)
         Shape (m, n) of one ΔW_k.
     rank : (int, int)
@@ -89,7 +89,7 @@ class GroupRecord:
             raise _refusal(where, "private_ranks", list(widths), f"{len(modules)} integers")
         if len(ranks) != len(modules):
             raise _refusal(
-                where, "slice_ranks", ranks, f"{len(modules)} positive integers, one a module"
+                where, "slice_ranks", ranks, f"{len(modules)} positive integers, one per module"
             )
         return cls(
             name=entry["name"],
@@ -152,7 +152,7 @@ _EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "modules": (_names, "a list of different module paths"),
     "shape": (_pair, "two positive integers"),
     "rank": (_pair, "two positive integers"),
-    "slice_ranks": (_integers, "positive integers, one a module"),
+    "slice_ranks": (_integers, "positive integers, one per module"),
     "scale": (_finite, "a finite number"),
     "embedding": (lambda v: v is None or isinstance(v, bool), "true or false"),
     "fit": (_fit, f"null, or the numbers {', '.join(_FIT_FIELDS)}"),

@@ -1,4 +1,4 @@
-"""The native LoTR directory: shared factors once a group, a core a module.
+"""The native LoTR directory: shared factors once per group, a core per module.
 
 ``adapter_config.json`` lists the groups; ``adapter_model.safetensors`` holds
 

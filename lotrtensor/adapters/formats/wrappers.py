@@ -1,4 +1,4 @@
-"""Names that wrappers of a model put into the paths of its modules, and that no base model has.
+"""Remove the names that wrappers such as FSDP put into module paths.
 
 A compiled, distributed or checkpointed model is the same model in a wrapper, and a file saved from
 inside one names modules that the plain model does not have: loaded there, it does nothing.

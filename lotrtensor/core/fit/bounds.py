@@ -1,4 +1,4 @@
-"""The energy that no decomposition of given ranks can keep, without the exact small problem."""
+"""A lower bound on the error at given ranks that does not need the exact small problem."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def discarded_energy(stack: SliceStack, rank: tuple[int, int]) -> float:
 
     Notes
     -----
-    Cost 2 (m + n) ρ² flops and the eigenvalues of two ρ × ρ matrices. A tail is the whole
-    less the leading eigenvalues, so that errors below 1e-6 of the whole are left to the small
-    problem, which measures them without cancellation.
+    Cost 2 (m + n) ρ² flops and the eigenvalues of two ρ × ρ matrices. A tail is computed as the
+    trace minus the leading eigenvalues. This cancels for relative errors below 1e-6, which are left
+    to the small problem: it measures them without cancellation.
     """
     if not isinstance(stack, LowRankStack) or sum(stack.ranks) > tuning.GRAM_SIDE:
         return 0.0

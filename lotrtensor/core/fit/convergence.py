@@ -1,17 +1,17 @@
-"""When an iteration has converged: what further steps promise, from the last two gains."""
+"""Stopping rule: what further steps can still gain, estimated from the last two gains."""
 
 from __future__ import annotations
 
 FASTEST, SLOWEST = 0.5, 0.99
-"""Rates of the gains that are believed: two gains are too few to tell of faster or slower ones."""
+"""Limits of the estimated rate: two gains are too few to show a faster or a slower one."""
 
 
 def still_to_come(before: float, gain: float) -> float:
-    """Sum of all further gains over the last one.
+    """Estimate the sum of all further gains, as a multiple of the last one.
 
-    Gains of a linearly convergent iteration fall like a geometric series. With the rate ρ that the
-    last two tell, what remains is ρ / (1 − ρ) times the last: a small gain alone may be one of
-    very many.
+    The gains of a linearly convergent iteration fall like a geometric series. If ρ is the ratio of
+    the last two, all later gains together are ρ / (1 − ρ) times the last. A small gain alone does
+    not show convergence: very many more may follow.
 
     Parameters
     ----------

@@ -56,7 +56,7 @@ def hooi(
     rtol: float = tuning.RTOL,
     max_sweeps: int = tuning.MAX_SWEEPS,
 ) -> Hooi:
-    """Maximise the captured energy Σ_k ‖Uᵀ ΔW_k V‖² by turns over U and V.
+    """Maximise the captured energy Σ_k ‖Uᵀ ΔW_k V‖² alternately over U and V.
 
     A sweep sets U to the p leading left singular vectors of [ΔW_1 V … ΔW_K V], then V to the q
     leading ones of [ΔW_1ᵀ U … ΔW_Kᵀ U].
@@ -74,8 +74,8 @@ def hooi(
     squared : bool
         See `leading_left`.
     rtol : float
-        Stop when all further sweeps promise to lower the squared error by less than this share of
-        it; see `still_to_come`.
+        Stop when all further sweeps together are expected to lower the squared error by less than
+        this share of it; see `still_to_come`.
     max_sweeps : int
         Stop here in any case.
 
@@ -90,7 +90,7 @@ def hooi(
         left, _ = leading_left(_completed(stack.left_factor, right, p), p, squared=squared)
         right, values = leading_left(_completed(stack.right_factor, left, q), q, squared=squared)
         if squared:
-            # Far above rounding, what is captured tells the error without another product.
+            # Far above rounding the captured energy gives the error without another product.
             error2 = max(norm2 - float(namespace(values).sum(values**2)), 0.0) / norm2
         else:
             error2 = float(to_numpy(stack.residual_norms2(left, right)).sum()) / norm2
@@ -101,7 +101,7 @@ def hooi(
 
 
 def _converged(history: list[float], rtol: float) -> bool:
-    """Whether the gains have ended, or promise less than ``rtol`` of the squared error."""
+    """Whether gains have ended, or all later ones are expected below ``rtol`` of the error."""
     if len(history) < 2:
         return False
     # Below 1e-30 of the whole there is only rounding left.
@@ -112,10 +112,10 @@ def _converged(history: list[float], rtol: float) -> bool:
 
 
 def _completed(factor: Callable[..., Array], other: Array, rank: int) -> Array:
-    """Return the factor that ``other`` projects, with columns enough for ``rank`` directions.
+    """Return the factor projected by ``other``, with columns enough for ``rank`` directions.
 
-    Where the projected slices span fewer, any others would do as well for this half of the sweep;
-    those of the most energy in the whole stack serve the next half best.
+    If the projected slices span fewer, this half of the sweep could take any further directions;
+    those of the most energy in the whole stack are best for the next half.
     """
     projected = factor(other)
     if projected.shape[1] >= rank:

@@ -56,7 +56,7 @@ def block_iteration(
 
         U ← orth(Σ_k (ΔW_k V)(ΔW_k V)ᵀ U),   V ← orth(Σ_k (ΔW_kᵀ U)(ΔW_kᵀ U)ᵀ V),
 
-    and yields the core between the blocks it started with, which the next pass can be judged by.
+    and returns the core between the blocks that it started from, by which convergence is judged.
 
     Parameters
     ----------
@@ -65,11 +65,11 @@ def block_iteration(
     width : (int, int)
         Block widths (b, c): the ranks wanted and some more, which speeds convergence.
     rank : (int, int), optional
-        Ranks (p, q) whose energy decides when to stop; the whole blocks' if not given. The columns
-        beyond them may still turn in the noise.
+        Ranks (p, q) whose captured energy decides when to stop, by default all of the block's.
+        Columns beyond them need not have converged.
     rtol : float
-        Stop when what the next passes can lower the squared error by is less than this share of
-        it, extrapolated from the last two gains.
+        Stop when further passes, extrapolated from the last two gains, would lower the squared
+        error by less than this share of it.
     max_passes : int
         Stop here in any case.
     seed : int
@@ -113,8 +113,8 @@ def _leading_energy(core: Array, rank: tuple[int, int]) -> float:
 
 
 def stalled(captured: list[float], norm2: float, rtol: float, floor: float) -> bool:
-    """Whether further passes promise less than ``rtol`` of the error, or than rounding shows."""
-    if len(captured) < 3:  # a random start says nothing, and one gain no rate
+    """Whether further passes would gain less than ``rtol`` of the error, or less than rounding."""
+    if len(captured) < 3:  # the first gain is from a random start, and a rate needs two
         return False
     before, gain = np.diff(captured[-3:]).tolist()
     error2 = max(norm2 - captured[-1], 0.0)

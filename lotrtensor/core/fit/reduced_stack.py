@@ -1,4 +1,4 @@
-"""ReducedStack: a stack after its reduction, decomposed once and solved at any ranks."""
+"""ReducedStack: a stack with its small problem, which can be solved at any ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Pair = tuple[int, int]
 
 
 class ReducedStack:
-    """Everything that one reduction and one HOSVD tell of a stack, at every pair of ranks.
+    """A stack, its reduction and the HOSVD of the small problem: errors at every pair of ranks.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class ReducedStack:
     reduction : Reduction
         The small problem of the slices, weighted where there are weights.
     weights : ndarray (K,), optional
-        One number w_k a slice: all errors but those of a `Tucker2Fit` are of w_k ΔW_k.
+        One number w_k per slice; all errors except those of a `Tucker2Fit` refer to w_k ΔW_k.
     slice_ranks : sequence of int, optional
         Ranks r_k of the slices: a core then costs min(p q, r_k (p + q)), as it is stored.
     solver : str
@@ -103,7 +103,7 @@ class ReducedStack:
 
     @cached_property
     def curve(self) -> Frontier:
-        """Efficient rank pairs, with the errors of the truncated HOSVD; HOOI goes below."""
+        """Efficient rank pairs, with the errors of the truncated HOSVD; HOOI only lowers them."""
         return efficient_pairs(self.truncated2, self.norm2, self.shape, self.slice_ranks)
 
     @property
@@ -121,11 +121,11 @@ class ReducedStack:
         return self.hosvd.left.shape[1], self.hosvd.right.shape[1]
 
     def nearest(self, pair: Pair) -> Pair:
-        """Ranks ``pair``, or as many as there are."""
+        """Ranks ``pair``, limited to the largest that the small problem has."""
         return min(pair[0], self.largest[0]), min(pair[1], self.largest[1])
 
     def lower_bound2(self, pair: Pair) -> float:
-        """Squared error that no decomposition of ``pair`` goes below."""
+        """Lower bound on the squared error of any decomposition of ranks ``pair``."""
         return max(float(self.hosvd.lower_bound2(pair)), self.reduction.discarded2)
 
     def lower_bounds2(self) -> np.ndarray:
@@ -148,7 +148,7 @@ class ReducedStack:
         found = np.empty((len(pairs), self.shape[0]))
         rows, columns = (np.array([pair[side] - 1 for pair in pairs]) for side in (0, 1))
         for k, core2 in enumerate(self._cores2()):
-            # Only the exact reduction sees all of a slice.
+            # Only the exact reduction holds all of a slice.
             beyond2 = max(float(self.norms2[k] - core2.sum()), 0.0)
             lost2 = beyond2 if self.reduction.lost2 else 0.0
             found[:, k] = outside2(core2)[rows, columns] + lost2
@@ -191,10 +191,10 @@ class ReducedStack:
         return self.reduction.expand(self.hosvd.left[:, :a], self.hosvd.right[:, :b])
 
     def part(self, members: Sequence[int], widest: Pair) -> ReducedStack:
-        """The slices ``members`` of a stack of thin factors, by a small problem of their own.
+        """The slices ``members`` of a stack of thin factors, as a reduced stack of their own.
 
-        It comes from the small problem of all slices, which has to be an exact one, and ends at
-        ranks ``widest`` where it is too large for another.
+        It is derived from the small problem of all slices, which must be exact. If it is too large
+        for an exact one of its own, its ranks end at ``widest``.
         """
         stack, small = self.stack, self.reduction.small
         if not (self.exact and isinstance(stack, LowRankStack) and isinstance(small, LowRankStack)):
@@ -207,7 +207,7 @@ class ReducedStack:
     def _cores2(self) -> Iterator[np.ndarray]:
         """Squared entries of the cores UᵀΔW_kV (a × b), U and V those of the HOSVD.
 
-        One core at a time: all K of them can be larger than thin factors by far.
+        One core at a time: all K together can take far more memory than the thin factors.
         """
         small, (left, _, right, _) = self.reduction.small, self.hosvd
         for k in range(self.shape[0]):

@@ -28,10 +28,10 @@ Kind = Literal["exact", "matrix-free", "projected"]
 class Reduction:
     """ΔW_k ≈ Q · small_k · Pᵀ with orthonormal Q and P, None standing for the identity.
 
-    ``norms2`` are ‖ΔW_k‖² (K) and ``lost2`` is the squared norm outside, 0 where ``kind`` is exact.
-    ``discarded2`` is a lower bound of what any decomposition of the rank asked for loses, where it
-    is known beyond what the small problem tells. ``passes``, ``history`` (relative errors) and
-    ``converged`` tell of the iteration.
+    ``norms2`` are ‖ΔW_k‖² (K). ``lost2`` is the squared norm that the small problem leaves out, 0
+    if ``kind`` is exact. ``discarded2`` is a lower bound on the squared error at the rank asked
+    for, where a better one is known than the small problem gives. ``passes``, ``history`` (relative
+    errors) and ``converged`` describe the iteration.
     """
 
     kind: Kind
@@ -93,13 +93,13 @@ def reduce_stack(
 ) -> Reduction:
     """Return an equal or nearly equal small problem.
 
-    ``auto`` is exact while `exact_flops` stays below `EXACT_FLOPS`, and for stacks read on demand
-    never. Matrix-free, the block is the rank wanted, as far as the stack has it, and some columns
-    more; if the rank is ``final``, no other being asked of the small problem, and the slices are in
-    memory, it is refined at just that rank. Where no rank is given the block doubles until the
-    error outside is below half of ``tolerance``; it then holds K b c numbers, which may be as many
-    as the slices'. A Tucker2 is reduced to its cores between orthonormal factors, and these further
-    if they are large.
+    ``auto`` is exact while `exact_flops` stays below `EXACT_FLOPS`, but never for slices that are
+    read on demand. The matrix-free block is somewhat wider than the rank wanted. If that rank is
+    ``final``, so that no other will be asked for, and the slices are in memory, the block is then
+    refined at exactly that rank. Without a rank, the block is doubled until the error outside is
+    below half of ``tolerance``; its cores hold K b c numbers, at most as many as the slices. A
+    Tucker2 is reduced to its cores between orthonormal factors, which are reduced further if they
+    are large.
     """
     if isinstance(stack, Tucker2):
         whole = stack.orthogonalised()
@@ -122,7 +122,7 @@ def reduce_stack(
         return _wide_enough(stack, tolerance, iteration)
     rank = min(rank[0], stack.max_rank[0]), min(rank[1], stack.max_rank[1])
     found = block_iteration(stack, _block(stack, rank), rank, **iteration)
-    # Differences will do where the error is not used: what is returned is measured.
+    # A difference of norms is accurate enough here: the error that is reported is measured.
     lost2 = max(found.norm2 - found.core_norm2, 0.0)
     reduction = _reduction(found, lost2, discarded_energy(stack, rank), len(found.captured))
     if final and not stack.lazy and found.norm2 > 0.0:
@@ -133,8 +133,9 @@ def reduce_stack(
 def reduce_between(stack: LowRankStack, left: Array, right: Array) -> Reduction:
     """Small problem of ``stack`` inside the spaces of ``left`` (m × a) and ``right`` (n × b).
 
-    What lies outside counts as error, so that errors stay what factors reach. The discarded
-    energies of the part inside are no larger than the whole's: bounds are valid, and less sharp.
+    What lies outside is counted as error, so that errors are those of the whole stack. The
+    discarded energies of the part inside are at most those of the whole: the bounds stay valid, but
+    are less sharp.
     """
     left, right = orthonormal_basis(left), orthonormal_basis(right)
     factors = [stack.factors(k) for k in range(stack.shape[0])]
@@ -148,7 +149,7 @@ def reduce_between(stack: LowRankStack, left: Array, right: Array) -> Reduction:
 
 
 def _wide_enough(stack: SliceStack, tolerance: float, options: dict[str, Any]) -> Reduction:
-    """The small problem of blocks so wide that little of ``tolerance`` is lost outside."""
+    """The small problem of blocks so wide that at most half of ``tolerance`` is lost outside."""
     width, passes = (tuning.FIRST_WIDTH, tuning.FIRST_WIDTH), 0
     start: tuple[Array, Array] | None = None
     while True:
@@ -205,7 +206,7 @@ def _refined(
 def _block(stack: SliceStack, rank: tuple[int, int]) -> tuple[int, int]:
     """Width of the blocks for ``rank``: more columns, which speed convergence.
 
-    A quarter more; twice as many where a pass costs the reading, beside which columns are cheap.
+    A quarter more; twice as many where every pass reads the slices, which costs more than columns.
     """
 
     def width(r: int, most: int) -> int:

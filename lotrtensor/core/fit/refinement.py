@@ -1,4 +1,4 @@
-"""Refinement of matrix-free blocks at the very ranks wanted: HOOI through the stack's products."""
+"""Refinement of matrix-free blocks at exactly the ranks wanted: HOOI on the whole stack."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Refinement(NamedTuple):
 
     @property
     def passes(self) -> int:
-        """Passes over the slices: two a round, and one for the cores."""
+        """Passes over the slices: two per round, and one for the cores."""
         return 2 * len(self.captured) + 1
 
 
@@ -40,10 +40,10 @@ def refine(
 ) -> Refinement:
     """Maximise Σ_k ‖UᵀΔW_k V‖² over U and V of exactly the ranks wanted.
 
-    Blocks with columns to spare solve the problem of their own, larger ranks; the best (p, q)
-    directions inside them are not the best of all. So each side, by turns, takes one step of
-    subspace iteration on the Gram matrix that the other one projects at its wanted rank, and
-    keeps the leading directions of its block there:
+    A wider block converges to the solution at its own, larger ranks; the best (p, q) directions
+    inside it need not be the best of all. So U and V alternately take one step of subspace
+    iteration on the Gram matrix projected by the other one at its wanted rank, and keep the leading
+    directions of their block:
 
         U ← leading p of U_b by Σ_k (ΔW_k V)(ΔW_k V)ᵀ,   U_b ← orth(Σ_k (ΔW_k V)(ΔW_k V)ᵀ U_b).
 
@@ -60,7 +60,7 @@ def refine(
     norm2 : float
         Σ_k ‖ΔW_k‖².
     rtol : float
-        Stop when further rounds promise less than this share of the squared error.
+        Stop when further rounds are expected to gain less than this share of the squared error.
     max_rounds : int
         Stop here in any case.
 

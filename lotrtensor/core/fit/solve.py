@@ -61,7 +61,7 @@ def solve(
     if solver == "st-hosvd":
         right, _ = leading_left(small.right_factor(left), rank[1], squared=False)
     elif solver == "hooi" and norm2 > 0.0 and not rank == small.shape[1:] == small.max_rank:
-        # Eigenvectors of a Gram matrix lose energies of 1e-16 of the whole: far below this error.
+        # A Gram matrix loses energies below 1e-16 of the whole, which are far below this error.
         squared = float(full.lower_bound2(rank)) > 1e-8 * norm2
         found = _refine(small, left, right, rank, norm2, squared)
         left, right, sweeps, converged = found.left, found.right, found.sweeps, found.converged
@@ -78,9 +78,9 @@ def _refine(
     norm2: float,
     squared: bool,
 ) -> Hooi:
-    """HOOI from V; where a sweep is cheap, to the end, and from U as well.
+    """HOOI from the HOSVD's V; where sweeps are cheap, to a tighter tolerance and from U as well.
 
-    The better of the two starts is taken, so that transposition changes nothing.
+    The better of the two results is kept, so that transposing the stack changes nothing.
     """
     if max(small.shape[1:]) > tuning.CHEAP:
         return hooi(small, right, rank, norm2=norm2, squared=squared)

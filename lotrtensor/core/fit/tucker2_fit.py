@@ -1,4 +1,4 @@
-"""tucker2: the door to the decomposition. Validation, choice of method and ranks, certificate."""
+"""tucker2: checks its arguments, chooses method and ranks, decomposes and certifies."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def check_method(method: str) -> tuple[Kind, Solver]:
 
 
 def slice_weights(stack: SliceStack, weights: Weights | None) -> np.ndarray | None:
-    """Return one positive number a slice, or None.
+    """Return one positive number per slice, or None.
 
     Raises
     ------

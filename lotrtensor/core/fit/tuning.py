@@ -1,4 +1,4 @@
-"""The constants that a fit is tuned by, each with what was measured or where it comes from.
+"""Tuning constants of a fit, each with its measurement or source.
 
 Times are seconds of one core of a server CPU, for LoRAs in float32. The constants are read as
 attributes of this module, so that a test can set them.
@@ -7,15 +7,15 @@ attributes of this module, so that a test can set them.
 from __future__ import annotations
 
 EXACT_FLOPS = 2e11
-"""What the exact reduction may cost before ``auto`` goes matrix-free. 2e10 flops (32 layers of rank
-16, 2048 × 2048) took 0.3 s and 0.6 s for every pair of ranks solved: this is ten times as much."""
+"""Estimated cost above which ``auto`` is matrix-free. 2e10 flops (32 layers of rank 16, 2048 ×
+2048) took 0.3 s, and 0.6 s for every pair of ranks solved; the limit is ten times as much."""
 
 CHEAP = 128
-"""Largest side of a small problem that HOOI solves twice, to the end: 0.2 s at this side, as much
-as one run to the usual share at twice the side."""
+"""Largest side of a small problem that HOOI solves from both starts and to `CHEAP_RTOL`. This takes
+0.2 s at that side, as long as one run to `RTOL` at twice the side."""
 
 RTOL = 1e-6
-"""Share of the squared error that the sweeps left out by HOOI could still gain."""
+"""HOOI stops when further sweeps are expected to gain less than this share of the squared error."""
 
 CHEAP_RTOL = 1e-9
 """The same where sweeps are cheap: errors then agree to nine digits under any change of basis."""
@@ -31,7 +31,7 @@ FACTOR_PASSES = 30
 """Passes over thin factors, at most; a fit that would need more says so in a warning."""
 
 FACTOR_RTOL = 1e-4
-"""Share of the squared error that further passes over thin factors must promise."""
+"""Passes over thin factors stop when more are expected to gain less than this share."""
 
 REFINEMENT_RTOL = 1e-3
 """The same for a round of refinement, two passes."""

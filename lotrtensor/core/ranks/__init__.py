@@ -1,1 +1,1 @@
-"""From a tolerance or a size to ranks: curves of size against error, and choices on them."""
+"""Choose ranks for a tolerance or a size, on curves of size against error."""

@@ -1,6 +1,6 @@
-"""One size or one error shared out among the curves of several groups; one group is a list of one.
+"""Distribute one size or one error over the curves of several groups.
 
-All curves are taken as they are: exact optima for the errors that they state.
+The errors of the curves are taken as exact. A single group is a list of one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lotrtensor.errors import RankError
 def allocate_parameters(curves: Sequence[Frontier], parameters: int) -> list[int]:
     """Indices into the curves with the smallest total squared error for so many parameters.
 
-    More parameters are never more error; see `cheapest_loss`.
+    The error never rises with the number of parameters; see `cheapest_loss`.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def allocation_walk(curves: Sequence[Frontier]) -> list[list[int]]:
 def allocate_error(curves: Sequence[Frontier], limit2: float) -> list[int]:
     """Indices into the curves with the fewest parameters for a total squared error of ``limit2``.
 
-    The mirror of `allocate_parameters`: `cheapest_loss` with squared errors for prices.
+    The dual of `allocate_parameters`: `cheapest_loss` with squared errors as prices.
 
     Raises
     ------

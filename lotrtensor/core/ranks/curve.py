@@ -40,7 +40,7 @@ def tucker2_parameters(
     slices, m, n = shape
     dense = np.multiply(p, q)
     if slice_ranks is not None and len(slice_ranks) != slices:
-        raise RankError(f"found {len(slice_ranks)} slice_ranks; expected {slices}, one a slice")
+        raise RankError(f"found {len(slice_ranks)} slice_ranks; expected {slices}, one per slice")
     if slice_ranks is None:
         cores = slices * dense
     else:
@@ -75,7 +75,7 @@ def efficient_pairs(
     p, q = np.meshgrid(*(np.arange(1, s + 1) for s in error2.shape), indexing="ij")
     parameters = tucker2_parameters(shape, p, q, slice_ranks)
     ranks = np.stack([p.ravel(), q.ravel()], 1)
-    # By the roots, that errors still fall where squares differ in their last digit alone.
+    # Compare roots, since squares may differ in their last digit alone.
     keep = undominated(parameters.ravel(), relative_errors(error2.ravel(), norm2))
     return Frontier(ranks[keep], parameters.ravel()[keep], error2.ravel()[keep], norm2)
 

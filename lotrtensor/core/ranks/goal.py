@@ -1,4 +1,4 @@
-"""What a caller may ask for, built once at the door: a rank pair, a tolerance or a size."""
+"""What a caller may ask for: a rank pair, a tolerance or a size, checked once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One limit shared by several groups: the multiple-choice knapsack, solved to the end."""
+"""One limit shared by several groups: the multiple-choice knapsack problem, solved exactly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from lotrtensor.core.ranks.pareto import hull_steps, undominated
 
 STATES = 2**12
-"""Partial choices kept at most; where there are more, those nearest to the relaxed optimum."""
+"""Most partial choices kept; if there are more, those nearest to the relaxed optimum."""
 
 
 class _Partial(NamedTuple):

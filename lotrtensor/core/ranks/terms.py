@@ -1,4 +1,4 @@
-"""Ranks of single slices: which rank-1 terms of their singular value decompositions to keep."""
+"""Ranks of single slices: which rank-1 terms of their SVDs to keep."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def ranks_for_parameters(
 
     Notes
     -----
-    Terms that cost the same are taken by falling σ², so that only the number of terms of each cost
-    is open: a knapsack of as many groups as there are shapes, solved by `cheapest_loss`.
+    Terms of the same cost are taken by falling σ². What remains to choose is the number of terms of
+    each cost: a knapsack with one group per shape, solved by `cheapest_loss`.
     """
     smallest = sum(costs)
     if parameters < smallest:
@@ -72,7 +72,7 @@ def ranks_for_tolerance(
 ) -> list[int]:
     """Ranks of the fewest parameters whose total relative error is at most ``tolerance``.
 
-    The mirror of `ranks_for_parameters`.
+    The dual of `ranks_for_parameters`.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""Which ranks for this tolerance: the one search, for a list of groups that share it.
+"""The search for the smallest ranks within a tolerance that several groups share.
 
-The curve of a group prices truncated HOSVDs, and refinement by HOOI does better. So the search
-allocates on estimates of the refined errors, solves at the ranks allocated, corrects the estimates
-by what it found there, and ends when nothing new is allocated.
+The curve of a group holds the errors of truncated HOSVDs, which HOOI lowers. So the search
+allocates ranks by estimates of the refined errors, solves at these ranks, corrects the estimates
+by the errors found there, and ends when nothing new is allocated.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def fit_within(
     dtype: Any,
     store: Callable[[list[Pair]], tuple[Fit, float]],
 ) -> Fit:
-    """Return the fit of the fewest parameters found whose error as stored is within a tolerance.
+    """Return the smallest fit found whose error, as stored, is within a tolerance.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def fit_within(
 
 
 class _Search:
-    """A group's curve and what is known of the refined errors along it."""
+    """A group's curve and the refined errors found so far along it."""
 
     def __init__(self, group: Solvable) -> None:
         self.group, self.curve = group, group.curve
@@ -150,7 +150,7 @@ def _pairs_within(searches: Sequence[_Search], limit2: float) -> list[Pair] | No
 
 
 def _lowered(searches: Sequence[_Search], points: list[int], limit2: float) -> list[int]:
-    """Go down with one group at a time as long as that holds: estimates may be too high."""
+    """Lower one group at a time while the limit holds: estimates may be too high."""
     while True:
         found = _step_down(searches, points, limit2)
         if found is None:
@@ -159,7 +159,7 @@ def _lowered(searches: Sequence[_Search], points: list[int], limit2: float) -> l
 
 
 def _step_down(searches: Sequence[_Search], points: list[int], limit2: float) -> list[int] | None:
-    """One group at a smaller point, if one holds of the `TRIES` whose estimates are the lowest."""
+    """Lower one group, trying the `TRIES` with the lowest estimates; None if none holds."""
     lost2 = sum(search.solve(i) for search, i in zip(searches, points, strict=True))
     steps = []
     for g, (search, point) in enumerate(zip(searches, points, strict=True)):
@@ -182,7 +182,7 @@ def settle(
 ) -> Fit:
     """Return the first fit whose relative error as stored is at most ``tolerance``.
 
-    What is stored is rounded, which takes its share of the error; ranks have to make room for it.
+    Rounding to the stored type takes a share of the tolerance; the ranks must leave room for it.
 
     Parameters
     ----------
@@ -213,5 +213,5 @@ def settle(
                 f"{SquaredError(stored2, norm2).relative:.3g} as stored in "
                 f"{getattr(dtype, '__name__', dtype)}: choose a wider dtype or a larger tolerance"
             )
-        # Rounding costs about as much again next time; where it does not, go on down all the same.
+        # Rounding will cost about as much at the next ranks; lower the target in any case.
         target2 = max(0.0, min(limit2 - (stored2 - fitted2), 0.8 * fitted2))

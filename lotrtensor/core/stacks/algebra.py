@@ -1,4 +1,4 @@
-"""What sums and multiples bring along: differences, negatives, quotients."""
+"""Differences, negatives and quotients, derived from sums and multiples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lotrtensor.errors import DataError
 class LinearOperators:
     """Operators that follow from ``a + b`` and ``a * number``."""
 
-    __array_ufunc__ = None  # NumPy's numbers leave multiplication from the left to us
+    __array_ufunc__ = None  # NumPy's scalars then leave multiplication from the left to us
 
     def __mul__(self, factor: float) -> Self:
         """Every slice times a number."""

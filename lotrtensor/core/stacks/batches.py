@@ -1,4 +1,4 @@
-"""Runs of neighbouring slices of one rank, so that a product of many is one call."""
+"""Runs of neighbouring slices of equal rank, whose products are one batched call."""
 
 from __future__ import annotations
 

@@ -32,13 +32,13 @@ from lotrtensor.errors import DataError, ShapeError
 
 
 class LazyStack(LinearOperators):
-    """K slices ΔW_k that are produced one at a time, so that memory holds one.
+    """K slices ΔW_k that are produced one at a time, so that only one is in memory.
 
     Parameters
     ----------
     read : callable
         ``read(k)`` returns slice k (m × n), k = 0 … K − 1: a file reader, a difference of two
-        checkpoints. It is called once a slice in every pass, in order.
+        checkpoints. It is called once per slice in every pass, in order.
     shape : (int, int, int)
         (K, m, n).
     like : array, optional
@@ -54,8 +54,8 @@ class LazyStack(LinearOperators):
 
     Notes
     -----
-    Every method below is one pass over the slices, but for the norms, which the first pass of any
-    other one takes on its way.
+    Every method below is one pass over the slices, except the norms: the first pass of any other
+    method computes them as well.
 
     Examples
     --------
@@ -159,7 +159,7 @@ class LazyStack(LinearOperators):
         sum_left, sum_right = xp.zeros_like(left), xp.zeros_like(right)
         cores = []
         for k in range(self.shape[0]):
-            # A function of its own lets the slice go before the next one is read.
+            # In a function of its own, so that the slice is freed before the next one is read.
             step_left, step_right, core = products(k)
             sum_left, sum_right = sum_left + step_left, sum_right + step_right
             cores.append(core)
@@ -182,7 +182,7 @@ class LazyStack(LinearOperators):
         return 1.0
 
     def norms2(self) -> Array:
-        """Squared Frobenius norms ‖ΔW_k‖², one a slice (K); a pass where a slice is yet unread."""
+        """Squared Frobenius norms ‖ΔW_k‖², one per slice (K); a pass if any is unread."""
         slices = range(self.shape[0])
         for k in slices:
             if k not in self._norms2:
@@ -207,7 +207,7 @@ class LazyStack(LinearOperators):
         return xp.stack([left.T @ (self.slice(k) @ right) for k in range(self.shape[0])])
 
     def residual_norms2(self, left: Array, right: Array) -> Array:
-        """Squared norms ‖ΔW_k − U Uᵀ ΔW_k V Vᵀ‖², from the residual itself, one a slice (K)."""
+        """Squared norms ‖ΔW_k − U Uᵀ ΔW_k V Vᵀ‖², from the residual itself, one per slice (K)."""
         return self.project(left, right)[1]
 
     def to_dense(self) -> Array:

@@ -1,4 +1,4 @@
-"""Thin factors as they come in: one by one, and checked."""
+"""Thin factors as given by the user: taken apart and checked."""
 
 from __future__ import annotations
 

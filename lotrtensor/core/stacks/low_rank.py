@@ -112,7 +112,7 @@ class LowRankStack(LinearOperators):
         return self._left[:, self._spans[k]], self._right[self._spans[k], :]
 
     def norms2(self) -> Array:
-        """Squared Frobenius norms ‖B_k A_k‖², one a slice (K)."""
+        """Squared Frobenius norms ‖B_k A_k‖², one per slice (K)."""
         return self._norms2
 
     @cached_property
@@ -161,7 +161,7 @@ class LowRankStack(LinearOperators):
         return self.xp.concat([b.columns(lefts) @ b.rows(rights) for b in self._batches])
 
     def residual_norms2(self, left: Array, right: Array) -> Array:
-        """Squared norms ‖ΔW_k − U Uᵀ ΔW_k V Vᵀ‖², one a slice (K).
+        """Squared norms ‖ΔW_k − U Uᵀ ΔW_k V Vᵀ‖², one per slice (K).
 
         The sum of ‖(I − UUᵀ) B_k A_k‖² and ‖UᵀB_k A_k (I − VVᵀ)‖²: each is formed from what is
         left of thin factors, so that an error of 1e-12 is seen as such.

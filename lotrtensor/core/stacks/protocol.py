@@ -62,7 +62,7 @@ class SliceStack(Protocol):
 
     @property
     def lazy(self) -> bool:
-        """Whether every pass over the slices costs their reading."""
+        """Whether every pass reads the slices again."""
 
     def empty(self) -> Array:
         """An array of no entries: library, device and working type of the products."""
@@ -98,7 +98,7 @@ class SliceStack(Protocol):
         """Order of the largest entries, where it is known without a pass; else 1."""
 
     def norms2(self) -> Array:
-        """Squared Frobenius norms ‖ΔW_k‖², one a slice (K)."""
+        """Squared Frobenius norms ‖ΔW_k‖², one per slice (K)."""
 
     def left_factor(self, right: Array | None = None) -> Array:
         """Return F (m × c) with F Fᵀ = Σ_k ΔW_k V Vᵀ ΔW_kᵀ; V is the identity if not given."""
@@ -110,7 +110,7 @@ class SliceStack(Protocol):
         """Cores Uᵀ ΔW_k V (K × p × q)."""
 
     def residual_norms2(self, left: Array, right: Array) -> Array:
-        """Squared norms ‖ΔW_k − U Uᵀ ΔW_k V Vᵀ‖², without cancellation, one a slice (K)."""
+        """Squared norms ‖ΔW_k − U Uᵀ ΔW_k V Vᵀ‖², without cancellation, one per slice (K)."""
 
     def to_dense(self) -> Array:
         """The slices as one array (K × m × n)."""
