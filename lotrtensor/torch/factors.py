@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class SharedFactors(nn.Module):
-    """The factors U (m × p) and V (n × q) of ΔW_k = scale · U G_k Vᵀ, one pair a group.
+    """The factors U (m × p) and V (n × q) of ΔW_k = scale · U G_k Vᵀ, one pair per group.
 
     A layer keeps a reference to this *module*, not to its parameters, and does not register it:
-    the parameters then occur once in ``state_dict``, optimisers and wrappers, and whoever replaces
-    them (``to``, ``load_state_dict(assign=True)``, a sharding wrapper) is seen by every layer.
+    the parameters then occur once in ``state_dict``, optimisers and wrappers, and every layer sees
+    when they are replaced (by ``to``, ``load_state_dict(assign=True)`` or a sharding wrapper).
 
     Parameters
     ----------

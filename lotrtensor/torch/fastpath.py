@@ -1,4 +1,4 @@
-"""nn.TransformerEncoder has a path for inference that reads weights and calls no layer."""
+"""Switch off the inference path of nn.TransformerEncoder, which uses weights and calls no layer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 def leave_fast_path(model: nn.Module, adapted: Iterable[str]) -> None:
     """Make every nn.TransformerEncoderLayer that holds an adapted layer call its layers.
 
-    In evaluation without gradients its one fused kernel would take the base weights and lose the
-    update without a word. PyTorch has no switch for one module: ``activation_relu_or_gelu`` says
+    In evaluation without gradients its fused kernel would use the base weights and silently lose
+    the update. PyTorch has no switch for one module: ``activation_relu_or_gelu`` says
     which activation the kernel has to apply, and 0 that it has none, which rules the kernel out
     and is read for nothing else.
 

@@ -1,4 +1,4 @@
-"""Which layers share factors and at what ranks: decided, and refused, before a model is touched."""
+"""Plan which layers share factors and at what ranks, before the model is changed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from lotrtensor.errors import (
 Rank = int | tuple[int, int]
 
 DEFAULT_ALPHA = 32.0
-"""Orthonormal factors: a scale of 4 at rank 8, which trained best; see `scale_of`."""
+"""For orthonormal factors: a scale of 4 at rank 8, which trained best; see `scale_of`."""
 
 PAPER_ALPHA = 1.0
-"""Normal factors are larger by √m and √n, so that their scale has to be smaller."""
+"""Factors with entries from N(0, 1) are larger by √m and √n, so their scale must be smaller."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class GroupPlan:
     embedding : bool
         Whether the layers are embeddings, whose weights are n × m.
     fit : mapping or None
-        What a conversion wrote of its error, carried along.
+        The error that a conversion recorded, carried along.
     private_ranks : tuple of int
         Width c_k of P_k and Q_k, one a slice; empty where no slice has a private part.
     """
@@ -199,7 +199,7 @@ def scale_of(rank: tuple[int, int], alpha: float, *, rslora: bool = False) -> fl
 
 
 def check_plans(plans: Iterable[GroupPlan], layers: Mapping[str, nn.Module]) -> None:
-    """Hold plans that were read from a file against a model.
+    """Check plans that were read from a file against a model.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What U and V are before training; the cores are zero, so that ΔW is exactly zero."""
+"""Initial U and V; the cores start at zero, so that ΔW is exactly zero."""
 
 from __future__ import annotations
 

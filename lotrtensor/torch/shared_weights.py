@@ -1,4 +1,4 @@
-"""Weights that several layers hold, and layers that stand in several places."""
+"""Weights shared by several layers, and layers that occur in several places of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What LoTR layers can start from: a LoTR, a LoRA or weight deltas, all as a LoTR adapter."""
+"""Turn a LoTR, a LoRA or weight deltas into a LoTR adapter for layers to start from."""
 
 from __future__ import annotations
 

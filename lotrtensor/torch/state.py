@@ -73,7 +73,7 @@ def load_lotr(
     train: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Give ``model`` the layers and numbers of a trained adapter, in place.
+    """Load a trained adapter into ``model``, in place.
 
     Parameters
     ----------

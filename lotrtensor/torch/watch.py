@@ -1,4 +1,4 @@
-"""Adapted layers that a model passes by: found in its first forward, or with one batch."""
+"""Detect adapted layers that a model does not call, in its first forward or with one batch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ expert that the router did not choose, a layer that was dropped."""
 class Watched:
     """An adapted layer that remembers whether it ran.
 
-    Written in every forward and read in none: a guard of ``torch.compile`` on it would compile
-    the model twice.
+    The attribute is written in every forward and never read there: reading it would add a guard,
+    for which ``torch.compile`` would compile the model twice.
     """
 
     lotr_ran = False
@@ -60,8 +60,8 @@ class LayerUse(NamedTuple):
 class Watch:
     """Forward hook of a model that reports, once, the adapted layers that did not run.
 
-    It holds nothing but a count, so that it is copied and pickled with the model, and takes itself
-    out when all is seen.
+    It holds only a count, so that it can be copied and pickled with the model. It removes itself
+    when nothing is left to report.
     """
 
     def __init__(self) -> None:
@@ -120,10 +120,10 @@ def watched_layers(model: nn.Module) -> Iterator[tuple[str, Watched]]:
 def check_adapted(
     model: nn.Module, batch: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 ) -> tuple[LayerUse, ...]:
-    """Run one batch and say what became of every adapted layer.
+    """Run one batch and report how every adapted layer was used.
 
-    The forward is that of the mode that the model is in, without gradients; evaluation may take
-    other paths than training. Nothing of the model changes but what a forward changes.
+    The forward runs without gradients in the model's current mode; evaluation may take other paths
+    than training. The model changes only as any forward changes it.
 
     Parameters
     ----------

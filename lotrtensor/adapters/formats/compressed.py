@@ -137,7 +137,9 @@ def read_compressed(directory: Path) -> CompressedContent:
     return groups, common, source, extras
 
 
-def take_groups(tensors: Tensors, directory: object) -> tuple[tuple[CompressedGroup, ...], SourceRecord]:
+def take_groups(
+    tensors: Tensors, directory: object
+) -> tuple[tuple[CompressedGroup, ...], SourceRecord]:
     """Take the four tensors of a compressed adapter out of ``tensors``, and decode them.
 
     Raises
