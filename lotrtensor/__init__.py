@@ -6,7 +6,7 @@ The base package needs NumPy and SciPy only; it imports no deep-learning framewo
 from importlib.metadata import version
 
 from lotrtensor.adapters.compressed import CompressedAdapter, CompressedSummary
-from lotrtensor.adapters.compressed_group import CompressedGroup, SourceRecord
+from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, SourceRecord
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import GroupSummary, LotrAdapter
@@ -49,6 +49,7 @@ from lotrtensor.verbs._truncate import truncate
 __version__ = version("lotrtensor")
 
 __all__ = [
+    "Alternative",
     "Analysis",
     "Choice",
     "Clustering",

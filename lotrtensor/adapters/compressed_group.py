@@ -34,7 +34,16 @@ class SourceRecord:
 
 
 class Alternative(NamedTuple):
-    """Another form, and its relative error as predicted; None where it needs more bytes."""
+    """Another form, and its relative error as predicted; None where it needs more bytes.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> B, A = np.random.default_rng(0).normal(size=(2, 64, 4))
+    >>> adapter = lt.LoraAdapter((lt.LoraModule("layers.0.q", B, A.T),), {}, np.dtype("float32"))
+    >>> lt.compress(adapter, budget=3000).alternatives[0].form
+    'terms of single modules, in bits'
+    """
 
     form: str
     relative_error: float | None
