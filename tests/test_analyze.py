@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from adapters_fixtures import (
     write_adapter,
     write_lora,
 )
-from lotrtensor import LoraAdapter, analyze, compare, convert, load, truncate
+from lotrtensor import LoraAdapter, analyze, compare, compress, convert, load, truncate
 from lotrtensor.adapters.sizes import budget_parameters
 from lotrtensor.analysis import Choice, Kind, representations, similarity
 from lotrtensor.analysis.recommend import recommend
@@ -32,6 +33,13 @@ def lora(tmp_path_factory):
 @pytest.fixture(scope="module")
 def analysis(lora):
     return analyze(lora)
+
+
+@pytest.fixture(scope="module")
+def bundled_analysis():
+    """The adapter that comes with the package: large enough that a file's index is small."""
+    lora = load(files("lotrtensor") / "data" / "amazon-sentiment")
+    return lora, analyze(lora)
 
 
 def rows(analysis, name, measured=False):
@@ -89,74 +97,132 @@ def test_a_lora_has_no_row_below_rank_1(lora, analysis):
         }
 
 
-def test_measured_rows_are_converted_adapters(lora, analysis):
-    """At the recommended size, by type and the best LoTR there."""
-    (choice,) = rows(analysis, "LoTR by type", measured=True)
-    made = convert(lora, budget=f"{100 * choice.budget:g}%")
-    assert choice.bytes == made.bytes
-    assert choice.relative_error == pytest.approx(made.relative_error, rel=1e-9)
-    assert choice.lower_bound == pytest.approx(made.lower_bound, rel=1e-9)
-    assert choice.budget == analysis.recommended.budget
+def test_measured_rows_are_made(bundled_analysis):
+    """At the recommended size: the compressed adapter, and the best LoTR there."""
+    lora, analysis = bundled_analysis
+    (choice,) = rows(analysis, "compressed", measured=True)
+    made = compress(lora, budget=int(choice.budget * lora.bytes))
+    assert (choice.bytes, choice.relative_error) == (made.file_bytes, made.relative_error)
+    assert choice == analysis.recommended
+    (shared,) = (c for c in analysis.choices if c.measured and c.kind.family == "LoTR")
+    options = OPTIONS[shared.representation]
+    made = convert(lora, budget=f"{100 * choice.budget:g}%", **options)
+    assert shared.bytes <= lora.bytes * shared.budget
+    assert shared.relative_error == pytest.approx(made.relative_error, rel=0.05)
+
+
+def test_a_tenth_of_the_bundled_adapter_is_recommended(bundled_analysis):
+    """Error 0.3, where the 16-bit forms lose twice as much or do not get there."""
+    lora, analysis = bundled_analysis
+    assert analysis.recommended.bytes <= lora.bytes / 10
+    assert analysis.recommended.relative_error <= 0.3
+    assert analysis.recommendation.startswith("compressed: 10.")
+    assert "truncated LoRA does not get down to that size" in analysis.recommendation
+
+
+FORMS = {
+    "compressed": "auto",
+    "terms of single modules, in bits": "lora",
+    "shared factors, in bits": "lotr",
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_compressing_reaches_what_is_predicted(bundled_analysis, name):
+    """Sizes of whole files; errors within 5 percent from a quarter of the bytes on."""
+    lora, analysis = bundled_analysis
+    for choice in rows(analysis, name):
+        if choice.budget > 0.25:
+            continue
+        made = compress(lora, budget=int(choice.budget * lora.bytes), form=FORMS[name])
+        assert choice.bytes <= choice.budget * lora.bytes
+        assert made.relative_error == pytest.approx(choice.relative_error, rel=0.05)
 
 
 def test_targets_are_met_and_nothing_smaller_meets_them(lora, analysis):
     """By the representation's own curve."""
-    curves = {curve.representation: curve.points for curve in analysis.curves}
-    assert {target.representation for target in analysis.targets} == curves.keys()
+    curves = {curve.kind: curve.points for curve in analysis.curves}
+    assert {target.kind for target in analysis.targets} == curves.keys()
     for target in analysis.targets:
         assert target.point.relative_error <= target.tolerance
-        smaller = [
-            p for p in curves[target.representation] if p.parameters < target.point.parameters
-        ]
+        smaller = [p for p in curves[target.kind] if p.bytes < target.point.bytes]
         assert all(p.relative_error > target.tolerance for p in smaller)
-        if target.representation == "LoTR by type":
+        if target.kind is Kind.LOTR_BY_TYPE:
             made = convert(lora, tolerance=target.tolerance)
             assert made.relative_error <= target.tolerance
-            assert made.parameters <= target.point.parameters
+            assert made.bytes <= target.point.bytes
+
+
+def test_targets_in_bits_are_the_sizes_of_files(bundled_analysis):
+    lora, analysis = bundled_analysis
+    for target in analysis.targets:
+        if target.kind is Kind.COMPRESSED:
+            made = compress(lora, tolerance=target.tolerance)
+            assert target.point.bytes == pytest.approx(made.file_bytes, rel=0.05)
 
 
 def test_curves_rise_in_size_and_fall_in_error(analysis):
     for curve in analysis.curves:
-        sizes = [point.parameters for point in curve.points]
+        sizes = [point.bytes for point in curve.points]
         errors = [point.relative_error for point in curve.points]
         assert all(a < b for a, b in itertools.pairwise(sizes))
         assert all(a >= b for a, b in itertools.pairwise(errors))
         assert len(sizes) > 2
 
 
-def test_steps_agree_with_conversion_at_their_rank(lora, analysis):
-    """Parameters, groups and bounds; the same bytes shared out are never worse."""
-    ranks = [step.rank for step in analysis.steps]
-    assert ranks == sorted(set(ranks))
-    assert ranks[0] == 1
-    for step in analysis.steps[:3]:
-        made = convert(lora, rank=step.rank)
-        assert step.one_rank.parameters == made.parameters <= lora.parameters
-        for group, row in zip(step.one_rank.groups, made.summary, strict=True):
-            assert ((group.p, group.q), group.parameters) == (row.ranks, row.parameters)
-            assert row.relative_error <= group.relative_error * (1 + 1e-6)
-            assert group.lower_bound * (1 - 1e-6) <= row.relative_error
-    for step in analysis.steps:
-        assert step.shared.parameters <= step.one_rank.parameters
-        assert step.shared.relative_error <= step.one_rank.relative_error * (1 + 1e-9)
-        for point in (step.one_rank, step.shared):
-            whole = sum(
-                (error * module.norm) ** 2
-                for group, at in zip(analysis.groups, point.groups, strict=True)
-                for error, module in zip(at.slice_errors, group.modules, strict=True)
-            )
-            norm2 = sum(group.norm**2 for group in analysis.groups)
-            assert np.sqrt(whole / norm2) == pytest.approx(point.relative_error, rel=1e-6)
+def test_steps_are_sizes_that_conversion_keeps(lora, analysis):
+    """From the smallest that a form has to the adapter's own; groups add up to the whole."""
+    sizes = [step.bytes for step in analysis.steps]
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] == min(curve.points[0].bytes for curve in analysis.curves)
+    assert sizes[-1] == lora.bytes
+    assert analysis.steps[0].lotr is None  # less than rank 1 of every group
+    for step in analysis.steps[5::5]:
+        made = convert(lora, budget=step.bytes)
+        assert step.lotr.bytes <= step.bytes
+        assert made.relative_error <= step.lotr.relative_error * (1 + 1e-6)
+        assert made.relative_error >= step.lotr.lower_bound * (1 - 1e-6)
+    for step in analysis.steps[5:]:
+        assert sum(group.bytes for group in step.lotr.groups) == step.lotr.bytes
+        assert_modules_add_up(analysis, step.lotr, 1e-6)
+
+
+def assert_modules_add_up(analysis, point, rel):
+    """The squared errors of modules are those of their groups, and of the whole."""
+    whole = 0.0
+    for group, at in zip(analysis.groups, point.groups, strict=True):
+        pairs = zip(at.slice_errors, group.modules, strict=True)
+        lost2 = sum((error * module.norm) ** 2 for error, module in pairs)
+        assert np.sqrt(lost2) / group.norm == pytest.approx(at.relative_error, rel=rel, abs=1e-6)
+        whole += lost2
+    norm2 = sum(group.norm**2 for group in analysis.groups)
+    assert np.sqrt(whole / norm2) == pytest.approx(point.relative_error, rel=rel, abs=1e-6)
+
+
+def test_steps_in_bits_tell_what_a_file_holds(bundled_analysis):
+    """Bytes, errors and terms of every group, and the error of every module."""
+    lora, analysis = bundled_analysis
+    reached = [step for step in analysis.steps if step.compressed]
+    assert reached
+    for step in reached:
+        # Between two grids the whole is interpolated, the groups are those of one grid.
+        assert_modules_add_up(analysis, step.compressed, 0.03)
+        assert step.compressed.bytes == step.bytes
+    step = min(reached, key=lambda step: abs(step.bytes - lora.bytes / 10))
+    made = compress(lora, budget=step.bytes)
+    terms = [sum(row.private_ranks) for row in made.summary]
+    assert [at.terms for at in step.compressed.groups] == pytest.approx(terms, rel=0.1)
+    errors = [row.relative_error for row in made.summary]
+    assert [at.relative_error for at in step.compressed.groups] == pytest.approx(errors, rel=0.06)
 
 
 def test_alternatives_of_a_step_are_of_its_size(lora, analysis):
-    """What truncate makes of the same number of parameters."""
+    """What truncate makes of the same number of bytes."""
     step = analysis.steps[-1]
-    budget = f"{step.one_rank.parameters}p"
-    found = compare(lora, truncate(lora, budget=budget)).relative_error
-    name = "truncated LoRA, best ranks"
-    assert step.alternatives[name] == pytest.approx(found, rel=1e-4, abs=1e-6)
-    assert name not in analysis.steps[0].alternatives
+    found = compare(lora, truncate(lora, budget=step.bytes)).relative_error
+    errors = step.alternatives
+    assert errors[Kind.LORA_BEST_RANKS] == pytest.approx(found, rel=1e-4, abs=1e-6)
+    assert Kind.LORA_BEST_RANKS not in analysis.steps[0].alternatives
 
 
 def test_groups_hold_the_dense_spectra(lora, analysis):
@@ -222,24 +288,32 @@ def test_adapters_of_unlike_models_have_no_similarity(tmp_path):
     assert found["similarity"]["cosine"] == [[1.0, None], [None, 1.0]]
 
 
+KINDS = {"LoTR by type": Kind.LOTR_BY_TYPE, "compressed": Kind.COMPRESSED}
+
+
 def choice(name, budget, error, measured=False):
-    kind = Kind.LOTR_BY_TYPE if name.startswith("LoTR") else Kind.LORA_BEST_RANKS
-    return Choice(kind, name, budget, 100, int(1000 * budget), error, None, measured)
+    kind = KINDS.get(name, Kind.LORA_BEST_RANKS)
+    return Choice(kind, name, budget, int(1000 * budget), error, None, None, measured)
 
 
 def test_the_recommendation_never_hides_the_better_one():
-    """The smallest error first, whichever form it has, and the other form beside it."""
-    both = [choice("LoTR by type", 0.25, 0.45), choice("truncated LoRA, best ranks", 0.25, 0.41)]
+    """The smallest error first, whichever form it has, and the other forms beside it."""
+    both = [choice("LoTR by type", 0.25, 0.25), choice("truncated LoRA, best ranks", 0.25, 0.21)]
     found = recommend(both, 1000)
     assert found.text == (
-        "truncated LoRA, best ranks: 4.0 × smaller, error 0.41; "
-        "LoTR by type reaches 0.45 at that size"
+        "truncated LoRA, best ranks: 4.0 × smaller, error 0.21; "
+        "LoTR by type reaches 0.25 at that size"
     )
     assert found.choice.representation == "truncated LoRA, best ranks"
-    better = recommend([*both, choice("LoTR by type", 0.25, 0.40, measured=True)], 1000)
-    assert better.text.startswith("LoTR by type: 4.0 × smaller, error 0.4; truncated LoRA")
-    alone = recommend([*both, choice("LoTR by type", 0.12, 0.49)], 1000)
+    better = recommend([*both, choice("LoTR by type", 0.25, 0.20, measured=True)], 1000)
+    assert better.text.startswith("LoTR by type: 4.0 × smaller, error 0.2; truncated LoRA")
+    alone = recommend([*both, choice("LoTR by type", 0.12, 0.29)], 1000)
     assert "truncated LoRA does not get down to that size" in alone.text
+    bits = recommend([*both, choice("compressed", 0.25, 0.05)], 1000)
+    assert bits.text == (
+        "compressed: 4.0 × smaller, error 0.05; truncated LoRA, best ranks reaches 0.21 at that "
+        "size; LoTR by type reaches 0.25 at that size"
+    )
 
 
 def test_an_adapter_that_is_not_redundant_is_told_so():
@@ -264,12 +338,14 @@ def test_a_single_module_can_be_analysed(tmp_path):
     rng = np.random.default_rng(0)
     b, a = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 1), (1, 3)))
     found = analyze(load(write_lora(tmp_path / "one", {"a.q": (b, a)})))
-    assert {c.representation for c in found.curves} == {
-        "LoTR by type",
-        "truncated LoRA, best ranks",
-        "truncated LoRA, one rank",
+    assert {c.kind for c in found.curves} == {
+        *(Kind.COMPRESSED, Kind.TERMS_IN_BITS, Kind.SHARED_IN_BITS),
+        *(Kind.LOTR_BY_TYPE, Kind.LORA_BEST_RANKS, Kind.LORA_ONE_RANK),
     }
-    assert found.steps[0].rank == 1
+    # A file in bits has an index, which is more than these few numbers.
+    assert all(c.kind.family != "bits" for c in found.choices)
+    assert all(step.compressed is None for step in found.steps)
+    assert found.steps[-1].bytes == 28
 
 
 def test_an_update_of_zeros_can_be_analysed(tmp_path):
@@ -305,13 +381,13 @@ def test_the_document_repeats_the_analysis(tmp_path):
         assert row["relative_error"] == pytest.approx(choice_.relative_error, rel=1e-4)
         assert row["bytes"] == choice_.bytes
     for step, stop in zip(entry["steps"], analysis.steps, strict=True):
-        assert step["rank"] == stop.rank
-        for mode in ("one_rank", "shared"):
-            point = getattr(stop, mode)
-            assert step[mode]["parameters"] == point.parameters
-            assert step[mode]["bytes"] == point.parameters * 4
-            for group, at in zip(step[mode]["groups"], point.groups, strict=True):
-                assert (group["p"], group["q"]) == (at.p, at.q)
+        assert step["bytes"] == stop.bytes
+        assert step["alternatives"].keys() == {str(kind) for kind in stop.alternatives}
+        for form in ("compressed", "lotr"):
+            point = getattr(stop, form)
+            assert (step[form] is None) == (point is None)
+            for group, at in zip(step[form]["groups"], point.groups, strict=True) if point else ():
+                assert (group["p"], group["q"], group["bytes"]) == (at.p, at.q, at.bytes)
                 assert group["module_errors"] == pytest.approx(list(at.slice_errors), rel=1e-4)
     for group, part in zip(entry["groups"], analysis.groups, strict=True):
         assert group["spectrum"]["left"]["value"][0] == pytest.approx(part.left_values[0], rel=1e-4)
@@ -378,4 +454,5 @@ def test_groups_too_large_for_the_exact_problem(lora, analysis, monkeypatch, typ
     for choice_ in rows(found, name):
         assert choice_.relative_error >= exact[choice_.budget].lower_bound * (1 - 1e-6)
     for step in found.steps:
-        assert step.one_rank.lower_bound <= step.one_rank.relative_error
+        if step.lotr:
+            assert step.lotr.lower_bound <= step.lotr.relative_error

@@ -196,6 +196,6 @@ def test_without_plotly_one_sentence_names_the_extra(tmp_path):
 def test_a_document_with_a_nan_is_never_written(written):
     """JSON has no word for it: null."""
     document = json.loads(json.dumps(written[1]))
-    document["adapters"][0]["steps"][0]["one_rank"]["relative_error"] = float("nan")
+    document["adapters"][0]["choices"][0]["relative_error"] = float("nan")
     found = json.loads(Elements(page(document, "")).scripts["analysis"])
-    assert found["adapters"][0]["steps"][0]["one_rank"]["relative_error"] is None
+    assert found["adapters"][0]["choices"][0]["relative_error"] is None

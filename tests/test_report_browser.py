@@ -103,27 +103,32 @@ def settled(browser):
     )
 
 
+FAMILY = {"compressed": ("lotr", "lora"), "lotr": ("compressed", "terms", "shared", "lora")}
+"""How the kinds begin that a form is compared with."""
+
+
 def assert_shows(browser, adapter, step, mode):
     """Every number beside the slider and every group's row is the document's."""
+    mode = mode if step[mode] else next(form for form in ("compressed", "lotr") if step[form])
     point = step[mode]
-    assert text(browser, "rank-value") == str(step["rank"])
-    assert text(browser, "n-parameters") == f"{point['parameters']:,}"
+    assert text(browser, "size-value") == size(step["bytes"])
     assert text(browser, "n-bytes") == size(point["bytes"])
     assert text(browser, "n-error") == f"{point['relative_error']:.3f}"
-    assert text(browser, "n-bound") == f"{point['lower_bound']:.3f}"
-    other = min(step["alternatives"].values(), default=None)
-    assert text(browser, "n-other") == ("–" if other is None else f"{other:.3f}")
+    bound = point["lower_bound"]
+    assert text(browser, "n-bound") == ("–" if bound is None else f"{bound:.3f}")
+    others = [e for kind, e in step["alternatives"].items() if kind.startswith(FAMILY[mode])]
+    assert text(browser, "n-other") == (f"{min(others):.3f}" if others else "–")
     rows = browser.find_elements("css selector", "#groups-table tbody tr")
     assert len(rows) == len(adapter["groups"]) + 1
     for row, group, at in zip(rows, adapter["groups"], point["groups"], strict=False):
         cells = [cell.text for cell in row.find_elements("css selector", "th, td")]
         assert cells[0] == group["name"]
         assert cells[2:5] == [
-            f"{at['p']}, {at['q']}",
-            f"{at['parameters']:,}",
+            f"{at['p']}, {at['q']}" if at["p"] else "–",
+            f"{at['terms']:,}" if mode == "compressed" else "–",
             size(at["bytes"]),
         ]
-        assert cells[6:8] == [f"{at['relative_error']:.3f}", f"{at['lower_bound']:.3f}"]
+        assert cells[6] == f"{at['relative_error']:.3f}"
 
 
 def test_the_page_opens_from_disk_and_draws_every_figure(opened, report):
@@ -155,38 +160,40 @@ def test_the_slider_follows_the_keyboard(opened, report):
     """From end to end; numbers, table and pictures are the document's at every stop."""
     adapter = report[1]["adapters"][0]
     steps = adapter["steps"]
-    press(opened, "rank", "HOME")
+    press(opened, "size", "HOME")
     for i, step in enumerate(steps):
         settled(opened)
-        assert_shows(opened, adapter, step, "one_rank")
-        assert f"rank {step['rank']}," in element(opened, "rank").get_attribute("aria-valuetext")
+        assert_shows(opened, adapter, step, "compressed")
+        assert size(step["bytes"]) in element(opened, "size").get_attribute("aria-valuetext")
         if i + 1 < len(steps):
-            press(opened, "rank", "ARROW_RIGHT")
+            press(opened, "size", "ARROW_RIGHT")
     found = opened.execute_script(
         "const data = document.getElementById('heat').data[0];"
         "const dot = document.getElementById('rate').data.find((t) => t.name === 'chosen size');"
         "return [data.z, dot.x[0], dot.y[0]]"
     )
-    assert found[0] == [group["module_errors"] for group in steps[-1]["one_rank"]["groups"]]
-    share = 100 * steps[-1]["one_rank"]["bytes"] / adapter["source_bytes"]
-    assert found[1:] == [pytest.approx(share), steps[-1]["one_rank"]["relative_error"]]
-    press(opened, "rank", "HOME", "END")
+    last = steps[-1]["compressed"]
+    assert found[0] == [group["module_errors"] for group in last["groups"]]
+    share = 100 * last["bytes"] / adapter["source_bytes"]
+    assert found[1:] == [pytest.approx(share), last["relative_error"]]
+    press(opened, "size", "HOME", "END")
     settled(opened)
-    assert_shows(opened, adapter, steps[-1], "one_rank")
+    assert_shows(opened, adapter, steps[-1], "compressed")
 
 
-def test_the_same_bytes_can_be_shared_out(opened, report):
+def test_the_same_bytes_can_go_to_shared_factors(opened, report):
     """The radio button works from the keyboard, and the command says how."""
     adapter = report[1]["adapters"][0]
-    press(opened, "rank", "HOME", "ARROW_RIGHT")
-    button = opened.find_element("css selector", 'input[name="mode"][value="one_rank"]')
+    press(opened, "size", "END", "ARROW_LEFT")
+    button = opened.find_element("css selector", 'input[name="mode"][value="compressed"]')
     from selenium.webdriver.common.keys import Keys
 
     button.send_keys(Keys.ARROW_DOWN)
     settled(opened)
-    step = adapter["steps"][1]
-    assert_shows(opened, adapter, step, "shared")
-    assert f"--budget {step['shared']['parameters']}p" in text(opened, "sentence")
+    step = adapter["steps"][-2]
+    assert_shows(opened, adapter, step, "lotr")
+    assert "lotr convert" in text(opened, "sentence")
+    assert f"--budget {step['lotr']['bytes']}" in text(opened, "sentence")
 
 
 def test_another_adapter_can_be_chosen(opened, report):
@@ -194,8 +201,8 @@ def test_another_adapter_can_be_chosen(opened, report):
     second = report[1]["adapters"][1]
     opened.find_element("css selector", '#adapters input[value="1"]').click()
     assert text(opened, "title") == second["name"]
-    index = int(element(opened, "rank").get_attribute("value"))
-    assert_shows(opened, second, second["steps"][index], "one_rank")
+    index = int(element(opened, "size").get_attribute("value"))
+    assert_shows(opened, second, second["steps"][index], "compressed")
     z = opened.execute_script("return document.getElementById('similarity').data[0].z")
     assert z == report[1]["similarity"]["cosine"]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.analysis.in_bits import FORMS, forms_in_bits
 from lotrtensor.analysis.recommend import recommend, recommended_size
 from lotrtensor.analysis.representations import (
     Lotr,
@@ -30,10 +31,11 @@ from lotrtensor.core.rates import rate_points
 from lotrtensor.core.slice_svd import SliceSvd
 from lotrtensor.core.subspaces import Subspaces, chance, leading_subspaces, overlaps
 from lotrtensor.errors import OptionError
+from lotrtensor.verbs._compress import CompressionJob, compression_job
 from lotrtensor.verbs._fit_groups import Progress
 from lotrtensor.verbs._sources import lora_groups
 
-SHARES = (50, 35, 25, 17, 12, 6, 3)
+SHARES = (50, 35, 25, 17, 12, 10, 6, 3)
 """Sizes that are compared, in percent of the adapter's bytes."""
 
 TOLERANCES = (0.1, 0.3, 0.5)
@@ -48,12 +50,12 @@ Members = list[tuple[str, list[LoraModule]]]
 def analyze(
     adapter: Adapter, shares: Sequence[float] = SHARES, progress: Progress | None = None
 ) -> Analysis:
-    """Compare LoTR by type, by shape and with layers clustered to truncated LoRA, at every size.
+    """Compare an adapter in bits, LoTR and truncated LoRA at every size, in bytes.
 
     Parameters
     ----------
-    adapter : LoraAdapter or LotrAdapter
-        The adapter; a LoTR is taken as the LoRA that it exports to.
+    adapter : LoraAdapter, LotrAdapter or CompressedAdapter
+        The adapter; what is no LoRA is taken as the one that it exports to.
     shares : sequence of float
         Sizes of the table, in percent of the adapter's bytes.
     progress : callable, optional
@@ -67,10 +69,9 @@ def analyze(
 
     Notes
     -----
-    One HOSVD a group prices all sizes: in its bases the energy that ranks (p, q) keep is the sum
-    of Σ_k G_k² over the p × q corner. Errors of LoTR are those of the truncated HOSVD, at most √2
-    times the smallest possible; `convert` refines by HOOI. The recommended size is converted and
-    measured.
+    One decomposition a group prices all sizes. Errors in bits are predicted from a model of
+    normal columns, those of LoTR by the truncated HOSVD, at most √2 times the smallest possible.
+    The recommended size is made and measured.
 
     Examples
     --------
@@ -92,13 +93,14 @@ def analyze(
         reduced.append(reduce_group(group))
     svds = [module_svds(group) for _, group in members]
     types = by_type([group for _, group in members], reduced, lora.dtype)
+    job = compression_job(lora)
     others = _others(types, members, svds, report)
-    every: list[Representation] = [types, *others]
+    every: list[Representation] = [*forms_in_bits(job), types, *others]
     report("sizes")
     choices = _choices(every, shares, lora)
-    stops = steps(types, others, lora.parameters)
+    stops = steps(job, types, every)
     report("the recommended size")
-    choices += _measured(every, choices, lora)
+    choices += _measured(every, choices, job)
     advice = recommend(choices, lora.bytes)
     subspaces = [[leading_subspaces(svd) for svd in group] for group in svds]
     left, right = kind_overlaps(
@@ -153,7 +155,8 @@ def _others(
     found += [lotr for lotr in (shapes, clusters) if lotr]
     spectra = [svd.values for group in svds for svd in group]
     costs = [sum(module.shape) for _, group in members for module in group]
-    found += [TruncatedLora(kind, spectra, costs) for kind in TruncatedLora.NAMES]
+    itemsize = types.dtype.itemsize
+    found += [TruncatedLora(kind, spectra, costs, itemsize) for kind in TruncatedLora.NAMES]
     return found
 
 
@@ -161,39 +164,44 @@ def _choices(
     representations: Sequence[Representation], shares: Sequence[float], lora: LoraAdapter
 ) -> list[Choice]:
     """Every representation at every size that it gets down to."""
-    itemsize, found = lora.dtype.itemsize, []
+    found = []
     for share in shares:
-        budget = int(share / 100 * lora.bytes / itemsize)
-        for representation in representations:
-            point = representation.within(budget)
+        for form in representations:
+            point = form.within(int(share / 100 * lora.bytes))
             if point:
-                size = point.parameters
-                row = (size, size * itemsize, point.relative_error, point.lower_bound)
-                found.append(Choice(representation.kind, representation.name, share / 100, *row))
+                row = (point.bytes, point.relative_error, point.lower_bound, point.parameters)
+                found.append(Choice(form.kind, form.name, share / 100, *row))
     return found
 
 
 def _targets(representations: Sequence[Representation]) -> tuple[Target, ...]:
     """The smallest size of every representation within each of `TOLERANCES`."""
     return tuple(
-        Target(representation.name, tolerance, representation.reaching(tolerance))
+        Target(
+            representation.kind, representation.name, tolerance, representation.reaching(tolerance)
+        )
         for tolerance in TOLERANCES
         for representation in representations
     )
 
 
 def _measured(
-    representations: Sequence[Representation], choices: Sequence[Choice], lora: LoraAdapter
+    representations: Sequence[Representation], choices: Sequence[Choice], job: CompressionJob
 ) -> list[Choice]:
-    """LoTR by type and the LoTR of the smallest error at the recommended size, as converted."""
+    """The best form in bits and the best LoTR at the recommended size, as really made."""
     size = recommended_size(choices)
     if size is None:
         return []
-    errors = {c.kind: c.relative_error for c in choices if c.budget == size}
-    shared = [kind for kind in errors if kind.shares_factors]
-    wanted = {Kind.LOTR_BY_TYPE, *sorted(shared, key=errors.__getitem__)[:1]}.intersection(shared)
-    return [
-        _converted(lotr, size, lora)
+    budget, at = int(size * job.lora.bytes), [c for c in choices if c.budget == size]
+    found = []
+    if any(c.kind is Kind.COMPRESSED for c in at):
+        made = job.within_bytes(budget, budget)
+        row = (made.file_bytes, made.relative_error, None, None)
+        found.append(Choice(Kind.COMPRESSED, FORMS[Kind.COMPRESSED][1], size, *row, measured=True))
+    shared = [c for c in at if c.kind.family == "LoTR"]
+    wanted = {c.kind for c in sorted(shared, key=lambda c: c.relative_error)[:1]}
+    return found + [
+        _converted(lotr, size, job.lora)
         for lotr in representations
         if isinstance(lotr, Lotr) and lotr.exact and lotr.kind in wanted
     ]
@@ -201,8 +209,8 @@ def _measured(
 
 def _converted(lotr: Lotr, share: float, lora: LoraAdapter) -> Choice:
     """The adapter at a share of its bytes, refined and rounded to its storage type."""
-    made = lotr.converted(Goal(parameters=int(share * lora.bytes / lora.dtype.itemsize)))
-    row = (made.parameters, made.bytes, made.relative_error or 0.0, made.lower_bound)
+    made = lotr.converted(Goal(parameters=int(share * lora.bytes) // lora.dtype.itemsize))
+    row = (made.bytes, made.relative_error or 0.0, made.lower_bound, made.parameters)
     return Choice(lotr.kind, lotr.name, share, *row, measured=True)
 
 

@@ -31,10 +31,6 @@ from lotrtensor.verbs._sources import source_group
 WIDEST = 512
 """Directions a side that are looked at where a group is too large for the exact problem."""
 
-SOLVED = 256
-"""Side of the small problems up to which all tolerances are solved for. At this side a group takes
-0.2 s for each of about 15 pairs of ranks, and seven groups half a minute on one core."""
-
 POINTS = 96
 """Points of a curve, at most; a few more where it has gaps."""
 
@@ -55,8 +51,8 @@ class Representation(Protocol):
     def name(self) -> str:
         """What people call it."""
 
-    def within(self, parameters: int) -> CurvePoint | None:
-        """The smallest error for at most so many parameters; None where it needs more."""
+    def within(self, size: int) -> CurvePoint | None:
+        """The smallest error in at most so many bytes; None where it needs more."""
 
     def reaching(self, tolerance: float) -> CurvePoint | None:
         """The smallest size of at most that error; None where it does not get there."""
@@ -96,8 +92,9 @@ class Lotr:
             return None
         return self._pairs(allocate_parameters(curves, parameters))
 
-    def within(self, parameters: int) -> CurvePoint | None:
-        """The smallest predicted error for at most so many parameters."""
+    def within(self, size: int) -> CurvePoint | None:
+        """The smallest predicted error in at most so many bytes."""
+        parameters = size // self.dtype.itemsize
         if parameters > self._seen:
             return None
         pairs = self.pairs_within(parameters)
@@ -111,24 +108,13 @@ class Lotr:
         return sum(int(group.curve.parameters[-1]) for group in self.groups)
 
     def reaching(self, tolerance: float) -> CurvePoint | None:
-        """The smallest size found of at most that error, as `convert` finds and stores it.
-
-        Where a solve is too dear, or the curve ends before that, what the curve alone tells.
-        """
+        """The smallest size of at most that error, by the curves; `convert` finds a smaller one."""
+        curves = [group.curve for group in self.groups]
         try:
-            if self._cheap:
-                return _measured_point(self.converted(Goal(tolerance=tolerance)))
-            chosen = allocate_error(
-                [group.curve for group in self.groups], tolerance**2 * self.norm2
-            )
+            chosen = allocate_error(curves, tolerance**2 * self.norm2)
         except RankError:
             return None
         return self.point(self._pairs(chosen))
-
-    @property
-    def _cheap(self) -> bool:
-        """Whether every size can be solved for, not only priced."""
-        return self.exact and all(max(group.largest) <= SOLVED for group in self.groups)
 
     def converted(self, goal: Goal) -> LotrAdapter:
         """The adapter at a goal, refined and rounded to its storage type.
@@ -155,21 +141,19 @@ class Lotr:
         # A line across a gap would promise errors that no ranks have.
         found = [points[0]]
         for before, after in itertools.pairwise(points):
-            steps = math.ceil(math.log(after.parameters / before.parameters) / math.log(GAP))
-            sizes = np.geomspace(before.parameters, after.parameters, steps + 1)[1:-1].tolist()
+            steps = math.ceil(math.log(after.bytes / before.bytes) / math.log(GAP))
+            sizes = np.geomspace(before.bytes, after.bytes, steps + 1)[1:-1].tolist()
             between = (self.within(int(size)) for size in sizes)
-            found += [
-                point for point in between if point and point.parameters > found[-1].parameters
-            ]
+            found += [point for point in between if point and point.bytes > found[-1].bytes]
             found.append(after)
-        return Curve(self.name, tuple(found))
+        return Curve(self.kind, self.name, tuple(found))
 
     def point(self, pairs: Sequence[Pair]) -> CurvePoint:
         """Size, error and bound at given ranks."""
         rows = [group.truncated(pair) for group, pair in zip(self.groups, pairs, strict=True)]
         size = sum(group.parameters(pair) for group, pair in zip(self.groups, pairs, strict=True))
         error, bound = (sum(column, SquaredError()) for column in zip(*rows, strict=True))
-        return CurvePoint(size, error.relative, bound.relative)
+        return CurvePoint(size * self.dtype.itemsize, error.relative, bound.relative, size)
 
     def adapter_points(self, choices: Sequence[Sequence[Pair]]) -> list[AdapterPoint]:
         """Points with their groups and slices, one for every choice of ranks."""
@@ -188,20 +172,16 @@ class Lotr:
         points = []
         for pair, errors in zip(pairs, slice_errors, strict=True):
             error, bound = group.truncated(pair)
-            size = group.parameters(pair)
-            points.append(GroupPoint(*pair, size, error.relative, bound.relative, errors))
+            size = group.parameters(pair) * self.dtype.itemsize
+            points.append(GroupPoint(*pair, 0, size, error.relative, bound.relative, errors))
         return points
 
     def _pairs(self, chosen: Sequence[int]) -> list[Pair]:
         return [pair_at(p.curve, i) for p, i in zip(self.groups, chosen, strict=True)]
 
 
-def _measured_point(adapter: LotrAdapter) -> CurvePoint:
-    return CurvePoint(adapter.parameters, adapter.relative_error or 0.0, adapter.lower_bound)
-
-
 def _adapter_point(point: CurvePoint, groups: tuple[GroupPoint, ...]) -> AdapterPoint:
-    return AdapterPoint(point.parameters, point.relative_error, point.lower_bound or 0.0, groups)
+    return AdapterPoint(point.bytes, point.relative_error, point.lower_bound, groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +196,7 @@ class TruncatedLora:
     kind: Kind
     spectra: Sequence[np.ndarray]
     costs: Sequence[int]
+    itemsize: int
 
     @property
     def name(self) -> str:
@@ -227,8 +208,9 @@ class TruncatedLora:
         """Whether all modules have the same rank."""
         return self.kind is Kind.LORA_ONE_RANK
 
-    def within(self, parameters: int) -> CurvePoint | None:
-        """The smallest error for at most so many parameters."""
+    def within(self, size: int) -> CurvePoint | None:
+        """The smallest error in at most so many bytes."""
+        parameters = size // self.itemsize
         if parameters < sum(self.costs):
             return None
         found = ranks_for_parameters(self.spectra, self.costs, parameters, uniform=self.one_rank)
@@ -243,11 +225,16 @@ class TruncatedLora:
         """One point per rank, or one for each of the best terms, thinned out."""
         points = truncation_curve(self.spectra, self.costs, optimal=not self.one_rank)
         kept = thinned([point.parameters for point in points])
-        return Curve(self.name, tuple(CurvePoint(*points[i], None) for i in kept))
+        rows = (points[i] for i in kept)
+        points_ = (self._row(row.parameters, row.relative_error) for row in rows)
+        return Curve(self.kind, self.name, tuple(points_))
 
     def _point(self, ranks: Sequence[int]) -> CurvePoint:
         size = sum(c * r for c, r in zip(self.costs, ranks, strict=True))
-        return CurvePoint(size, truncation_error(self.spectra, ranks), None)
+        return self._row(size, truncation_error(self.spectra, ranks))
+
+    def _row(self, parameters: int, error: float) -> CurvePoint:
+        return CurvePoint(parameters * self.itemsize, error, None, parameters)
 
 
 def thinned(sizes: Sequence[int], points: int = POINTS) -> list[int]:

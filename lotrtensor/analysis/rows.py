@@ -20,6 +20,9 @@ class Kind(StrEnum):
     ['lora-best-ranks', 'lora-one-rank']
     """
 
+    COMPRESSED = "compressed"
+    TERMS_IN_BITS = "terms-in-bits"
+    SHARED_IN_BITS = "shared-in-bits"
     LOTR_BY_TYPE = "lotr-by-type"
     LOTR_BY_SHAPE = "lotr-by-shape"
     LOTR_CLUSTERED = "lotr-clustered"
@@ -27,9 +30,12 @@ class Kind(StrEnum):
     LORA_ONE_RANK = "lora-one-rank"
 
     @property
-    def shares_factors(self) -> bool:
-        """Whether it is a LoTR."""
-        return self not in (Kind.LORA_BEST_RANKS, Kind.LORA_ONE_RANK)
+    def family(self) -> str:
+        """What it is one of: an adapter in bits, a LoTR, or a truncated LoRA."""
+        if self in (Kind.LORA_BEST_RANKS, Kind.LORA_ONE_RANK):
+            return "truncated LoRA"
+        in_bits = self in (Kind.COMPRESSED, Kind.TERMS_IN_BITS, Kind.SHARED_IN_BITS)
+        return "bits" if in_bits else "LoTR"
 
 
 class Choice(NamedTuple):
@@ -37,9 +43,10 @@ class Choice(NamedTuple):
 
     ``kind`` tells which one it is, ``representation`` what people call it. ``budget`` is the share
     of the adapter's bytes allowed, ``bytes`` what is stored, ``relative_error`` a relative
-    Frobenius error; ``lower_bound`` is None for truncated LoRA, whose error is the smallest of its
-    ranks. ``measured`` tells a converted adapter, refined and rounded to its storage type, from the
-    curves' truncated HOSVD, which converting does not exceed but for that rounding.
+    Frobenius error; ``lower_bound`` is None where the form has none beside its error.
+    ``parameters`` is None for forms in bits. ``measured`` tells an adapter that was really made
+    from the curves: truncated HOSVDs, which converting does not exceed but for rounding, and
+    predictions of bits, which are within 5 %.
 
     Examples
     --------
@@ -54,24 +61,26 @@ class Choice(NamedTuple):
     kind: Kind
     representation: str
     budget: float
-    parameters: int
     bytes: int
     relative_error: float
     lower_bound: float | None
+    parameters: int | None
     measured: bool = False
 
 
 class CurvePoint(NamedTuple):
-    """Stored numbers, relative Frobenius error of the HOSVD, and what no fit goes below."""
+    """Stored bytes, relative Frobenius error, what no fit goes below, and stored numbers."""
 
-    parameters: int
+    bytes: int
     relative_error: float
-    lower_bound: float | None
+    lower_bound: float | None = None
+    parameters: int | None = None
 
 
 class Target(NamedTuple):
     """The smallest size at which a representation comes within ``tolerance``; None: at no size."""
 
+    kind: Kind
     representation: str
     tolerance: float
     point: CurvePoint | None
@@ -80,40 +89,47 @@ class Target(NamedTuple):
 class Curve(NamedTuple):
     """Size against error of one representation of the whole adapter, by rising size."""
 
+    kind: Kind
     representation: str
     points: tuple[CurvePoint, ...]
 
 
 class GroupPoint(NamedTuple):
-    """One group at one size: ranks, stored numbers, error, bound, and the error of each slice."""
+    """One group at one size: shared ranks, private terms, bytes, error, error of each slice.
+
+    Ranks are (0, 0) where nothing is shared; ``lower_bound`` is None in bits.
+    """
 
     p: int
     q: int
-    parameters: int
+    terms: int
+    bytes: int
     relative_error: float
-    lower_bound: float
+    lower_bound: float | None
     slice_errors: np.ndarray
 
 
 class AdapterPoint(NamedTuple):
     """All groups at one size, in their order."""
 
-    parameters: int
+    bytes: int
     relative_error: float
-    lower_bound: float
+    lower_bound: float | None
     groups: tuple[GroupPoint, ...]
 
 
 class Step(NamedTuple):
-    """LoTR by type at one rank, and the same size shared out by energy.
+    """One stop of the slider: a size in bytes, and what fits in it.
 
-    ``alternatives`` holds the other representations' errors at that size, those that get there.
+    ``compressed`` is the adapter in bits, ``lotr`` LoTR by type with its ranks shared out by
+    energy; None where the form needs more. ``alternatives`` holds the errors of all
+    representations that get there.
     """
 
-    rank: int
-    one_rank: AdapterPoint
-    shared: AdapterPoint
-    alternatives: dict[str, float]
+    bytes: int
+    compressed: AdapterPoint | None
+    lotr: AdapterPoint | None
+    alternatives: dict[Kind, float]
 
 
 class ModuleRow(NamedTuple):

@@ -1,51 +1,37 @@
-"""The slider's stops: LoTR by type at one rank, from 1 up to the size of the adapter itself."""
+"""The slider's stops: sizes in bytes, from the smallest that a form has to the adapter's own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from lotrtensor.analysis.in_bits import InBits, compressed_point
 from lotrtensor.analysis.representations import Lotr, Representation
-from lotrtensor.analysis.rows import Step
+from lotrtensor.analysis.rows import AdapterPoint, Kind, Step
+from lotrtensor.verbs._compress import CompressionJob
 
-STOPS = 40
-"""Ranks of the slider, at most."""
+STOPS = 28
+"""Sizes of the slider."""
 
 
-def steps(lotr: Lotr, others: Sequence[Representation], source_parameters: int) -> tuple[Step, ...]:
-    """One step per rank, with the same size shared out by energy and the alternatives at it."""
-    ranks = _ranks(lotr, source_parameters)
-    one_rank = [[group.nearest((rank, rank)) for group in lotr.groups] for rank in ranks]
-    sizes = [lotr.point(pairs).parameters for pairs in one_rank]
-    shared = [lotr.pairs_within(size) or pairs for size, pairs in zip(sizes, one_rank, strict=True)]
+def steps(job: CompressionJob, lotr: Lotr, every: Sequence[Representation]) -> tuple[Step, ...]:
+    """One step a size: the adapter in bits, LoTR by type, and the errors of all forms."""
+    compressed = next(form for form in every if isinstance(form, InBits))
+    sizes = _sizes(min(form.curve().points[0].bytes for form in every), job.lora.bytes)
+    pairs = [lotr.pairs_within(size // lotr.dtype.itemsize) for size in sizes]
+    reached = iter(lotr.adapter_points([pair for pair in pairs if pair is not None]))
     found = []
-    points = zip(
-        ranks, sizes, lotr.adapter_points(one_rank), lotr.adapter_points(shared), strict=True
-    )
-    for rank, size, same, best in points:
-        reached = [(other.name, other.within(size)) for other in others]
-        errors = {name: point.relative_error for name, point in reached if point}
-        found.append(Step(rank, same, best, errors))
+    for size, pair in zip(sizes, pairs, strict=True):
+        shared: AdapterPoint | None = None if pair is None else next(reached)
+        points = [(form.kind, form.within(size)) for form in every]
+        errors: dict[Kind, float] = {k: point.relative_error for k, point in points if point}
+        in_bits = compressed_point(job, compressed.prices, lotr, size)
+        found.append(Step(size, in_bits, shared, errors))
     return tuple(found)
 
 
-def _ranks(lotr: Lotr, source_parameters: int) -> list[int]:
-    """Ranks that make the adapter no larger, and few enough to choose from."""
-    largest = max(max(group.largest) for group in lotr.groups)
-    useful = [1]
-    for rank in _round_numbers(largest):
-        pairs = [group.nearest((rank, rank)) for group in lotr.groups]
-        if rank > 1 and lotr.point(pairs).parameters <= source_parameters:
-            useful.append(rank)
-    if len(useful) <= STOPS:
-        return useful
-    last = len(useful) - 1
-    return [useful[round(i * last / (STOPS - 1))] for i in range(STOPS)]
-
-
-def _round_numbers(largest: int) -> list[int]:
-    """1, 2, …, 32, then 40, 48, 56, 64, 80, …: eight to a doubling from there on."""
-    found, step = list(range(1, min(largest, 32) + 1)), 4
-    while found[-1] < largest:
-        step = max(4, 2 ** (found[-1].bit_length() - 1) // 8)
-        found.append(min(found[-1] + step, largest))
-    return found
+def _sizes(smallest: int, largest: int) -> list[int]:
+    """Sizes on a logarithmic scale, the largest a round share of the adapter."""
+    sizes = np.geomspace(min(smallest, largest), largest, STOPS)
+    return sorted({int(np.ceil(size)) for size in sizes})

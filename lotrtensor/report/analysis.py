@@ -8,9 +8,18 @@ from typing import Any
 import numpy as np
 
 import lotrtensor
+from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.analysis.rows import AdapterPoint, Analysis, Curve, GroupAnalysis, Similarity, Step
+from lotrtensor.analysis.rows import (
+    AdapterPoint,
+    Analysis,
+    Curve,
+    GroupAnalysis,
+    Similarity,
+    Step,
+    Target,
+)
 from lotrtensor.report.documents import Document
 
 DIGITS = 5
@@ -40,7 +49,7 @@ def _adapter(name: str, adapter: Adapter, analysis: Analysis) -> Document:
     recommended = analysis.recommended
     return {
         "name": name,
-        "type": "LORA" if isinstance(adapter, LoraAdapter) else "LOTR",
+        "type": _type(adapter),
         "base_model": adapter.config.get("base_model_name_or_path"),
         "dtype": adapter.dtype.name,
         "stored_bytes": adapter.bytes,
@@ -49,10 +58,10 @@ def _adapter(name: str, adapter: Adapter, analysis: Analysis) -> Document:
         "recommendation": analysis.recommendation,
         "recommended": recommended._asdict() if recommended else None,
         "choices": [choice._asdict() for choice in analysis.choices],
-        "targets": [_target(target, analysis.itemsize) for target in analysis.targets],
-        "curves": [_curve(curve, analysis.itemsize) for curve in analysis.curves],
+        "targets": [_target(target) for target in analysis.targets],
+        "curves": [_curve(curve) for curve in analysis.curves],
         "groups": [_group(group, analysis.itemsize) for group in analysis.groups],
-        "steps": [_step(step, analysis.itemsize) for step in analysis.steps],
+        "steps": [_step(step) for step in analysis.steps],
         "overlap": {
             "left": _matrix(analysis.left_overlap),
             "right": _matrix(analysis.right_overlap),
@@ -60,22 +69,30 @@ def _adapter(name: str, adapter: Adapter, analysis: Analysis) -> Document:
     }
 
 
-def _target(target: Any, itemsize: int) -> Document:
+def _type(adapter: Adapter) -> str:
+    if isinstance(adapter, LoraAdapter):
+        return "LORA"
+    return "COMPRESSED" if isinstance(adapter, CompressedAdapter) else "LOTR"
+
+
+def _target(target: Target) -> Document:
     point = target.point
     return {
+        "kind": target.kind,
         "representation": target.representation,
         "tolerance": target.tolerance,
+        "bytes": point.bytes if point else None,
         "parameters": point.parameters if point else None,
-        "bytes": point.parameters * itemsize if point else None,
         "relative_error": point.relative_error if point else None,
     }
 
 
-def _curve(curve: Curve, itemsize: int) -> Document:
+def _curve(curve: Curve) -> Document:
     return {
+        "kind": curve.kind,
         "representation": curve.representation,
+        "bytes": [point.bytes for point in curve.points],
         "parameters": [point.parameters for point in curve.points],
-        "bytes": [point.parameters * itemsize for point in curve.points],
         "relative_error": [point.relative_error for point in curve.points],
         "lower_bound": [point.lower_bound for point in curve.points],
     }
@@ -117,27 +134,28 @@ def _spectrum(values: np.ndarray) -> Document:
     return {"index": (kept + 1).tolist(), "value": values[kept].tolist()}
 
 
-def _step(step: Step, itemsize: int) -> Document:
+def _step(step: Step) -> Document:
     return {
-        "rank": step.rank,
-        "one_rank": _point(step.one_rank, itemsize),
-        "shared": _point(step.shared, itemsize),
-        "alternatives": step.alternatives,
+        "bytes": step.bytes,
+        "compressed": _point(step.compressed),
+        "lotr": _point(step.lotr),
+        "alternatives": dict(step.alternatives),
     }
 
 
-def _point(point: AdapterPoint, itemsize: int) -> Document:
+def _point(point: AdapterPoint | None) -> Document | None:
+    if point is None:
+        return None
     return {
-        "parameters": point.parameters,
-        "bytes": point.parameters * itemsize,
+        "bytes": point.bytes,
         "relative_error": point.relative_error,
         "lower_bound": point.lower_bound,
         "groups": [
             {
                 "p": group.p,
                 "q": group.q,
-                "parameters": group.parameters,
-                "bytes": group.parameters * itemsize,
+                "terms": group.terms,
+                "bytes": group.bytes,
                 "relative_error": group.relative_error,
                 "lower_bound": group.lower_bound,
                 "module_errors": group.slice_errors.tolist(),

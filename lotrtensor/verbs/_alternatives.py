@@ -17,10 +17,11 @@ from lotrtensor.core.squared_error import SquaredError
 
 
 class PriceInBits(NamedTuple):
-    """Bytes of a whole file in bits, and its relative error."""
+    """Bytes of a whole file in bits, its relative error, and the step of its grid."""
 
     bytes: float
     relative_error: float
+    step: float = 0.0
 
 
 Prices = dict[Parts, list[PriceInBits]]
@@ -45,23 +46,27 @@ def prices_in_bits(
 
     Notes
     -----
-    Normal columns and an ideal coder are assumed; on trained adapters that is within 5 % of the
-    errors that files have.
+    Normal columns are assumed; on trained adapters that is within 5 % of the errors that files
+    have, from half of the bytes down to a 64th.
     """
     norm2 = sum(group.norm2 for group in groups)
     prices: Prices = {"both": [], "private": [], "shared": []}
     for i in range(OCTAVES * GRIDS):
-        each = [group.predictions(coarsest * 2.0 ** (-i / GRIDS)) for group in groups]
+        step = coarsest * 2.0 ** (-i / GRIDS)
+        each = [group.predictions(step) for group in groups]
         for parts, found in prices.items():
-            size = overhead + sum(prediction[parts].bits for prediction in each) / 8
+            size = overhead + CODER * sum(prediction[parts].bits for prediction in each) / 8
             lost2 = sum(prediction[parts].lost2 for prediction in each)
-            price = PriceInBits(size, SquaredError(lost2, norm2).relative)
+            price = PriceInBits(size, SquaredError(lost2, norm2).relative, step)
             if not found or (size > found[-1].bytes and price[1] < found[-1].relative_error):
                 found.append(price)
         if all(found[-1].bytes > largest for found in prices.values()):
             break
     return prices
 
+
+CODER = 1.02
+"""Bytes of codes over those of their entropy, as measured: see `lotrtensor.core.bits.stream`."""
 
 GRIDS = 3
 """Grids an octave of steps; between them errors are interpolated."""
@@ -78,6 +83,14 @@ def error_at(prices: Sequence[PriceInBits], size: float) -> float | None:
     return found if found > _LEAST else 0.0
 
 
+def step_at(prices: Sequence[PriceInBits], size: float) -> float | None:
+    """The step of a grid of that size; None below the smallest."""
+    if size < prices[0].bytes:
+        return None
+    sizes, _, steps = np.array(prices).T
+    return math.exp(float(np.interp(math.log(size), np.log(sizes), np.log(steps))))
+
+
 def size_of(prices: Sequence[PriceInBits], error: float) -> float | None:
     """The smallest size of at most that error; None where none reaches it."""
     if error < prices[-1].relative_error:
@@ -92,7 +105,7 @@ _LEAST = 1e-12
 
 def _logarithms(prices: Sequence[PriceInBits]) -> tuple[np.ndarray, np.ndarray]:
     """Of sizes and errors: between two grids the one is about a power of the other."""
-    sizes, errors = np.array(prices).T
+    sizes, errors, _ = np.array(prices).T
     return np.log(sizes), np.log(np.maximum(errors, _LEAST))
 
 

@@ -217,11 +217,17 @@ class CompressionJob:
 
     def within_tolerance(self, tolerance: float) -> CompressedAdapter:
         """The smallest file found of at most this error."""
-        best, target, error = None, tolerance, 0.0
+        best, target, error, coarser, before = None, tolerance, 0.0, math.inf, 0.0
         for _ in range(TRIES):
             step, _ = self.solve(partial(self._loses_more, target))
-            found = self.at(step)
+            # Where ranks jump, other targets lead to one step: it is left behind by itself.
+            step = step if step < coarser else coarser / NUDGE
+            if step == before:
+                break
+            found, before = self.at(step), step
             error = found.relative_error
+            if error > tolerance:
+                coarser = min(coarser, step)
             if error <= tolerance and (best is None or found.file_bytes < best.file_bytes):
                 best = found
             if SPARE * tolerance <= error <= tolerance:
@@ -242,10 +248,15 @@ class CompressionJob:
                 f"budget is {asked!r}; the smallest file of this adapter takes "
                 f"{smallest.file_bytes} bytes, its config and index"
             )
-        best, target = smallest, float(budget)
+        best, target, finer, before = smallest, float(budget), 0.0, 0.0
         for _ in range(TRIES):
             _, step = self.solve(partial(self._takes_no_more, target))
-            found = self.at(step)
+            step = step if step > finer else finer * NUDGE  # as within a tolerance
+            if step == before:
+                break
+            found, before = self.at(step), step
+            if found.file_bytes > budget:
+                finer = max(finer, step)
             if found.file_bytes <= budget and found.relative_error <= best.relative_error:
                 best = found
             if SPARE * budget <= found.file_bytes <= budget:
@@ -256,6 +267,9 @@ class CompressionJob:
 
 TRIES = 8
 """Files made on the way to a size or an error; two or three do where the model is right."""
+
+NUDGE = 1.01
+"""Ratio of a step to the one that did not do, where the model leads to the same one again."""
 
 FINEST = 1e-5
 """Steps nearer than this share are one."""

@@ -16,6 +16,7 @@ import numpy as np
 from lotrtensor.core.bits.gauge import equalising_rotation
 from lotrtensor.core.bits.grid import column_cost, round_to_grid, round_to_width
 from lotrtensor.core.bits.terms import slope, unit_columns
+from lotrtensor.core.ranks.curve import outside2
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,22 +64,33 @@ def core_kinds(left: np.ndarray, right: np.ndarray, slices: int) -> np.ndarray:
 
 
 class CoreSquares(NamedTuple):
-    """What prices need of K cores: ``sums2`` (a × b), Σ_k G_kij² at every place, and K."""
+    """What prices need of K cores: Σ_k G_kij² at every place, and K.
+
+    ``sums2`` (a × b) holds the sums, ``outside2`` what lies outside the corner that ends there.
+    """
 
     sums2: np.ndarray
+    outside2: np.ndarray
     slices: int
+
+    @classmethod
+    def of(cls, sums2: np.ndarray, slices: int) -> CoreSquares:
+        """From the sums alone."""
+        sums2 = np.asarray(sums2, dtype=np.float64)
+        return cls(sums2, outside2(sums2), slices)
+
+    @property
+    def nothing(self) -> Corner:
+        """No shared part."""
+        return Corner((0, 0), 0.0, float(self.sums2.sum()))
 
 
 class Corner(NamedTuple):
-    """A Tucker-2 of ``ranks`` (p, q) as predicted: its bits, and the squared norm that it keeps."""
+    """A Tucker-2 of ``ranks`` (p, q) as predicted: its bits, and the squared error it leaves."""
 
     ranks: tuple[int, int]
     bits: float
-    saved2: float
-
-
-NOTHING = Corner((0, 0), 0.0, 0.0)
-"""No shared part."""
+    lost2: float
 
 
 def best_corner(
@@ -100,15 +112,14 @@ def best_corner(
     Returns
     -------
     Corner
-        `NOTHING` where sharing is not worth its bits.
+        Of ranks (0, 0) where sharing is not worth its bits.
     """
-    bits, saved2 = _corners(squares, sides, step, width)
-    gain = saved2 - slope(step) * bits
-    place = int(np.argmax(gain)) if gain.size else 0
-    if not gain.size or gain.flat[place] <= 0.0:
-        return NOTHING
-    p, q = np.unravel_index(place, gain.shape)
-    return Corner((int(p) + 1, int(q) + 1), float(bits[p, q]), float(saved2[p, q]))
+    bits, lost2 = _corners(squares, sides, step, width)
+    price = lost2 + slope(step) * bits
+    if not price.size or price.min() >= squares.nothing.lost2:
+        return squares.nothing
+    p, q = np.unravel_index(int(np.argmin(price)), price.shape)
+    return Corner((int(p) + 1, int(q) + 1), float(bits[p, q]), float(lost2[p, q]))
 
 
 def corner(
@@ -118,7 +129,7 @@ def corner(
     step: float,
     width: int | None = None,
 ) -> Corner:
-    """What ranks (p, q) cost and keep on a grid.
+    """What ranks (p, q) cost and lose on a grid.
 
     Parameters
     ----------
@@ -133,23 +144,23 @@ def corner(
     width : int, optional
         As for `best_corner`.
     """
-    if not min(ranks):
-        return NOTHING
     p, q = ranks
-    bits, saved2 = _corners(squares, sides, step, width)
+    bits, lost2 = _corners(squares, sides, step, width)
+    if not min(p, q) or not bits.size:
+        return squares.nothing
     # Columns beyond those looked at are too small for any code, and cost next to nothing.
     place = min(p, bits.shape[0]) - 1, min(q, bits.shape[1]) - 1
-    return Corner(ranks, float(bits[place]), float(saved2[place])) if bits.size else NOTHING
+    return Corner(ranks, float(bits[place]), float(lost2[place]))
 
 
 def _corners(
     squares: CoreSquares, sides: tuple[int, int], step: float, width: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bits and squared norm kept of every corner (p, q) of the cores, at [p − 1, q − 1].
+    """Bits and squared error of every corner (p, q) of the cores, at [p − 1, q − 1].
 
     Corners end where the columns' codes would all be zero.
     """
-    sums2, slices = squares
+    sums2, beyond2, slices = squares
     norms = np.sqrt(sums2.sum(axis=1)), np.sqrt(sums2.sum(axis=0))
     deviations = [x / (math.sqrt(side) * step) for x, side in zip(norms, sides, strict=True)]
     costs = [column_cost(deviation, width) for deviation in deviations]
@@ -157,11 +168,13 @@ def _corners(
     sums2 = sums2[:p, :q]
     inside = column_cost(np.sqrt(sums2 / slices) / step, width)
     kept = np.outer(1 - costs[0].distortion[:p], 1 - costs[1].distortion[:q])
-    saved2 = np.cumsum(np.cumsum(sums2 * kept * (1 - inside.distortion), axis=0), axis=1)
+    # Sums of what is lost, not differences from what is kept: nothing cancels.
+    lost2 = np.cumsum(np.cumsum(sums2 * (1 - kept * (1 - inside.distortion)), axis=0), axis=1)
+    lost2 += beyond2[:p, :q]
     bits = slices * np.cumsum(np.cumsum(inside.bits, axis=0), axis=1)
     bits += np.cumsum(sides[0] * costs[0].bits[:p] + _KIND)[:, None]
     bits += np.cumsum(sides[1] * costs[1].bits[:q] + _KIND)
-    return bits, saved2
+    return bits, lost2
 
 
 _KIND = 8

@@ -28,6 +28,7 @@ from lotrtensor.core.bits.shared import (
 from lotrtensor.core.bits.terms import (
     QuantisedTerms,
     lost2,
+    predict_terms,
     predicted_total,
     quantise_slice,
     slope,
@@ -113,7 +114,7 @@ class StackInBits:
         self.norm2 = float(sum(np.sum(svd.values**2) for svd in self.svds))
         if parts != "private":
             reduced = self._reduced
-            self.squares = CoreSquares(reduced.core_sums2, stack.shape[0])
+            self.squares = CoreSquares.of(reduced.core_sums2, stack.shape[0])
             if parts == "both":
                 # The bases are large; they are needed again only where a shared part is tried.
                 del self._reduced
@@ -142,11 +143,21 @@ class StackInBits:
             bits, lost = predicted_total(spectra, [self.sides] * len(spectra), step, self.width)
             found["private"] = Prediction(bits, lost, (0, 0))
         if self.parts != "private":
-            ranks, bits, saved2 = best_corner(self.squares, self.sides, step, self.width)
-            found["shared"] = Prediction(bits, self.norm2 - saved2, ranks)
+            ranks, bits, lost = best_corner(self.squares, self.sides, step, self.width)
+            found["shared"] = Prediction(bits, lost, ranks)
         if self.parts == "both":
             found["both"] = min(found.values(), key=lambda p: p.lost2 + slope(step) * p.bits)
         return found
+
+    def private_slices(self, step: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the squared error (K) that private terms leave in each slice, and their number."""
+        lost, kept = [], []
+        for svd in self.svds:
+            sides = np.broadcast_to(np.array(self.sides, dtype=float), (len(svd.values), 2))
+            keep, _, error2 = predict_terms(svd.values, sides, step, self.width)
+            lost.append(float(np.where(keep, error2, svd.values**2).sum()))
+            kept.append(int(keep.sum()))
+        return np.array(lost), np.array(kept)
 
     def quantise(
         self, step: float, value_dtype: np.dtype = FLOAT16
@@ -171,7 +182,7 @@ class StackInBits:
 
     def _near(self, step: float, shared: Corner) -> bool:
         """Whether this shared part may be worth its bits beside private terms."""
-        alone = self.norm2 - shared.saved2 + slope(step) * shared.bits
+        alone = shared.lost2 + slope(step) * shared.bits
         best = self.predict(step)
         return alone <= NEAR * (best.lost2 + slope(step) * best.bits)
 

@@ -146,7 +146,7 @@ class ReducedStack:
     def slices_truncated2(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Squared error of every slice of the truncated HOSVD at every pair, (len(pairs), K)."""
         found = np.empty((len(pairs), self.shape[0]))
-        rows, columns = (np.array([pair[side] - 1 for pair in pairs]) for side in (0, 1))
+        rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T - 1
         for k, core2 in enumerate(self._cores2()):
             # Only the exact reduction holds all of a slice.
             beyond2 = max(float(self.norms2[k] - core2.sum()), 0.0)

@@ -1,6 +1,6 @@
 // The page itself: what is chosen, and who redraws when.
 const report = JSON.parse(byId("analysis").textContent);
-const state = { adapter: 0, step: 0, mode: "one_rank", group: 0, kind: -1 };
+const state = { adapter: 0, step: 0, mode: "compressed", group: 0, kind: -1 };
 
 function current() {
   return report.adapters[state.adapter];
@@ -16,16 +16,16 @@ function drawHead(adapter) {
     `LoRA rank ${span}`, `${count(adapter.source_parameters)} parameters`,
     `${size(adapter.source_bytes)} in ${adapter.dtype}`];
   if (adapter.base_model) facts.push(`base model ${adapter.base_model}`);
-  if (adapter.type === "LOTR") facts.push(`stored as a LoTR of ${size(adapter.stored_bytes)}, compared as the LoRA that it exports to`);
+  if (adapter.type !== "LORA") facts.push(`stored as a ${adapter.type === "LOTR" ? "LoTR" : "compressed adapter"} of ${size(adapter.stored_bytes)}, compared as the LoRA that it exports to`);
   byId("facts").textContent = facts.join(" · ");
 }
 
 // The larger the error, the less the norm alone can promise.
 function verdict(adapter, choice) {
   if (!choice) return "Do not compress it by its norm alone.";
+  if (FAMILIES[choice.kind] === "bits") return `Yes, compress it: ${smaller(adapter.source_bytes, choice.bytes)}.`;
   const [form, ranks] = choice.representation.split(", ");
-  const what = `${smaller(adapter.source_bytes, choice.bytes)} with ${form}${ranks ? ` (${ranks})` : ""}`;
-  return choice.relative_error > 0.3 ? `Make it ${what}, if your task bears it.` : `Yes, compress it: ${what}.`;
+  return `Yes, make it ${smaller(adapter.source_bytes, choice.bytes)} with ${form}${ranks ? ` (${ranks})` : ""}.`;
 }
 
 function drawHero(adapter) {
@@ -46,6 +46,9 @@ function commandsFor(adapter, choice) {
 
 // What makes each kind of choice, beside its size.
 const COMMANDS = {
+  compressed: { verb: "compress", more: "" },
+  "terms-in-bits": { verb: "compress", more: " --form lora" },
+  "shared-in-bits": { verb: "compress", more: " --form lotr" },
   "lotr-by-type": { verb: "convert", more: "" },
   "lotr-by-shape": { verb: "convert", more: " --group-by shape" },
   "lotr-clustered": { verb: "convert", more: " --cluster 2" },
@@ -60,7 +63,9 @@ function command(adapter, choice) {
     const rank = Math.max(1, Math.round(choice.parameters / modules.reduce((a, b) => a + b, 0)));
     return `lotr truncate ${from} -o smaller --rank ${rank}`;
   }
-  return `lotr ${verb} ${from} -o smaller --budget ${choice.parameters}p${more}`;
+  // A form in bits is asked for by the size that it was allowed, as it was made.
+  const budget = choice.parameters === null ? Math.floor(choice.budget * adapter.source_bytes) : choice.bytes;
+  return `lotr ${verb} ${from} -o smaller --budget ${budget}${more}`;
 }
 
 function drawTargets(adapter) {
@@ -102,16 +107,16 @@ function drawAll() {
   drawChosen();
 }
 
-// The largest rank within the recommended size, or the middle one.
+// The largest size within the recommended one, or the middle one.
 function firstStep(adapter) {
   const choice = adapter.recommended;
-  const limit = choice ? choice.budget * adapter.source_parameters : Infinity;
-  const within = adapter.steps.filter((step) => step.one_rank.parameters <= limit).length;
-  return choice ? Math.max(0, within - 1) : Math.floor((adapter.steps.length - 1) / 2);
+  if (!choice) return Math.floor((adapter.steps.length - 1) / 2);
+  const within = adapter.steps.filter((step) => step.bytes <= choice.budget * adapter.source_bytes).length;
+  return Math.max(0, within - 1);
 }
 
 function choose(index) {
-  const adapter = report.adapters[index], slider = byId("rank");
+  const adapter = report.adapters[index], slider = byId("size");
   Object.assign(state, { adapter: index, step: firstStep(adapter), group: 0 });
   slider.max = adapter.steps.length - 1;
   slider.value = state.step;
@@ -121,7 +126,7 @@ function choose(index) {
 
 function listen() {
   let waiting = false;
-  byId("rank").addEventListener("input", (event) => {
+  byId("size").addEventListener("input", (event) => {
     state.step = Number(event.target.value);
     drawNumbers(current(), state);
     if (waiting) return;

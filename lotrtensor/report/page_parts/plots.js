@@ -10,11 +10,14 @@ function narrow() {
 }
 
 const STYLES = {
-  "LoTR by type": { color: "accent", dash: "solid", width: 3.5 },
-  "LoTR by shape": { color: "shape", dash: "dash", width: 2 },
-  "LoTR, layers in 2 clusters": { color: "clusters", dash: "dashdot", width: 2 },
-  "truncated LoRA, best ranks": { color: "lora", dash: "solid", width: 3 },
-  "truncated LoRA, one rank": { color: "lora", dash: "dot", width: 2 },
+  compressed: { color: "bits", dash: "solid", width: 4 },
+  "terms-in-bits": { color: "bits", dash: "dot", width: 2 },
+  "shared-in-bits": { color: "bits", dash: "dash", width: 2 },
+  "lotr-by-type": { color: "accent", dash: "solid", width: 3.5 },
+  "lotr-by-shape": { color: "shape", dash: "dash", width: 2 },
+  "lotr-clustered": { color: "clusters", dash: "dashdot", width: 2 },
+  "lora-best-ranks": { color: "lora", dash: "solid", width: 3 },
+  "lora-one-rank": { color: "lora", dash: "dot", width: 2 },
 };
 
 // Twelve hues that colour-blind readers can tell apart in pairs with the dashes beside them.

@@ -1,42 +1,59 @@
 // Everything that follows the slider: size, error, groups, modules, layers.
+// What the adapter in bits, or LoTR, makes of the chosen size; the other where it needs more bytes.
 function point(adapter, state) {
-  return adapter.steps[state.step][state.mode];
+  const step = adapter.steps[state.step];
+  return step[state.mode] || step.compressed || step.lotr;
 }
 
-function bestOther(step) {
-  const reached = Object.entries(step.alternatives).sort((a, b) => a[1] - b[1]);
-  return reached.length ? { name: reached[0][0], error: reached[0][1] } : null;
+function inBits(adapter, state) {
+  const step = adapter.steps[state.step];
+  return point(adapter, state) === step.compressed;
 }
 
-function chosenName(state, step) {
-  return state.mode === "one_rank" ? `LoTR by type, rank ${step.rank}` : "LoTR by type, ranks shared out";
+// Kinds of form that the chosen one is compared with: those of another family.
+const FAMILIES = {
+  compressed: "bits", "terms-in-bits": "bits", "shared-in-bits": "bits",
+  "lotr-by-type": "lotr", "lotr-by-shape": "lotr", "lotr-clustered": "lotr",
+  "lora-best-ranks": "lora", "lora-one-rank": "lora",
+};
+
+function nameOf(adapter, kind) {
+  return adapter.curves.find((curve) => curve.kind === kind).representation;
+}
+
+function bestOf(step, families) {
+  const reached = Object.entries(step.alternatives).filter(([kind]) => families.includes(FAMILIES[kind]));
+  reached.sort((a, b) => a[1] - b[1]);
+  return reached.length ? { kind: reached[0][0], error: reached[0][1] } : null;
+}
+
+function chosenName(adapter, state) {
+  return inBits(adapter, state) ? "compressed" : "LoTR by type, ranks shared out";
 }
 
 function drawNumbers(adapter, state) {
-  const step = adapter.steps[state.step], now = point(adapter, state), other = bestOther(step);
-  byId("rank-value").textContent = step.rank;
-  byId("rank").setAttribute("aria-valuetext", `rank ${step.rank}, ${size(now.bytes)}, error ${error(now.relative_error)}`);
+  const step = adapter.steps[state.step], now = point(adapter, state);
+  const other = bestOf(step, inBits(adapter, state) ? ["lotr", "lora"] : ["bits", "lora"]);
+  byId("size-value").textContent = size(step.bytes);
+  byId("size").setAttribute("aria-valuetext", `${size(step.bytes)}, error ${error(now.relative_error)}`);
   byId("n-bytes").textContent = size(now.bytes);
   byId("n-ratio").textContent = smaller(adapter.source_bytes, now.bytes);
-  byId("n-parameters").textContent = count(now.parameters);
   byId("n-error").textContent = error(now.relative_error);
   byId("n-kept").textContent = "keeps " + kept(now.relative_error) + " of the energy";
   byId("n-bound").textContent = error(now.lower_bound);
   byId("n-other").textContent = other ? error(other.error) : "–";
-  byId("n-other-name").textContent = other ? other.name : "none gets this small";
+  byId("n-other-name").textContent = other ? nameOf(adapter, other.kind) : "none gets this small";
   byId("n-other-box").className = other && other.error < now.relative_error ? "better" : "";
   byId("sentence").replaceChildren(...sentence(adapter, state, step, now));
 }
 
 function sentence(adapter, state, step, now) {
-  const lora = Object.entries(step.alternatives).filter(([name]) => name.startsWith("truncated"));
-  lora.sort((a, b) => a[1] - b[1]);
-  const goal = state.mode === "one_rank" ? `--rank ${step.rank}` : `--budget ${now.parameters}p`;
-  const command = `lotr convert ${quoted(adapter.name)} -o smaller ${goal}`;
-  const against = lora.length
-    ? `truncated LoRA reaches ${error(lora[0][1])} at that size. `
+  const lora = bestOf(step, ["lora"]), verb = inBits(adapter, state) ? "compress" : "convert";
+  const command = `lotr ${verb} ${quoted(adapter.name)} -o smaller --budget ${now.bytes}`;
+  const against = lora
+    ? `truncated LoRA reaches ${error(lora.error)} at that size. `
     : "truncated LoRA does not get that small. ";
-  return [`${chosenName(state, step)}: ${smaller(adapter.source_bytes, now.bytes)}, `
+  return [`${chosenName(adapter, state)}: ${smaller(adapter.source_bytes, now.bytes)}, `
     + `error ${error(now.relative_error)}; ${against}`, element("code", {}, command)];
 }
 
@@ -45,26 +62,19 @@ function percentOf(adapter, bytes) {
 }
 
 function rateTraces(adapter, state) {
-  const traces = [], byType = adapter.curves.find((curve) => curve.representation === "LoTR by type");
+  const traces = [], byType = adapter.curves.find((curve) => curve.kind === "lotr-by-type");
   const x = percentOf(adapter, byType.bytes);
   const quiet = { mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false };
   traces.push(Object.assign({ x, y: byType.lower_bound }, quiet));
   traces.push(Object.assign({ x, y: byType.relative_error, fill: "tonexty", fillcolor: faint("accent") }, quiet));
   for (const curve of adapter.curves) {
-    const style = STYLES[curve.representation] || hue(5);
+    const style = STYLES[curve.kind] || hue(5);
     traces.push({
       name: curve.representation, mode: "lines", x: percentOf(adapter, curve.bytes), y: curve.relative_error,
       line: { color: color(style.color), dash: style.dash, width: style.width },
       hovertemplate: "%{x:.3g} % of the bytes: error %{y:.3f}<extra>" + curve.representation + "</extra>",
     });
   }
-  traces.push({
-    name: "LoTR by type, one rank", mode: "lines", line: { color: color("accent"), dash: "dot", width: 2 },
-    x: percentOf(adapter, adapter.steps.map((step) => step.one_rank.bytes)),
-    y: adapter.steps.map((step) => step.one_rank.relative_error),
-    hovertemplate: "rank %{text}: %{x:.3g} %, error %{y:.3f}<extra>LoTR by type, one rank</extra>",
-    text: adapter.steps.map((step) => step.rank),
-  });
   const now = point(adapter, state);
   traces.push({
     name: "chosen size", mode: "markers", x: percentOf(adapter, [now.bytes]), y: [now.relative_error],
@@ -73,10 +83,10 @@ function rateTraces(adapter, state) {
   });
   const measured = adapter.choices.filter((choice) => choice.measured);
   traces.push({
-    name: "really converted", mode: "markers", text: measured.map((choice) => choice.representation), x: percentOf(adapter, measured.map((choice) => choice.bytes)),
+    name: "really made", mode: "markers", text: measured.map((choice) => choice.representation), x: percentOf(adapter, measured.map((choice) => choice.bytes)),
     y: measured.map((choice) => choice.relative_error),
     marker: { symbol: "star", size: 14, color: color("ink"), line: { color: color("card"), width: 1.5 } },
-    hovertemplate: "%{text}, converted: %{x:.3g} %, error %{y:.4f}<extra></extra>",
+    hovertemplate: "%{text}, made: %{x:.3g} %, error %{y:.4f}<extra></extra>",
   });
   return traces;
 }
@@ -118,31 +128,30 @@ function choiceTable(adapter) {
     const cells = names.map((name) => {
       const found = at.find((choice) => choice.representation === name);
       if (!found) return "–";
-      const converted = adapter.choices.find((choice) => choice.measured && choice.budget === budget && choice.representation === name);
-      const notes = [converted ? "converted " + error(converted.relative_error) : "",
+      const made = adapter.choices.find((choice) => choice.measured && choice.budget === budget && choice.representation === name);
+      const notes = [made ? "made " + error(made.relative_error) : "",
         found.lower_bound === null ? "" : "bound " + error(found.lower_bound)];
       return { text: error(found.relative_error), note: notes.filter(Boolean).join(", "), best: found.relative_error === best };
     });
     return [share(budget), size(budget * adapter.source_bytes), ...cells];
   });
-  return table("Error at a size; of LoTR as predicted, and the recommended size as converted",
+  return table("Error at a size, as predicted, and at the recommended size as made",
     ["Bytes at most", "", ...names], rows);
 }
 
 function drawGroups(adapter, state) {
-  const now = point(adapter, state);
+  const now = point(adapter, state), bits = inBits(adapter, state);
   const rows = adapter.groups.map((group, g) => {
-    const at = now.groups[g];
-    return [group.name, `${group.modules.length} of ${group.shape.join(" × ")}`, `${at.p}, ${at.q}`,
-      count(at.parameters), size(at.bytes), share(at.parameters / group.parameters),
+    const at = now.groups[g], whole = sourceBytes(adapter, group);
+    return [group.name, `${group.modules.length} of ${group.shape.join(" × ")}`,
+      at.p ? `${at.p}, ${at.q}` : "–", bits ? count(at.terms) : "–", size(at.bytes), share(at.bytes / whole),
       withMeter(error(at.relative_error), at.relative_error), error(at.lower_bound)];
   });
   const modules = adapter.groups.reduce((sum, group) => sum + group.modules.length, 0);
-  rows.push(["all", String(modules), "", count(now.parameters), size(now.bytes),
-    share(now.parameters / adapter.source_parameters),
+  rows.push(["all", String(modules), "", "", size(now.bytes), share(now.bytes / adapter.source_bytes),
     withMeter(error(now.relative_error), now.relative_error), error(now.lower_bound)]);
-  show("groups-table", table(`${chosenName(state, adapter.steps[state.step])}: every group`,
-    ["Group", "Modules", "Ranks p, q", "Parameters", "Bytes", "Of LoRA", "Error", "Lower bound"],
+  show("groups-table", table(`${chosenName(adapter, state)}: every group`,
+    ["Group", "Modules", "Shared p, q", "Terms", "Bytes", "Of LoRA", "Error", "Lower bound"],
     rows, { total: true }));
   const traces = adapter.groups.map((group, g) => ({
     name: plain(group.name), mode: "lines", line: hue(g), legendgroup: String(g),
@@ -152,7 +161,7 @@ function drawGroups(adapter, state) {
   }));
   adapter.groups.forEach((group, g) => traces.push({
     name: plain(group.name), mode: "markers", showlegend: false, legendgroup: String(g), hoverinfo: "skip",
-    x: [100 * now.groups[g].parameters / group.parameters], y: [now.groups[g].relative_error],
+    x: [100 * now.groups[g].bytes / sourceBytes(adapter, group)], y: [now.groups[g].relative_error],
     marker: { size: 11, color: hue(g).color, line: { color: color("card"), width: 2 } },
   }));
   draw("groups", "Size against error of every group, with the chosen ranks marked.", traces, {
@@ -160,6 +169,10 @@ function drawGroups(adapter, state) {
     yaxis: axis("error of the group", { range: [0, 1.02] }),
   });
   onOpen("rates-table", () => ratesTable(adapter));
+}
+
+function sourceBytes(adapter, group) {
+  return adapter.source_bytes * group.parameters / adapter.source_parameters;
 }
 
 function groupRange(adapter) {
@@ -212,7 +225,7 @@ function drawEnergy(adapter, state) {
     type: "bar", name, x, y, marker, hovertemplate: "layer %{x}: %{y:.3g} % of the energy<extra>" + name + "</extra>",
   });
   draw("energy", "Share of the energy that each layer holds, kept and lost at the chosen size.", [
-    bar("kept by the cores", stay, { color: color("accent") }),
+    bar("kept", stay, { color: color("accent") }),
     bar("lost", away.map((value) => 100 * value), {
       color: color("card"), line: { color: color("accent"), width: 1 },
       pattern: { shape: "/", fgcolor: color("accent"), bgcolor: color("card"), size: 6 },
