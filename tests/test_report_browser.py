@@ -103,6 +103,16 @@ def settled(browser):
     )
 
 
+def shown(error):
+    """An error as the page writes it."""
+    if error is None:
+        return "–"
+    if error and error < 0.001:
+        digits, exponent = f"{error:.1e}".split("e")
+        return f"{digits}e{int(exponent)}"
+    return f"{error:.3f}"
+
+
 FAMILY = {"compressed": ("lotr", "lora"), "lotr": ("compressed", "terms", "shared", "lora")}
 """How the kinds begin that a form is compared with."""
 
@@ -113,11 +123,10 @@ def assert_shows(browser, adapter, step, mode):
     point = step[mode]
     assert text(browser, "size-value") == size(step["bytes"])
     assert text(browser, "n-bytes") == size(point["bytes"])
-    assert text(browser, "n-error") == f"{point['relative_error']:.3f}"
-    bound = point["lower_bound"]
-    assert text(browser, "n-bound") == ("–" if bound is None else f"{bound:.3f}")
+    assert text(browser, "n-error") == shown(point["relative_error"])
+    assert text(browser, "n-bound") == shown(point["lower_bound"])
     others = [e for kind, e in step["alternatives"].items() if kind.startswith(FAMILY[mode])]
-    assert text(browser, "n-other") == (f"{min(others):.3f}" if others else "–")
+    assert text(browser, "n-other") == shown(min(others, default=None))
     rows = browser.find_elements("css selector", "#groups-table tbody tr")
     assert len(rows) == len(adapter["groups"]) + 1
     for row, group, at in zip(rows, adapter["groups"], point["groups"], strict=False):
@@ -128,7 +137,7 @@ def assert_shows(browser, adapter, step, mode):
             f"{at['terms']:,}" if mode == "compressed" else "–",
             size(at["bytes"]),
         ]
-        assert cells[6] == f"{at['relative_error']:.3f}"
+        assert cells[6] == shown(at["relative_error"])
 
 
 def test_the_page_opens_from_disk_and_draws_every_figure(opened, report):

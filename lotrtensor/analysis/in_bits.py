@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,11 +44,11 @@ class InBits:
     def reaching(self, tolerance: float) -> CurvePoint | None:
         """The predicted size of a file of that error."""
         size = size_of(self.prices, tolerance)
-        return None if size is None else CurvePoint(round(size), tolerance)
+        return None if size is None else CurvePoint(math.ceil(size), tolerance)
 
     def curve(self) -> Curve:
         """One point a grid."""
-        points = (CurvePoint(round(row.bytes), row.relative_error) for row in self.prices)
+        points = (CurvePoint(math.ceil(row.bytes), row.relative_error) for row in self.prices)
         return Curve(self.kind, self.name, tuple(points))
 
 

@@ -27,6 +27,8 @@ def steps(job: CompressionJob, lotr: Lotr, every: Sequence[Representation]) -> t
         points = [(form.kind, form.within(size)) for form in every]
         errors: dict[Kind, float] = {k: point.relative_error for k, point in points if point}
         in_bits = compressed_point(job, compressed.prices, lotr, size)
+        if in_bits is None and shared is None:
+            continue  # only forms that the page does not draw get this small
         found.append(Step(size, in_bits, shared, errors))
     return tuple(found)
 
