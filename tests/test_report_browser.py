@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 
+import numpy as np
 import pytest
 
 from adapters_fixtures import bert_pairs, lotr, write_lora
@@ -318,3 +319,14 @@ def test_paper_is_light_and_holds_the_pictures(opened):
     assert max(seen["widths"]) <= 700
     wait_until(opened, "return !document.documentElement.hasAttribute('data-printing')")
     assert luminance(opened, CARD) < 0.5
+
+
+def test_an_adapter_smaller_than_every_form_is_drawn(browser, tmp_path):
+    """One module of rank 1: the only stop is a LoTR larger than it."""
+    pair = (np.ones((4, 1), np.float32), np.ones((1, 3), np.float32))
+    one = write_lora(tmp_path / "one", {"a.0.q": pair})
+    assert lotr("analyze", one, "-o", tmp_path / "report.html").code == 0
+    browser.get((tmp_path / "report.html").as_uri())
+    wait_until(browser, "return document.documentElement.dataset.ready === 'true'")
+    assert text(browser, "n-bytes") == size(32)
+    assert browser.get_log("browser") == []

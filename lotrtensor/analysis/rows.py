@@ -16,7 +16,7 @@ class Kind(StrEnum):
     Examples
     --------
     >>> from lotrtensor.analysis import Kind
-    >>> [kind.value for kind in Kind if not kind.shares_factors]
+    >>> [kind.value for kind in Kind if kind.family == "truncated LoRA"]
     ['lora-best-ranks', 'lora-one-rank']
     """
 

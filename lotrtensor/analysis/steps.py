@@ -1,7 +1,8 @@
-"""The slider's stops: sizes in bytes, from the smallest that a form has to the adapter's own."""
+"""The slider's stops: sizes in bytes, from the smallest form drawn to the adapter's own."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,8 @@ STOPS = 28
 def steps(job: CompressionJob, lotr: Lotr, every: Sequence[Representation]) -> tuple[Step, ...]:
     """One step a size: the adapter in bits, LoTR by type, and the errors of all forms."""
     compressed = next(form for form in every if isinstance(form, InBits))
-    sizes = _sizes(min(form.curve().points[0].bytes for form in every), job.lora.bytes)
+    drawn = (form.curve().points[0].bytes for form in (compressed, lotr))
+    sizes = _sizes(min(drawn), job.lora.bytes)
     pairs = [lotr.pairs_within(size // lotr.dtype.itemsize) for size in sizes]
     reached = iter(lotr.adapter_points([pair for pair in pairs if pair is not None]))
     found = []
@@ -27,13 +29,11 @@ def steps(job: CompressionJob, lotr: Lotr, every: Sequence[Representation]) -> t
         points = [(form.kind, form.within(size)) for form in every]
         errors: dict[Kind, float] = {k: point.relative_error for k, point in points if point}
         in_bits = compressed_point(job, compressed.prices, lotr, size)
-        if in_bits is None and shared is None:
-            continue  # only forms that the page does not draw get this small
         found.append(Step(size, in_bits, shared, errors))
     return tuple(found)
 
 
 def _sizes(smallest: int, largest: int) -> list[int]:
-    """Sizes on a logarithmic scale, the largest a round share of the adapter."""
-    sizes = np.geomspace(min(smallest, largest), largest, STOPS)
-    return sorted({int(np.ceil(size)) for size in sizes})
+    """Sizes on a logarithmic scale; one where nothing is smaller than the adapter."""
+    sizes = np.geomspace(smallest, max(smallest, largest), STOPS)
+    return sorted({math.ceil(size * (1 - 1e-9)) for size in sizes})
