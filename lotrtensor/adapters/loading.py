@@ -8,6 +8,7 @@ from pathlib import Path
 from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, SINGLE_FILE, expand
 from lotrtensor.adapters.formats.native import COMPRESSED_VERSION, PEFT_TYPE
+from lotrtensor.adapters.formats.paths import children, is_dir, is_file
 from lotrtensor.adapters.formats.plain import read_plain
 from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME, check_exists, read_config
 from lotrtensor.adapters.hub import DIFFUSERS_NAME, fetch, is_remote
@@ -64,14 +65,14 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     """
     found = fetch(path) if is_remote(path) else expand(path)
     check_exists(found)
-    if found.name == WEIGHTS_NAME and (found.parent / CONFIG_NAME).is_file():
+    if found.name == WEIGHTS_NAME and is_file(found.parent / CONFIG_NAME):
         raise FormatError(
             f"{found} is a part of the adapter {found.parent}; name that directory, which holds "
             f"{CONFIG_NAME} too"
         )
-    if found.suffix == SINGLE_FILE and found.is_file():
+    if found.suffix == SINGLE_FILE and is_file(found):
         return LoraAdapter.load(found)
-    if found.is_dir() and not (found / CONFIG_NAME).is_file():
+    if is_dir(found) and not is_file(found / CONFIG_NAME):
         return LoraAdapter.load(_single_file(found))
     config = read_config(found)
     if config.get("peft_type") == PEFT_TYPE:
@@ -85,10 +86,10 @@ def load(path: str | os.PathLike[str]) -> Adapter:
 
 def _single_file(directory: Path) -> Path:
     """Return the file of a directory that diffusers wrote, or say what the directory is instead."""
-    if (directory / DIFFUSERS_NAME).is_file():
+    if is_file(directory / DIFFUSERS_NAME):
         return directory / DIFFUSERS_NAME
-    files = sorted(p.name for p in directory.iterdir() if p.suffix == SINGLE_FILE)
-    if (directory / "config.json").is_file() and files:
+    files = [p.name for p in children(directory) if p.suffix == SINGLE_FILE]
+    if is_file(directory / "config.json") and files:
         raise FormatError(
             f"{directory} is a checkpoint of a whole model; expected an adapter, with its "
             f"{CONFIG_NAME}: lotr extract makes one of two checkpoints"

@@ -12,6 +12,7 @@ import numpy as np
 from lotrtensor.adapters.formats.directory import SINGLE_FILE, expand
 from lotrtensor.adapters.formats.kohya import read_single_file, write_single_file
 from lotrtensor.adapters.formats.layout import output_form
+from lotrtensor.adapters.formats.paths import is_file
 from lotrtensor.adapters.formats.peft import read_lora, write_lora
 from lotrtensor.adapters.formats.tensors import check_exists
 from lotrtensor.adapters.modules import LoraModule
@@ -58,7 +59,7 @@ class LoraAdapter:
         """
         path = expand(path)
         check_exists(path)
-        single = path.suffix == SINGLE_FILE and path.is_file()
+        single = path.suffix == SINGLE_FILE and is_file(path)
         return cls(*(read_single_file(path) if single else read_lora(path)))
 
     def save(

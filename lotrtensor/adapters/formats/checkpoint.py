@@ -12,8 +12,10 @@ import ml_dtypes
 import numpy as np
 
 from lotrtensor.adapters.formats.directory import expand
-from lotrtensor.adapters.formats.header import Stored, read_header
-from lotrtensor.adapters.formats.tensors import BFLOAT16, read_json_object
+from lotrtensor.adapters.formats.header import Stored, damaged, read_header
+from lotrtensor.adapters.formats.json_text import read_json_object
+from lotrtensor.adapters.formats.paths import children, is_dir, is_file, open_regular
+from lotrtensor.adapters.formats.tensors import BFLOAT16, read_weight_map
 from lotrtensor.errors import DataError, FormatError, LotrWarning, UnsupportedAdapterError
 
 SINGLE_NAME = "model.safetensors"
@@ -92,26 +94,28 @@ class Checkpoint:
         dtype, stored = self.dtype(name), self.tensors[name]
         content = np.empty(stored.stop - stored.start, dtype=np.uint8)
         try:
-            with self.place(name).open("rb") as file:
+            with open_regular(self.place(name)) as file:
                 file.seek(stored.start)
-                count = file.readinto(content.data)
+                count = file.readinto(content.data)  # type: ignore[attr-defined]
         except OSError as error:
-            raise self._unreadable(name, error) from error
+            raise damaged(self.place(name), error) from error
         if count != content.size:
-            raise self._unreadable(name, "it has become shorter")
+            raise damaged(self.place(name), "it has become shorter")
         return content.view(dtype).reshape(stored.shape)
 
     def blocks(self, name: str) -> Iterable[np.ndarray]:
         """Bytes of one tensor of any type, a block of them at a time."""
         stored = self.tensors[name]
         try:
-            with self.place(name).open("rb") as file:
+            with open_regular(self.place(name)) as file:
                 file.seek(stored.start)
                 for start in range(stored.start, stored.stop, _BLOCK):
-                    count = min(_BLOCK, stored.stop - start)
-                    yield np.frombuffer(file.read(count), dtype=np.uint8)
+                    block = file.read(min(_BLOCK, stored.stop - start))
+                    if len(block) < min(_BLOCK, stored.stop - start):
+                        raise damaged(self.place(name), "it has become shorter")
+                    yield np.frombuffer(block, dtype=np.uint8)
         except OSError as error:
-            raise self._unreadable(name, error) from error
+            raise damaged(self.place(name), error) from error
 
     def place(self, name: str) -> Path:
         """Return the file that a tensor is in."""
@@ -140,9 +144,6 @@ class Checkpoint:
             tensors[new] = stored
         return replace(self, tensors=tensors)
 
-    def _unreadable(self, name: str, error: object) -> FormatError:
-        return FormatError(f"{self.place(name)} cannot be read ({error}); fetch it again")
-
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """List the tensors of a checkpoint directory, or of a single safetensors file.
@@ -163,9 +164,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         If the directory holds a second set of weights, or names have the prefix of a wrapper.
     """
     path = expand(path)
-    single = path.is_file() and path.suffix == ".safetensors"
+    single = path.suffix == ".safetensors" and is_file(path)
     directory = path.parent if single else path
-    config = read_json_object(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    config = read_json_object(directory / CONFIG) if is_file(directory / CONFIG) else {}
     weights = path if single else directory / _chosen(directory, config)
     if weights.suffix != ".json":
         return _unwrapped(Checkpoint(directory, read_header(weights), config, single))
@@ -181,10 +182,10 @@ def _chosen(directory: Path, config: Mapping[str, Any]) -> str:
                 f"{directory / CONFIG}: transformers_weights is {named!r}; expected "
                 "the name of a file beside it"
             )
-        if not (directory / named).is_file():
+        if not is_file(directory / named):
             raise FormatError(f"{directory / CONFIG} names the weights {named}, which are missing")
         return named
-    found = [name for name in WEIGHT_NAMES if (directory / name).is_file()]
+    found = [name for name in WEIGHT_NAMES if is_file(directory / name)]
     if len(found) > 1:
         warnings.warn(
             f"{directory} holds {' and '.join(found)}; {found[0]} is read, as from_pretrained does",
@@ -199,17 +200,18 @@ def _chosen(directory: Path, config: Mapping[str, Any]) -> str:
 def _no_weights(directory: Path) -> FormatError | UnsupportedAdapterError:
     """Say what a directory without weights in safetensors form holds instead."""
     for pickled in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if (directory / pickled).is_file():
+        if is_file(directory / pickled):
             return UnsupportedAdapterError(
                 f"{directory / pickled} is a pickle, which can run code when opened and is not "
                 f"read; load the model and save it with save_pretrained, which writes {SINGLE_NAME}"
             )
-    if (directory / "model_index.json").is_file():
+    if is_file(directory / "model_index.json"):
         return FormatError(
             f"{directory} is a pipeline of several models; name the directory of one of them, such "
             f"as {directory / 'transformer'}"
         )
-    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    files = children(directory) if is_dir(directory) else []
+    others = [path.name for path in files if path.suffix == ".safetensors"]
     hint = f": name one of its files, such as {others[0]}, if that is it" if others else ""
     return FormatError(
         f"{directory} has no {SINGLE_NAME} and no {INDEX_NAME}; expected a checkpoint in "
@@ -218,17 +220,19 @@ def _no_weights(directory: Path) -> FormatError | UnsupportedAdapterError:
 
 
 def _read_shards(index: Path) -> dict[str, Stored]:
-    directory, weight_map = index.parent, read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{index} has no weight_map")
+    directory, weight_map = index.parent, read_weight_map(index)
     tensors: dict[str, Stored] = {}
-    for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name or not (directory / name).is_file():
-            raise FormatError(f"{directory}: the shard {name} is missing")
+    for name in sorted(set(weight_map.values())):
         for key, stored in read_header(directory / name).items():
             # Where two shards hold a key, the index says which of them counts.
-            if weight_map.get(key, name) == name:
-                tensors[key] = stored
+            if weight_map.get(key, name) != name:
+                continue
+            if key in tensors:
+                raise FormatError(
+                    f"{directory}: {tensors[key].file} and {name} both hold {key}, and the index "
+                    "does not say which counts; fetch the checkpoint again"
+                )
+            tensors[key] = stored
     missing = next((key for key in weight_map if key not in tensors), None)
     if missing is not None:
         raise FormatError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -17,6 +16,8 @@ from lotrtensor.adapters.formats.directory import (
     expand,
     replace_directory,
 )
+from lotrtensor.adapters.formats.json_text import read_json
+from lotrtensor.adapters.formats.paths import children, is_dir, is_file
 from lotrtensor.errors import FormatError
 
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth"}
@@ -96,7 +97,7 @@ def check_checkpoint_output(path: Path, *, force: bool) -> None:
         raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
     if not force:
         raise FormatError(f"{path} exists; choose another output or add --force to replace it")
-    holds_weights = any((path / name).is_file() for name in WEIGHT_NAMES)
+    holds_weights = any(is_file(path / name) for name in WEIGHT_NAMES)
     if path.is_symlink() or not holds_weights:
         raise FormatError(f"{path} exists and is no checkpoint directory; it is not replaced")
 
@@ -111,8 +112,8 @@ def _files_beside(source: Checkpoint) -> list[Path]:
         return []
     return [
         path
-        for path in source.directory.iterdir()
-        if path.is_file()
+        for path in children(source.directory)
+        if is_file(path)
         and path.suffix not in {".safetensors", *_OTHER_WEIGHTS}
         and (path.name == source.index or not path.name.endswith(".index.json"))
     ]
@@ -121,17 +122,17 @@ def _files_beside(source: Checkpoint) -> list[Path]:
 def _module_directories(source: Checkpoint) -> list[Path]:
     """Subdirectories that hold further modules of a sentence encoder: a pooling, a dense layer."""
     listing = source.directory / "modules.json"
-    if source.single or not listing.is_file():
+    if source.single or not is_file(listing):
         return []
+    modules = read_json(listing)
     try:
-        modules = json.loads(listing.read_text(encoding="utf-8"))
         names = [str(module["path"]) for module in modules]
-    except (ValueError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise FormatError(f"{listing} does not list modules and their paths: {error}") from error
     return [
         source.directory / name
         for name in names
-        if name and Path(name).name == name and (source.directory / name).is_dir()
+        if name and Path(name).name == name and is_dir(source.directory / name)
     ]
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from lotrtensor.adapters.compressed_group import CompressedGroup, SourceRecord
 from lotrtensor.adapters.formats.carried import split_extras
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, write_directory
+from lotrtensor.adapters.formats.json_text import parse_json
 from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
 from lotrtensor.adapters.formats.names import fold, unfold
 from lotrtensor.adapters.formats.native import (
@@ -171,9 +172,10 @@ def take_groups(
 def _read_index(content: bytes, directory: object) -> dict[str, Any]:
     decoder = zlib.decompressobj()
     try:
-        index = json.loads(decoder.decompress(content, LONGEST))
-    except (zlib.error, ValueError, RecursionError) as error:
+        text = decoder.decompress(content, LONGEST)
+    except zlib.error as error:
         raise FormatError(f"{directory}: {GROUPS} is damaged ({error}); fetch it again") from error
+    index = parse_json(text, f"{directory}: {GROUPS}")
     if not isinstance(index, dict) or decoder.unconsumed_tail:
         raise FormatError(f"{directory}: {GROUPS} holds no list of groups; fetch it again")
     return index

@@ -109,7 +109,7 @@ def _refusal(where: object, field: str, found: object, expected: str) -> FormatE
 
 
 def _integers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(type(v) is int and v > 0 for v in value)
+    return isinstance(value, list | tuple) and all(type(v) is int and 0 < v < 2**31 for v in value)
 
 
 def _pair(value: Any) -> bool:
@@ -117,7 +117,7 @@ def _pair(value: Any) -> bool:
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(type(v) is int and v >= 0 for v in value)
+    return isinstance(value, list | tuple) and all(type(v) is int and 0 <= v < 2**31 for v in value)
 
 
 def _rank_or_none(value: Any) -> bool:

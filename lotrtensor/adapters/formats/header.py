@@ -1,21 +1,39 @@
-"""The header of a safetensors file: what it holds and where, without reading a tensor.
+"""A safetensors file: its header, checked against the file's size, and the bytes of its tensors.
 
-A file is eight bytes with the header's length, the header as JSON, and the tensors' bytes.
+A file is eight bytes with the header's length, the header as JSON, and the tensors' bytes. It is
+read, never mapped: a mapped file that is cut meanwhile, by another download say, kills the process.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
+from lotrtensor.adapters.formats.json_text import LARGEST, parse_json
+from lotrtensor.adapters.formats.paths import open_regular
 from lotrtensor.errors import FormatError
 
 _METADATA = "__metadata__"
+
+_BITS = {
+    **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8},
+    **{"U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8},
+    **{"F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4},
+    **{"F6_E2M3": 6, "F6_E3M2": 6},
+}
+"""Bits of an entry by the names of types in a header."""
+
+_MOST_SIDES = 32
+"""Sides of a tensor that every NumPy takes."""
 
 
 class Stored(NamedTuple):
@@ -29,34 +47,127 @@ class Stored(NamedTuple):
     stop: int
 
 
+@dataclass(frozen=True, eq=False)
+class OpenFile:
+    """A safetensors file that is open.
+
+    Attributes
+    ----------
+    path : Path
+        Its path.
+    tensors : mapping of str to Stored
+        Type, shape and place of every tensor; together they are all of the file.
+    metadata : mapping of str to str
+        The texts in its header.
+    """
+
+    path: Path
+    tensors: Mapping[str, Stored]
+    metadata: Mapping[str, str]
+    _file: BinaryIO
+
+    def read(self, key: str) -> np.ndarray:
+        """Return the bytes of a tensor.
+
+        Raises
+        ------
+        FormatError
+            If the file has become shorter, or cannot be read.
+        """
+        stored = self.tensors[key]
+        content = np.empty(stored.stop - stored.start, dtype=np.uint8)
+        try:
+            self._file.seek(stored.start)
+            count = self._file.readinto(content.data)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise damaged(self.path, error) from error
+        if count != content.size:
+            raise damaged(self.path, "it has become shorter while it was read")
+        return content
+
+
+@contextmanager
+def safe_open(path: Path) -> Iterator[OpenFile]:
+    """Open a safetensors file and check its header, so that reading a tensor allocates no more.
+
+    Raises
+    ------
+    FormatError
+        If it is no regular file, cannot be read, or its header contradicts itself or the file.
+    """
+    with open_regular(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = _length(prefix) if len(prefix) == 8 else -1
+            if not 2 <= length <= size - 8:
+                raise damaged(path, "it is shorter than its header")
+            if length > LARGEST:
+                raise damaged(path, f"its header takes {length} bytes")
+            content = file.read(length)
+        except OSError as error:
+            raise damaged(path, error) from error
+        if len(content) < length:
+            raise damaged(path, "it has become shorter while it was read")
+        header = parse_json(content, f"the header of {path}")
+        if not isinstance(header, dict):
+            raise damaged(path, "its header is no object")
+        metadata = header.pop(_METADATA, None) or {}
+        if not isinstance(metadata, dict) or not all(
+            isinstance(text, str) for text in metadata.values()
+        ):
+            raise damaged(path, f"{_METADATA} of its header holds more than texts")
+        tensors = {key: _stored(path, key, entry, 8 + length) for key, entry in header.items()}
+        _check_places(path, tensors, 8 + length, size)
+        yield OpenFile(path, tensors, metadata, file)
+
+
 def read_header(path: Path) -> dict[str, Stored]:
     """Return type, shape and place of every tensor of a file.
 
     Raises
     ------
     FormatError
-        If the file is damaged or incomplete, as the safetensors library finds.
+        If the file is damaged or incomplete; see `safe_open`.
     """
+    with safe_open(path) as file:
+        return dict(file.tensors)
+
+
+def damaged(path: Path, what: object) -> FormatError:
+    """Return the refusal of a file that is not as it was written."""
+    return FormatError(
+        f"{path} cannot be read ({what}); the file is damaged or incomplete: fetch it again"
+    )
+
+
+def _stored(path: Path, key: str, entry: Any, begin: int) -> Stored:
+    """Read an entry of a header, its size checked against its shape."""
     try:
-        with safe_open(path, "numpy"):
-            pass
-        with path.open("rb") as file:
-            begin = 8 + _length(file.read(8))
-            header = json.loads(file.read(begin - 8))
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} cannot be read ({error}); fetch it again") from error
-    return {
-        key: Stored(
-            path.name,
-            key,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            begin + entry["data_offsets"][0],
-            begin + entry["data_offsets"][1],
-        )
-        for key, entry in header.items()
-        if key != _METADATA
-    }
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise damaged(path, f"its header does not say where {key} is") from error
+    whole = isinstance(shape, list) and all(type(x) is int and x >= 0 for x in (*shape,))
+    if not isinstance(dtype, str) or not whole or type(start) is not int or type(stop) is not int:
+        raise damaged(path, f"its header does not say where {key} is")
+    # An empty tensor too must have sides that an array can have.
+    if len(shape) > _MOST_SIDES or math.prod(max(x, 1) for x in shape) >= 2**58:
+        raise FormatError(f"{path}: {key} has the shape {str(shape)[:80]}, which no array has")
+    bits = _BITS.get(dtype)
+    if bits is not None and (stop - start) * 8 != math.prod(shape) * bits:
+        raise damaged(path, f"{key} of shape {tuple(shape)} does not fill its {stop - start} bytes")
+    return Stored(path.name, key, dtype, tuple(shape), begin + start, begin + stop)
+
+
+def _check_places(path: Path, tensors: Mapping[str, Stored], begin: int, size: int) -> None:
+    """Refuse tensors that overlap, leave a gap, or are not all of the file."""
+    end = begin
+    for stored in sorted(tensors.values(), key=lambda s: (s.start, s.stop)):
+        if stored.start != end or stored.stop < stored.start:
+            raise damaged(path, f"the bytes of {stored.key} are not where its header says")
+        end = stored.stop
+    if end != size:
+        raise damaged(path, f"its header speaks of {end} bytes, it has {size}")
 
 
 def data_start(content: bytes) -> int:

@@ -13,7 +13,6 @@ decomposes too: up holds one weight a channel, so the product is plain B A.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -43,6 +42,7 @@ from lotrtensor.adapters.formats.image_names import (
     is_difference,
     split_key,
 )
+from lotrtensor.adapters.formats.json_text import parse_json
 from lotrtensor.adapters.formats.layout import LAYOUT, Layout, read_layout
 from lotrtensor.adapters.formats.lora_config import check_plain, lora_scale
 from lotrtensor.adapters.formats.peft import KERNELS, LoraContent
@@ -230,10 +230,7 @@ def _peft_configs(
 ) -> dict[str | None, dict[str, Any]]:
     """Return the LoRA config of every component that one of the modules ``names`` belongs to."""
     text = metadata.get(_PEFT_METADATA)
-    try:
-        config = json.loads(text) if text else {}
-    except ValueError as error:
-        raise FormatError(f"{path}: {_PEFT_METADATA} is no JSON: {error}") from error
+    config = parse_json(text, f"{path}: {_PEFT_METADATA}") if text else {}
     if not isinstance(config, dict):
         raise FormatError(f"{path}: {_PEFT_METADATA} is {text!r:.40}; expected an object")
     found = {}

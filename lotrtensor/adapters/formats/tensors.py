@@ -9,25 +9,43 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
-from safetensors import SafetensorError, safe_open
 
 from lotrtensor.adapters.formats.directory import CONFIG_NAME
-from lotrtensor.adapters.formats.header import with_sorted_metadata
+from lotrtensor.adapters.formats.header import OpenFile, safe_open, with_sorted_metadata
+from lotrtensor.adapters.formats.json_text import read_json_object
+from lotrtensor.adapters.formats.paths import children, exists, is_dir, is_file
 from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = "adapter_model.safetensors.index.json"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOAT8 = {
+_FLOAT8 = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-"""The 8-bit types by their names in a header: safetensors writes them, but does not read them."""
+_DTYPES: dict[str, np.dtype] = {
+    **{"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16},
+    **{
+        "I64": np.dtype("<i8"),
+        "I32": np.dtype("<i4"),
+        "I16": np.dtype("<i2"),
+        "I8": np.dtype("i1"),
+    },
+    **{
+        "U64": np.dtype("<u8"),
+        "U32": np.dtype("<u4"),
+        "U16": np.dtype("<u2"),
+        "U8": np.dtype("u1"),
+    },
+    **{"BOOL": np.dtype("bool"), "C64": np.dtype("<c8")},
+    **_FLOAT8,
+}
+"""Types by their names in a header."""
+
 FLOATS: tuple[np.dtype[Any], ...] = (
     *(np.dtype("float64"), np.dtype("float32"), np.dtype("float16"), BFLOAT16),
-    *FLOAT8.values(),
+    *_FLOAT8.values(),
 )
 """Types that factors are stored in."""
 
@@ -43,13 +61,13 @@ def read_config(directory: Path) -> dict[str, Any]:
         If there is no such directory or file, or it holds no JSON object.
     """
     check_exists(directory)
-    if not directory.is_dir():
+    if not is_dir(directory):
         raise FormatError(
             f"{directory} is a file; expected the adapter directory that holds {CONFIG_NAME} "
             f"and {WEIGHTS_NAME}"
         )
     path = directory / CONFIG_NAME
-    if not path.is_file():
+    if not is_file(path):
         raise FormatError(f"{directory} has no {CONFIG_NAME}; expected an adapter directory")
     return read_json_object(path)
 
@@ -62,11 +80,7 @@ def check_exists(path: Path) -> None:
     FormatError
         If there is nothing, or the file system does not take the name.
     """
-    try:
-        exists = path.exists()
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not exists:
+    if not exists(path):
         raise FormatError(f"{path} does not exist; expected an adapter directory")
 
 
@@ -80,11 +94,11 @@ def read_tensors(directory: Path) -> Tensors:
     UnsupportedAdapterError
         If there are only pickled weights, which can run code when they are opened.
     """
-    if (directory / WEIGHTS_NAME).is_file():
+    if is_file(directory / WEIGHTS_NAME):
         return read_file(directory / WEIGHTS_NAME)[0]
-    if (directory / INDEX_NAME).is_file():
+    if is_file(directory / INDEX_NAME):
         return _read_shards(directory / INDEX_NAME)
-    pickled = next((p.name for p in sorted(directory.iterdir()) if p.suffix in _PICKLED), None)
+    pickled = next((p.name for p in children(directory) if p.suffix in _PICKLED), None)
     if pickled:
         raise UnsupportedAdapterError(
             f"{directory / pickled} is a pickle, which can run code when opened and is not read; "
@@ -138,37 +152,20 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
     DataError
         If a tensor has a type that NumPy does not hold.
     """
-    tensors: dict[str, Any] = {}
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata = dict(file.metadata() or {})
-            for key in file.keys():  # noqa: SIM118 - the file is no mapping
-                name = file.get_slice(key).get_dtype()
-                tensors[key] = None if name in FLOAT8 else file.get_tensor(key)
-        missing = [key for key, tensor in tensors.items() if tensor is None]
-        tensors |= _read_float8(path, missing)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(
-            f"{path} cannot be read ({error}); the file is damaged or incomplete: fetch it again"
-        ) from error
-    except (AttributeError, KeyError, TypeError) as error:
+    with safe_open(path) as file:
+        return {key: _read(file, key) for key in file.tensors}, dict(file.metadata)
+
+
+def _read(file: OpenFile, key: str) -> np.ndarray:
+    stored = file.tensors[key]
+    dtype = _DTYPES.get(stored.dtype)
+    if dtype is None:
         raise DataError(
-            f"{path}: {key} has a dtype that NumPy does not hold ({error}); expected "
+            f"{file.path}: {key} has a dtype that NumPy does not hold ({stored.dtype}); expected "
             f"{', '.join(known.name for known in FLOATS)}: dequantise the adapter first"
-        ) from error
-    return tensors, metadata
-
-
-def _read_float8(path: Path, keys: list[str]) -> Tensors:
-    if not keys:
-        return {}
-    entries = dict(safetensors.deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
-    return {
-        key: np.frombuffer(entries[key]["data"], FLOAT8[entries[key]["dtype"]]).reshape(
-            entries[key]["shape"]
         )
-        for key in keys
-    }
+    found: np.ndarray = file.read(key).view(dtype).reshape(stored.shape)
+    return found.astype(dtype.newbyteorder("="), copy=False)
 
 
 def file_bytes(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
@@ -180,34 +177,46 @@ def file_bytes(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
 
 
 def _read_shards(index_path: Path) -> Tensors:
-    weight_map = read_json_object(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{index_path} has no weight_map; expected tensor names and their files")
+    """Return the tensors of the shards, each from the shard that the index names for it."""
+    weight_map = read_weight_map(index_path)
     tensors: Tensors = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        if Path(shard).name != shard:
-            raise FormatError(f"{index_path} names the shard {shard!r}; expected a bare file name")
-        if not (index_path.parent / shard).is_file():
-            raise FormatError(f"{index_path} names the shard {shard}, which is missing")
-        tensors |= read_file(index_path.parent / shard)[0]
-    missing = sorted(set(weight_map) - set(tensors))
-    if missing:
-        raise FormatError(f"{index_path} names {missing[0]}, which no shard holds")
+    unnamed: dict[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
+        with safe_open(index_path.parent / shard) as file:
+            unnamed |= dict.fromkeys(file.tensors.keys() - weight_map.keys(), shard)
+            own = (key for key in file.tensors if weight_map.get(key) == shard)
+            tensors |= {key: _read(file, key) for key in own}
+    missing = next((key for key in weight_map if key not in tensors), None)
+    if missing is not None:
+        raise FormatError(
+            f"{index_path} names {missing} in {weight_map[missing]}, which does not hold it; fetch "
+            "the adapter again"
+        )
+    if unnamed:
+        key = min(unnamed)
+        raise FormatError(
+            f"{index_path} does not name {key}, which {unnamed[key]} holds; they belong to "
+            "different adapters"
+        )
     return tensors
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``.
+def read_weight_map(index_path: Path) -> dict[str, str]:
+    """Return the file of every tensor, as an index of shards names it.
 
     Raises
     ------
     FormatError
-        If it cannot be read, or is no object.
+        If the index is damaged, names a file that is elsewhere, or one that is missing.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} holds a JSON {type(content).__name__}; expected an object")
-    return content
+    weight_map = read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index_path} has no weight_map; expected tensor names and their files")
+    for shard in {repr(shard): shard for shard in weight_map.values()}.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard:
+            raise FormatError(
+                f"{index_path} names the shard {shard!r:.80}; expected a bare file name"
+            )
+        if not is_file(index_path.parent / shard):
+            raise FormatError(f"{index_path} names the shard {shard}, which is missing")
+    return weight_map
