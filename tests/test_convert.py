@@ -321,7 +321,7 @@ def test_tiny_values_in_half_precision_are_reported_honestly(tmp_path):
     adapter = lt.convert(lt.load(lora), rank=1)
     adapter.save(tmp_path / "lotr")
     error = distance(dense_lotr(tmp_path / "lotr"), dense_lora(lora, 2.0))
-    assert adapter.relative_error == pytest.approx(error, rel=1e-4)
+    assert adapter.relative_error == pytest.approx(error, rel=1e-3)
 
 
 # --- compare --------------------------------------------------------------------------------------

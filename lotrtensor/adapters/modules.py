@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lotrtensor.adapters.rounding import rounded
+from lotrtensor.adapters.rounding import check_size, exact_scale, rounded
 from lotrtensor.core.balanced import balanced_factors
+from lotrtensor.core.linalg import largest_entry, largest_term
+from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.tucker2 import Tucker2
 
 
@@ -63,6 +66,19 @@ class LoraModule:
         return self.B.size * b.itemsize + self.A.size * a.itemsize
 
 
+def module_stack(modules: Sequence[LoraModule]) -> LowRankStack:
+    """Return the updates of modules of one shape as a stack, one slice a module.
+
+    Raises
+    ------
+    DataError
+        If one is beyond 1e±140: squares are taken of all of them.
+    """
+    for module in modules:
+        check_size(largest_term(module.B, module.A), module.name)
+    return LowRankStack([module.B for module in modules], [module.A for module in modules])
+
+
 @dataclass(frozen=True, eq=False)
 class FactoredCore:
     """A core G_k = ``left @ right`` of rank r_k, kept as a product where that is smaller.
@@ -82,6 +98,11 @@ class FactoredCore:
     def size(self) -> int:
         """Number of stored numbers: r_k (p + q)."""
         return self.left.size + self.right.size
+
+    @property
+    def largest(self) -> float:
+        """What no entry of G_k exceeds r_k times."""
+        return largest_term(self.left.astype(np.float64), self.right.astype(np.float64))
 
     def dense(self) -> np.ndarray:
         """Return G_k (p × q) in float64."""
@@ -184,7 +205,20 @@ class LotrGroup:
         return self.left.size + self.right.size + sum(core.size for core in self.cores)
 
     def tucker2(self) -> Tucker2:
-        """The group as one decomposition in float64, exactly what the stored numbers say."""
+        """The group as one decomposition in float64, exactly what the stored numbers say.
+
+        Raises
+        ------
+        DataError
+            If its updates are beyond 1e±140.
+        """
+        sides = largest_entry(self.left.astype(np.float64)) * abs(self.scale)
+        sides *= largest_entry(self.right.astype(np.float64))
+        for module, core in zip(self.modules, self.cores, strict=True):
+            if isinstance(core, FactoredCore):
+                check_size(core.largest * sides, module)
+            else:
+                check_size(largest_entry(core.astype(np.float64)) * sides, module)
         cores = [c.dense() if isinstance(c, FactoredCore) else c for c in self.cores]
         return Tucker2(
             self.left.astype(np.float64),
@@ -204,11 +238,13 @@ def store_group(
 ) -> LotrGroup:
     """Round a decomposition to what a file holds.
 
-    A core of rank r_k is kept as a product where r_k (p + q) < p q.
+    A core of rank r_k is kept as a product where r_k (p + q) < p q. Cores beyond the range of
+    ``dtype`` are divided by a power of two, which the group's scale then is.
     """
     p, q = tucker2.rank
     cores: list[Core] = []
-    for core, rank in zip(tucker2.core, slice_ranks, strict=True):
+    scale = exact_scale(float(np.max(np.abs(tucker2.core))), dtype)
+    for core, rank in zip(tucker2.core / scale, slice_ranks, strict=True):
         if rank * (p + q) >= p * q:
             cores.append(rounded(core, dtype, f"a core of group {name}"))
             continue
@@ -222,4 +258,5 @@ def store_group(
         cores=tuple(cores),
         slice_ranks=slice_ranks,
         embedding=embedding,
+        scale=scale,
     )

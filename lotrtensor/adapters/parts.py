@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lotrtensor.adapters.compressed_group import CompressedGroup
-from lotrtensor.adapters.modules import LoraModule, LotrGroup
+from lotrtensor.adapters.modules import LoraModule, LotrGroup, module_stack
 from lotrtensor.core.slice_svd import slice_svds, truncate_slices
-from lotrtensor.core.stacks.low_rank import LowRankStack
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +111,7 @@ def lowered(module: LoraModule, rank: int) -> LoraModule:
     rank : int
         At least 1.
     """
-    svds = slice_svds(LowRankStack([module.B], [module.A]))
+    svds = slice_svds(module_stack([module]))
     b, a = truncate_slices(svds, [min(rank, len(svds[0].values))]).factors(0)
     return LoraModule(module.name, b, a, module.embedding)
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.modules import LoraModule, module_stack
 from lotrtensor.analysis.rows import AdapterPoint, Curve, CurvePoint, GroupPoint, Kind
 from lotrtensor.core.clusters import cluster
 from lotrtensor.core.fit import tuning
@@ -252,7 +252,7 @@ def thinned(sizes: Sequence[int], points: int = POINTS) -> list[int]:
 
 def reduce_group(modules: Sequence[LoraModule]) -> ReducedStack:
     """Decompose the updates of modules that would share factors."""
-    stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
+    stack = module_stack(modules)
     return ReducedStack(stack, reduce_stack(stack, (WIDEST, WIDEST)), slice_ranks=stack.ranks)
 
 
@@ -289,7 +289,7 @@ def by_shape(types: Lotr) -> Lotr | None:
 def _joined(modules: Sequence[LoraModule], parts: Sequence[ReducedStack]) -> ReducedStack | None:
     if len(parts) == 1:
         return parts[0]
-    stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
+    stack = module_stack(modules)
     if exact_flops(stack) <= JOINED_FLOPS:
         return ReducedStack(stack, reduce_stack(stack, kind="exact"), slice_ranks=stack.ranks)
     if not all(part.exact for part in parts):

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.modules import LoraModule, module_stack
 from lotrtensor.analysis.rows import ModuleRow
 from lotrtensor.core.slice_svd import SliceSvd, slice_svds
-from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.subspaces import Subspaces, leading_subspaces, overlaps
 
 
@@ -24,7 +23,7 @@ def layer_label(name: str) -> str:
 
 def module_svds(modules: Sequence[LoraModule]) -> list[SliceSvd]:
     """The r × r problems of modules of one shape."""
-    stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
+    stack = module_stack(modules)
     return slice_svds(stack)
 
 

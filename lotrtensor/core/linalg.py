@@ -6,6 +6,8 @@ arrays, in place or for a subset of the eigenpairs; all else takes the standard'
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import scipy.linalg
 from array_api_compat import (
@@ -13,13 +15,37 @@ from array_api_compat import (
     is_numpy_namespace,
 )
 
-from lotrtensor.core.arrays import Array, as_accumulator, namespace
+from lotrtensor.core.arrays import Array, as_accumulator, itemsize, namespace
 
 
 def largest_entry(x: Array) -> float:
     """Largest absolute entry of ``x``, without a second array of its size."""
     xp = namespace(x)
     return max(float(xp.max(x)), -float(xp.min(x)))
+
+
+def largest_term(left: Array, right: Array) -> float:
+    """Largest product of an entry of a column of ``left`` (m × r) and of its row of ``right``.
+
+    No entry of left · right is larger than r of these.
+    """
+    xp = namespace(left, right)
+    columns = xp.maximum(xp.max(left, axis=0), -xp.min(left, axis=0))
+    rows = xp.maximum(xp.max(right, axis=1), -xp.min(right, axis=1))
+    with np.errstate(over="ignore", under="ignore"):
+        found = float(xp.max(as_accumulator(columns) * as_accumulator(rows)))
+    if not found and bool(xp.any((columns > 0) & (rows > 0))):
+        return math.ulp(0.0)  # a product that is not zero, but below every number
+    return found
+
+
+def squares_hold(size: float, x: Array) -> bool:
+    """Whether products of several entries of about ``size`` stay in the range of ``x``'s type.
+
+    A pass forms ΔW ΔWᵀ U, and what is 1e-7 of the largest entries shall count in it.
+    """
+    limit = 1e150 if itemsize(x) >= 8 else 1e10
+    return size == 0.0 or 1.0 / limit < size < limit
 
 
 def norm2(x: Array) -> Array:

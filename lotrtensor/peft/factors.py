@@ -9,6 +9,7 @@ import torch
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from lotrtensor.errors import DataError
 from lotrtensor.peft.config import LotrConfig
 from lotrtensor.peft.layer import LotrLayer
 from lotrtensor.peft.planning import AdapterPlan
@@ -101,7 +102,13 @@ def fill_adapter(
 
 def _fill(place: Tensor, numbers: Tensor) -> None:
     place.zero_()
-    place[: numbers.shape[0], : numbers.shape[1]].copy_(numbers)
+    held = place[: numbers.shape[0], : numbers.shape[1]]
+    held.copy_(numbers)
+    if not held.any() and numbers.any():
+        raise DataError(
+            f"the adapter has entries up to {float(numbers.abs().max()):.3g}, which "
+            f"{str(place.dtype).removeprefix('torch.')} does not hold; scale it up"
+        )
 
 
 def tie_equal(tables: Iterable[FactorTable], layers: Iterable[LotrLayer]) -> int:

@@ -10,6 +10,7 @@ from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.modules import module_stack
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import FormatError
@@ -97,9 +98,9 @@ def compare(a: Adapter, b: Adapter) -> Difference:
 def lora_factors(adapter: Adapter) -> dict[str, LowRankStack]:
     """Every module's ΔW as a stack of one slice of thin factors, by module name."""
     if isinstance(adapter, LoraAdapter):
-        return {m.name: LowRankStack([m.B], [m.A]) for m in adapter.modules}
+        return {m.name: module_stack([m]) for m in adapter.modules}
     if isinstance(adapter, CompressedAdapter):
-        return {m.name: LowRankStack([m.B], [m.A]) for m in adapter.updates()}
+        return {m.name: module_stack([m]) for m in adapter.updates()}
     factors = {}
     for group in adapter.groups:
         stack = group.tucker2().to_low_rank()

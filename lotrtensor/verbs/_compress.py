@@ -15,13 +15,13 @@ from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, S
 from lotrtensor.adapters.formats.native import COMMON_FIELDS
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.modules import module_stack
 from lotrtensor.adapters.sizes import budget_bytes
 from lotrtensor.core.bits.grid import check_width
 from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, StackInBits
 from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.ranks.goal import make_goal
-from lotrtensor.core.stacks.low_rank import LowRankStack
-from lotrtensor.errors import OptionError, RankError
+from lotrtensor.errors import DataError, OptionError, RankError
 from lotrtensor.verbs._alternatives import PriceInBits, Prices, alternatives, prices_in_bits
 from lotrtensor.verbs._fit_groups import Progress
 from lotrtensor.verbs._sources import SourceGroup, lora_groups, source_group
@@ -129,9 +129,15 @@ def compression_job(
         if progress:
             progress(name, done, len(members))
         source = source_group(name, modules, lora.dtype)
-        stack = LowRankStack([m.B for m in modules], [m.A for m in modules])
+        stack = module_stack(modules)
         groups.append((source, StackInBits(stack, parts, width)))
-    return CompressionJob(groups, lora)
+    job = CompressionJob(groups, lora)
+    if not SMALLEST < job.largest < LARGEST:
+        raise DataError(
+            f"an update has a singular value of {job.largest:.3g}, which the values of a "
+            "compressed file do not hold; convert the adapter, or scale it"
+        )
+    return job
 
 
 def _number(bits: int | str) -> object:
@@ -165,7 +171,7 @@ class CompressionJob:
         """The adapter on a grid of this step, measured."""
         predicted = self.predict(step)[1]
         # The rounding of a value to half precision is a relative error of 3e-4.
-        dtype = FLOAT32 if predicted < FINE or self._largest > 6e4 else FLOAT16
+        dtype = FLOAT32 if predicted < FINE or not 1e-2 < self.largest < 6e4 else FLOAT16
         groups = tuple(_group(source, stack, step, dtype) for source, stack in self.groups)
         lora = self.lora
         config = {key: lora.config[key] for key in COMMON_FIELDS if key in lora.config}
@@ -173,14 +179,14 @@ class CompressionJob:
         return CompressedAdapter(groups, config, source, lora.extras)
 
     @property
-    def _largest(self) -> float:
+    def largest(self) -> float:
         largest = max(float(svd.values[0]) for _, stack in self.groups for svd in stack.svds)
         return largest or 1.0  # of an adapter of zeros any step is as good
 
     @property
     def coarsest(self) -> float:
         """A step at which about the largest term alone is left."""
-        return 4.0 * self._largest / math.sqrt(min(self.groups[0][1].sides))
+        return 4.0 * self.largest / math.sqrt(min(self.groups[0][1].sides))
 
     @cached_property
     def smallest(self) -> CompressedAdapter:
@@ -203,7 +209,7 @@ class CompressionJob:
     def solve(self, crossed: Callable[[float], bool]) -> tuple[float, float]:
         """Neighbouring steps between which ``crossed`` turns true, as it does at coarse ones."""
         # No entry of a column exceeds its norm, and codes are integers of 16 bits.
-        low, high = self._largest / LARGEST_CODE, self.coarsest
+        low, high = self.largest / LARGEST_CODE, self.coarsest
         while high > low * (1.0 + FINEST):
             middle = math.sqrt(low * high)
             low, high = (low, middle) if crossed(middle) else (middle, high)
@@ -264,6 +270,9 @@ class CompressionJob:
             target *= MARGIN * budget / found.file_bytes
         return best
 
+
+SMALLEST, LARGEST = 1e-25, 1e30
+"""Between these the largest singular value is: values in float32 then hold what is beside it."""
 
 TRIES = 8
 """Files made on the way to a size or an error; two or three do where the model is right."""

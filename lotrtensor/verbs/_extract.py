@@ -20,14 +20,14 @@ from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.adapters.sizes import check_dtype
 from lotrtensor.core.fit.residual import error_norms2
-from lotrtensor.core.linalg import norm2
+from lotrtensor.core.linalg import largest_entry, norm2, squares_hold
 from lotrtensor.core.options import check_choice
 from lotrtensor.core.ranks.goal import Goal, Rank
 from lotrtensor.core.slice_svd import dense_svd
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.dense import LazyStack
 from lotrtensor.core.tucker2 import Tucker2
-from lotrtensor.errors import LotrWarning
+from lotrtensor.errors import DataError, LotrWarning
 from lotrtensor.verbs._compare import lora_factors
 from lotrtensor.verbs._fit_groups import WIDEST, Progress, fit_groups, warn_unconverged
 from lotrtensor.verbs._goals import (
@@ -163,6 +163,8 @@ def extract(
         return LoraAdapter(lower_ranks(updates, goal, store, allocation), config, store, extras)
     groups = fit_groups(sources, groups_goal(asked, sources, store), store, progress)
     changed = tuple(_changed(group) for group in groups if group.fit and group.fit.norm)
+    if not changed:
+        raise DataError(f"{tuned} differs from {base} by too little to be squared; scale both up")
     return LotrAdapter(changed, config, store, extras)
 
 
@@ -246,7 +248,10 @@ def _source(name: str, slots: Sequence[Slot], weights: TunedWeights) -> SourceGr
     keys = [slot.name + WEIGHT for slot in slots]
     wide = {deltas.base.dtype(key).itemsize for key in keys}
     wide |= {deltas.tuned.dtype(key).itemsize for key in keys}
-    like = np.empty(0, np.float64 if 8 in wide else np.float32)
+    # Deltas beyond the range of float32's squares are few, and show in the first.
+    delta = read(0)
+    needed = 8 in wide or not squares_hold(largest_entry(delta), delta)
+    like = np.empty(0, np.float64 if needed else np.float32)
     return SourceGroup(
         name=name,
         modules=tuple(slot.name for slot in slots),

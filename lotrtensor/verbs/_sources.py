@@ -9,9 +9,8 @@ import numpy as np
 
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.modules import LoraModule, LotrGroup
+from lotrtensor.adapters.modules import LoraModule, LotrGroup, module_stack
 from lotrtensor.core.clusters import cluster
-from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.stacks.protocol import SliceStack
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import RankError
@@ -81,7 +80,7 @@ def lora_groups(adapter: LoraAdapter, group_by: str) -> list[tuple[str, list[Lor
 
 def source_group(name: str, modules: Sequence[LoraModule], dtype: np.dtype) -> SourceGroup:
     """Return LoRA modules as a group; ``dtype`` is the type that they are stored in."""
-    stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
+    stack = module_stack(modules)
     parameters = sum(module.parameters for module in modules)
     return SourceGroup(
         name=name,
@@ -141,7 +140,7 @@ def split_groups(
         if parts == 1:
             found.append((name, list(modules)))
             continue
-        stack = LowRankStack([module.B for module in modules], [module.A for module in modules])
+        stack = module_stack(modules)
         p, q = stack.max_rank
         wanted = rank or (max(1, p // 4), max(1, q // 4))
         labels = cluster(stack, parts, (min(wanted[0], p), min(wanted[1], q))).labels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import overload
@@ -13,7 +12,7 @@ from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.modules import LoraModule, module_stack
 from lotrtensor.core.arrays import itemsize
 from lotrtensor.core.fit.truncate import truncate_to_goal
 from lotrtensor.core.ranks.goal import Goal, Rank
@@ -177,7 +176,7 @@ def _updates(adapter: LoraAdapter) -> list[Update]:
     svds = {
         module.name: svd
         for same in shapes.values()
-        for module, svd in zip(same, slice_svds(_stack(same)), strict=True)
+        for module, svd in zip(same, slice_svds(module_stack(same)), strict=True)
     }
     return [
         Update(m.name, m.embedding, svds[m.name], partial(_distance2, m), whole=m)
@@ -190,7 +189,3 @@ def _distance2(module: LoraModule, b: np.ndarray, a: np.ndarray) -> float:
     pairs = ((module.B, module.A), (b, a))
     first, second = (LowRankStack([x.astype(float)], [y.astype(float)]) for x, y in pairs)
     return float((first - second).norms2()[0])
-
-
-def _stack(modules: Sequence[LoraModule]) -> LowRankStack:
-    return LowRankStack([module.B for module in modules], [module.A for module in modules])

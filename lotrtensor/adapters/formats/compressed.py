@@ -28,6 +28,7 @@ import numpy as np
 from lotrtensor.adapters.compressed_group import CompressedGroup, SourceRecord
 from lotrtensor.adapters.formats.carried import split_extras
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, write_directory
+from lotrtensor.adapters.formats.group_record import LARGEST_NUMBER
 from lotrtensor.adapters.formats.json_text import parse_json
 from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
 from lotrtensor.adapters.formats.names import fold, unfold
@@ -309,7 +310,7 @@ def _integers(value: Any, length: int, least: int) -> tuple[int, ...] | None:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1e30
+    return type(value) in (int, float) and math.isfinite(value) and 0 <= value < LARGEST_NUMBER
 
 
 def _read_source(record: Any, directory: object) -> SourceRecord:

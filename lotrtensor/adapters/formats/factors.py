@@ -11,6 +11,7 @@ import numpy as np
 
 from lotrtensor.adapters.formats.tensors import BFLOAT16, check_floating
 from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.core.linalg import largest_entry, largest_term, squares_hold
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 
 
@@ -102,8 +103,14 @@ def scaled_module(
         If the scale makes them infinite.
     """
     wide = np.result_type(*(_as_wide(f.tensor.dtype) for f in (a, b)))
+    up, down = b.tensor.astype(wide), a.tensor.astype(wide)
+    size = largest_term(up, down) * abs(scale)
+    # In float32 a factor could become zero or infinite, though the product does not.
+    largest = largest_entry(up) * abs(scale)
+    if not squares_hold(size, up) or (largest and not 1e-30 < largest < 1e30):
+        up, down = up.astype(np.float64), down.astype(np.float64)
     with np.errstate(over="ignore"):
-        scaled = b.tensor.astype(wide) * wide.type(scale)
+        scaled = up * up.dtype.type(scale)
     if not np.isfinite(scaled).all():
         raise FormatError(
             f"{path}: {b.key} times its scale {scale:.3g} (alpha over r) is infinite; "
@@ -112,7 +119,7 @@ def scaled_module(
     return LoraModule(
         name=name,
         B=scaled,
-        A=a.tensor.astype(wide),
+        A=down,
         embedding=embedding,
         stored=(b.tensor.dtype, a.tensor.dtype),
     )

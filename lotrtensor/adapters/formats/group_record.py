@@ -9,6 +9,9 @@ from typing import Any
 from lotrtensor.adapters.modules import FitRecord
 from lotrtensor.errors import FormatError
 
+LARGEST_NUMBER = 1e150
+"""What no scale and no norm reaches: squares of smaller ones can be added up."""
+
 
 @dataclass(frozen=True)
 class GroupRecord:
@@ -134,14 +137,17 @@ def _names(value: Any) -> bool:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+    return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
 
 
 def _fit(value: Any) -> bool:
     return value is None or (
         isinstance(value, Mapping)
         and set(value) == set(_FIT_FIELDS)
-        and all(type(number) in (int, float) and 0 <= number < 1e30 for number in value.values())
+        and all(
+            type(number) in (int, float) and 0 <= number < LARGEST_NUMBER
+            for number in value.values()
+        )
     )
 
 

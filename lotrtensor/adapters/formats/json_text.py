@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def read_json(path: Path) -> Any:
     """
     try:
         with open_regular(path) as file:
-            content = file.read(LARGEST + 1)
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(min(size, LARGEST) + 1)
     except OSError as error:
         raise unreadable(path, error) from error
     return parse_json(content, path)

@@ -135,6 +135,8 @@ def write_lotr(directory: Path, content: LotrContent, *, force: bool = False) ->
     """
     groups, source_config, _, extras = content
     check_native(source_config, extras, directory)
+    if not groups:
+        raise FormatError(f"{directory}: the adapter has no groups; expected at least one")
     tensors: Tensors = dict(extras)
     entries = []
     for group in groups:

@@ -21,7 +21,7 @@ from lotrtensor.core.ranks.curve import pair_at
 from lotrtensor.core.ranks.goal import Goal, Rank, make_goal
 from lotrtensor.core.ranks.tolerance import fit_within
 from lotrtensor.core.stacks.protocol import SliceStack
-from lotrtensor.errors import LotrWarning, OptionError
+from lotrtensor.errors import DataError, LotrWarning, OptionError
 
 Weights = Sequence[float] | Literal["equal"]
 
@@ -122,6 +122,11 @@ def tucker2(
         max_passes = check_integer(max_passes, "max_passes", 1)
     size = stack.magnitude()
     if size and not 1e-60 < size < 1e60:
+        if not 1e-300 < size < 1e300:
+            raise DataError(
+                f"the slices have entries of about {size:.3g}, at the end of the range of their "
+                "type; multiply or divide them by a number"
+            )
         # Squares would leave the range of float64: fit the stack brought to size 1.
         goals: dict[str, Any] = {"tolerance": tolerance, "energy": energy}
         options: dict[str, Any] = {"weights": weights, "method": method, "dtype": dtype}

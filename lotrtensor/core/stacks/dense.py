@@ -18,7 +18,7 @@ from lotrtensor.core.arrays import (
     constant,
     namespace,
 )
-from lotrtensor.core.linalg import largest_entry, norm2
+from lotrtensor.core.linalg import largest_entry, norm2, squares_hold
 from lotrtensor.core.options import check_integer
 from lotrtensor.core.stacks.algebra import LinearOperators
 from lotrtensor.core.stacks.protocol import (
@@ -114,16 +114,18 @@ class LazyStack(LinearOperators):
             # The first reading takes the norm, which tells at once whether all entries are finite.
             with np.errstate(over="ignore"):
                 self._norms2[k] = norm2(found)
-            if not math.isfinite(self._norms2[k]):
+            if not self._norms2[k] or not squares_hold(math.sqrt(self._norms2[k]), found):
                 check_finite(found, f"slice {k}")
                 self._check_magnitude(found, k)
         return found
 
     def _check_magnitude(self, found: Array, k: int) -> None:
-        if self.lazy:
+        """Refuse a slice whose squares overflow, or are all zero though it is not."""
+        size = largest_entry(found)
+        if self.lazy and (size > 1.0 or not self._norms2[k]) and not squares_hold(size, found):
             raise DataError(
-                f"slice {k} has entries up to {largest_entry(found):.3g}, whose squares no type "
-                "holds; divide the slices by that"
+                f"slice {k} has entries up to {size:.3g}, whose squares {found.dtype} does not "
+                "hold; divide the slices by that, or read them in float64"
             )
 
     def scaled(self, weights: Sequence[float]) -> LazyStack:
@@ -257,6 +259,8 @@ class DenseStack(LazyStack):
                 f"slices has shape {tuple(slices.shape)}; expected (K, m, n), not empty"
             )
         check_real_floating(slices, "slices")
+        if not squares_hold(largest_entry(as_working(slices)), as_working(slices[0, 0, :])):
+            slices = as_accumulator(slices)  # in float32 the squares would leave the range
         super().__init__(lambda k: slices[k, :, :], tuple(slices.shape), like=slices[0, 0, :])
         self.lazy = False
         self._slices = slices

@@ -17,7 +17,13 @@ from lotrtensor.core.arrays import (
     common_dtype,
     namespace,
 )
-from lotrtensor.core.linalg import gram_root, largest_entry, norms2, orthonormal_basis
+from lotrtensor.core.linalg import (
+    gram_root,
+    largest_term,
+    norms2,
+    orthonormal_basis,
+    squares_hold,
+)
 from lotrtensor.core.options import check_integer
 from lotrtensor.core.stacks.algebra import LinearOperators
 from lotrtensor.core.stacks.batches import batches, one_below_another, side_by_side
@@ -53,8 +59,10 @@ class LowRankStack(LinearOperators):
     -----
     Only the products B_k A_k have meaning: (B_k S, S⁻¹ A_k) is the same stack. Sums are taken in
     float32 at the least; a gauge of condition κ, that of S, costs factors in float32 an error of
-    1e-7 κ, which float64 spares. The factors are held side by side, m × ρ and ρ × n with ρ = Σ r_k,
-    so that a product with all of them is one matrix product.
+    1e-7 κ, which float64 spares. Factors in float32 whose products are beyond 1e±10 are held in
+    float64, which a decomposition comes back in too: their squares would leave the range. The
+    factors are held side by side, m × ρ and ρ × n with ρ = Σ r_k, so that a product with all of
+    them is one matrix product.
 
     Examples
     --------
@@ -77,7 +85,11 @@ class LowRankStack(LinearOperators):
         working = xp.result_type(*lefts, *rights)
         lefts, rights = [[xp.astype(x, working, copy=False) for x in xs] for xs in (lefts, rights)]
         ranks = tuple(int(x.shape[1]) for x in lefts)
-        self._hold(xp.concat(lefts, axis=1), xp.concat(rights, axis=0), ranks)
+        left, right = xp.concat(lefts, axis=1), xp.concat(rights, axis=0)
+        if not squares_hold(largest_term(left, right), left):
+            left, right = as_accumulator(left), as_accumulator(right)
+            self.dtype = left.dtype
+        self._hold(left, right, ranks)
         if not bool(xp.all(xp.isfinite(self._left)) & xp.all(xp.isfinite(self._right))):
             for k in range(len(ranks)):
                 for x, name in zip(self.factors(k), "BA", strict=True):
@@ -138,7 +150,7 @@ class LowRankStack(LinearOperators):
         if right is None:
             roots = [self.xp.matrix_transpose(root) for root in self._roots]
         else:
-            projected = self._right @ right
+            projected = self._right @ self._own(right)
             roots = [_narrow(batch.rows(projected)) for batch in self._batches]
         pairs = zip(self._batches, roots, strict=True)
         return self.xp.concat(
@@ -147,7 +159,7 @@ class LowRankStack(LinearOperators):
 
     def right_factor(self, left: Array | None = None) -> Array:
         """Return F (n × c) with F Fᵀ = Σ_k ΔW_kᵀ U Uᵀ ΔW_k; U is the identity if not given."""
-        projected = self._left.T if left is None else self._left.T @ left
+        projected = self._left.T if left is None else self._left.T @ self._own(left)
         transpose = self.xp.matrix_transpose
         blocks = (
             transpose(batch.rows(self._right)) @ _narrow(batch.rows(projected))
@@ -157,7 +169,7 @@ class LowRankStack(LinearOperators):
 
     def core(self, left: Array, right: Array) -> Array:
         """Cores (Uᵀ B_k)(A_k V) (K × p × q)."""
-        lefts, rights = left.T @ self._left, self._right @ right
+        lefts, rights = self._own(left).T @ self._left, self._right @ self._own(right)
         return self.xp.concat([b.columns(lefts) @ b.rows(rights) for b in self._batches])
 
     def residual_norms2(self, left: Array, right: Array) -> Array:
@@ -167,6 +179,7 @@ class LowRankStack(LinearOperators):
         left of thin factors, so that an error of 1e-12 is seen as such.
         """
         transpose, residuals = self.xp.matrix_transpose, []
+        left, right = self._own(left), self._own(right)
         for batch, root in zip(self._batches, self._roots, strict=True):
             b, a = batch.columns(self._left), batch.rows(self._right)
             inside = left.T @ b
@@ -177,7 +190,7 @@ class LowRankStack(LinearOperators):
 
     def sweep(self, left: Array, right: Array) -> Sweep:
         """The products of one pass: about 4 ρ (m + n) b flops."""
-        lefts, rights = left.T @ self._left, self._right @ right
+        lefts, rights = self._own(left).T @ self._left, self._right @ self._own(right)
         transpose, cores, inner_left, inner_right = self.xp.matrix_transpose, [], [], []
         for batch in self._batches:
             b, a = batch.columns(lefts), batch.rows(rights)
@@ -209,6 +222,10 @@ class LowRankStack(LinearOperators):
         small = self._with(lefts, rights, self.ranks, lefts.dtype)
         return basis_left, small, basis_right
 
+    def _own(self, block: Array) -> Array:
+        """A block in the working type, which can be wider than that of the factors given."""
+        return self.xp.astype(block, self._left.dtype, copy=False)
+
     def empty(self) -> Array:
         """An array of no entries: library, device and working type of the products."""
         return self._left[:0, :0]
@@ -219,8 +236,8 @@ class LowRankStack(LinearOperators):
         return left @ right
 
     def magnitude(self) -> float:
-        """Largest entry of B times largest entry of A."""
-        return largest_entry(self._left) * largest_entry(self._right)
+        """Largest entry of a column of B times that of its row of A."""
+        return largest_term(self._left, self._right)
 
     def take(self, indices: Sequence[int]) -> LowRankStack:
         """Return the stack of the slices at ``indices``, in that order."""
