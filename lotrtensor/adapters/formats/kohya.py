@@ -17,7 +17,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,7 +43,7 @@ from lotrtensor.adapters.formats.image_names import (
 )
 from lotrtensor.adapters.formats.json_text import parse_json
 from lotrtensor.adapters.formats.layout import LAYOUT, Layout, read_layout
-from lotrtensor.adapters.formats.lora_config import check_plain, lora_scale
+from lotrtensor.adapters.formats.lora_config import Scales, check_plain
 from lotrtensor.adapters.formats.peft import KERNELS, LoraContent
 from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME, Tensors, file_bytes, read_file
 from lotrtensor.adapters.formats.wrappers import unwrapped_names
@@ -227,8 +226,8 @@ def _alpha(factor: Factor, path: Path) -> float:
 
 def _peft_configs(
     metadata: Mapping[str, str], names: Iterable[str], path: Path
-) -> dict[str | None, dict[str, Any]]:
-    """Return the LoRA config of every component that one of the modules ``names`` belongs to."""
+) -> dict[str | None, Scales]:
+    """Return what the LoRA config says of every component that has one of the modules."""
     text = metadata.get(_PEFT_METADATA)
     config = parse_json(text, f"{path}: {_PEFT_METADATA}") if text else {}
     if not isinstance(config, dict):
@@ -239,18 +238,18 @@ def _peft_configs(
         own = inside or (config if "r" in config else {})
         if own:
             check_plain(own, path)
-            found[part] = own
+            found[part] = Scales(own, path)
     return found
 
 
 def _peft_scale(
-    name: str, style: str, down: Factor, configs: Mapping[str | None, Any], path: Path
+    name: str, style: str, down: Factor, configs: Mapping[str | None, Scales], path: Path
 ) -> float:
     """Return the scale of a module without an alpha: its component's LoRA config, else 1."""
     part = component(name)
     if part in configs:
         names = (name.removeprefix(f"{part}."), name)
-        return lora_scale(names, down.key, down.tensor.shape[0], configs[part], path)
+        return configs[part].of(names, down.key, down.tensor.shape[0])
     if style.startswith("peft") and part is None:
         raise FormatError(
             f"{path}: {down.key} has no alpha, and its name no component such as unet., "

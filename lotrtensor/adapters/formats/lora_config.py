@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lotrtensor.adapters.formats.patterns import Patterns
 from lotrtensor.errors import FormatError, LotrWarning, UnsupportedAdapterError
 
 Role = Literal["honoured", "carried", "refused", "idle"]
@@ -182,19 +182,11 @@ def check_types(config: Mapping[str, Any], names: Iterable[str], where: object) 
             raise FormatError(f"{where}: {name} is {repr(value)[:40]}; expected {field.expected}")
 
 
-def lora_scale(
-    names: tuple[str, ...], key: str, rank: int, config: Mapping[str, Any], where: Path
-) -> float:
-    """Return the scale of a module by PEFT's rules, after checking its rank against the config.
+class Scales:
+    """The scale of every module, by PEFT's rules.
 
     Parameters
     ----------
-    names : tuple of str
-        Path of the module; any others are those that it had in the model that was trained.
-    key : str
-        Key of its factor A, named in messages.
-    rank : int
-        Rank r that the factor has.
     config : mapping
         The LoRA config.
     where : Path
@@ -203,34 +195,50 @@ def lora_scale(
     Raises
     ------
     FormatError
-        If the config gives another rank, or an alpha that is no number of ordinary size.
+        If a pattern cannot be read; see `Patterns`.
     """
-    wanted = _by_pattern(names, "rank_pattern", config, config.get("r", 8), where)
-    alpha = _by_pattern(names, "alpha_pattern", config, config.get("lora_alpha", 8), where)
-    if not _number(alpha) or not abs(alpha) < 1e30:
-        raise FormatError(
-            f"{where}: lora_alpha of {names[0]} is {repr(alpha)[:40]}; expected a number such as 16"
-        )
-    if wanted != rank:
-        raise FormatError(
-            f"{where}: the config gives {names[0]} the rank {wanted!r}, but {key} has rank "
-            f"{rank}; they belong to different adapters"
-        )
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
+    def __init__(self, config: Mapping[str, Any], where: Path) -> None:
+        self._config, self._where = config, where
+        self._patterns = {
+            field: Patterns(config.get(field) or {}, f"{where}: {field}")
+            for field in ("rank_pattern", "alpha_pattern")
+        }
+        self._values = {field: list((config.get(field) or {}).values()) for field in self._patterns}
 
-def _by_pattern(
-    names: tuple[str, ...], field: str, config: Mapping[str, Any], default: Any, where: Path
-) -> Any:
-    """Look a module up as PEFT does: the first pattern that its path ends with."""
-    patterns = config.get(field) or {}
-    for pattern, value in patterns.items():
-        try:
-            matches = any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
-        except re.error as error:
+    def of(self, names: tuple[str, ...], key: str, rank: int) -> float:
+        """Return the scale of a module, after checking its rank against the config.
+
+        Parameters
+        ----------
+        names : tuple of str
+            Path of the module; any others are those that it had in the model that was trained.
+        key : str
+            Key of its factor A, named in messages.
+        rank : int
+            Rank r that the factor has.
+
+        Raises
+        ------
+        FormatError
+            If the config gives another rank, or an alpha that is no number of ordinary size.
+        """
+        wanted = self._value(names, "rank_pattern", self._config.get("r", 8))
+        alpha = self._value(names, "alpha_pattern", self._config.get("lora_alpha", 8))
+        if not _number(alpha) or not abs(alpha) < 1e30:
             raise FormatError(
-                f"{where}: {field} has {pattern!r}, which is no regular expression: {error}"
-            ) from error
-        if matches:
-            return value
-    return default
+                f"{self._where}: lora_alpha of {names[0]} is {repr(alpha)[:40]}; expected a number "
+                "such as 16"
+            )
+        if wanted != rank:
+            raise FormatError(
+                f"{self._where}: the config gives {names[0]} the rank {repr(wanted)[:40]}, but "
+                f"{key} has rank {rank}; they belong to different adapters"
+            )
+        return float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+    def _value(self, names: tuple[str, ...], field: str, default: Any) -> Any:
+        """Look a module up as PEFT does: the first pattern that its path ends with."""
+        found = [self._patterns[field].first(name) for name in set(names)]
+        label = min((x for x in found if x is not None), default=None)
+        return default if label is None else self._values[field][label]

@@ -19,7 +19,7 @@ from lotrtensor.adapters.formats.factors import (
     widest,
     with_kernel,
 )
-from lotrtensor.adapters.formats.lora_config import OWN_FIELDS, check_plain, lora_scale
+from lotrtensor.adapters.formats.lora_config import OWN_FIELDS, Scales, check_plain
 from lotrtensor.adapters.formats.tensors import (
     Tensors,
     adapter_files,
@@ -80,8 +80,9 @@ def read_lora(directory: Path) -> LoraContent:
     plain = unwrapped(tensors, directory)
     pairs, extras = _split(tensors, plain, config, directory)
     modules, kernels, dtypes = [], {}, set()
+    scales = Scales(config, directory)
     for name in sorted(pairs, key=layer_order):
-        module, kernel = _read_module(name, pairs[name], config, directory)
+        module, kernel = _read_module(name, pairs[name], scales, directory)
         modules.append(module)
         if kernel:
             kernels[name] = list(kernel)
@@ -218,7 +219,7 @@ def _check_variant_key(key: str, directory: Path) -> None:
 
 
 def _read_module(
-    name: str, sides: dict[str, Factor], config: Mapping[str, Any], directory: Path
+    name: str, sides: dict[str, Factor], scales: Scales, directory: Path
 ) -> tuple[LoraModule, tuple[int, ...]]:
     """Return a module, and its kernel if it is a convolution."""
     embedding = any(side.startswith("embedding_") for side in sides)
@@ -232,5 +233,5 @@ def _read_module(
     check_pair(b, a, directory)
     # In a model that was wrapped, the config's patterns speak of the wrapped path.
     trained = a.key.removeprefix(PREFIX).rpartition(".lora_")[0]
-    scale = lora_scale((name, trained), a.key, a.tensor.shape[0], config, directory)
+    scale = scales.of((name, trained), a.key, a.tensor.shape[0])
     return scaled_module(name, b, a, scale, directory, embedding), kernel
