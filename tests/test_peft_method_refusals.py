@@ -11,7 +11,15 @@ from peft import get_peft_model, inject_adapter_in_model  # noqa: E402
 from torch import nn  # noqa: E402
 
 import lotrtensor as lt  # noqa: E402
-from tests.peft_models import CORES, FACTORS, THIRD_PARTY, bert, config, output  # noqa: E402
+from tests.peft_models import (  # noqa: E402
+    CORES,
+    FACTORS,
+    THIRD_PARTY,
+    bert,
+    config,
+    output,
+    randomize,
+)
 
 pytestmark = pytest.mark.filterwarnings(THIRD_PARTY)
 
@@ -96,3 +104,51 @@ def test_injection_without_a_tuner_is_refused() -> None:
     with pytest.raises(lt.UnsupportedAdapterError, match=r"shared state.*get_peft_model"):
         inject_adapter_in_model(config(), base)
     assert unchanged(base)
+
+
+SEQ2SEQ = {
+    **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64},
+    **{"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 32},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("OPT", {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "vocab_size": 64}),
+        ("BioGpt", {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}),
+        ("MBart", SEQ2SEQ),
+        ("Marian", SEQ2SEQ),
+        # Its config refuses that num_hidden_layers be set, on the way back too.
+        ("ProphetNet", {"hidden_size": 32, "num_encoder_layers": 1, "num_decoder_layers": 1}),
+    ],
+)
+def test_an_embedding_that_works_out_its_rows_is_refused(kind, sizes) -> None:
+    """It is called with a mask, tokens or a shape: their update would come from other rows."""
+    transformers = pytest.importorskip("transformers")
+    heads = {} if kind == "ProphetNet" else {"num_attention_heads": 4}
+    settings = getattr(transformers, f"{kind}Config")(**heads, **sizes)
+    model = getattr(transformers, f"{kind}Model")(settings)
+    with pytest.raises(lt.UnsupportedAdapterError, match=r"embed.* is a .*target modules"):
+        get_peft_model(
+            model, config(r=2, target_modules=r".*(embed_positions|position_embeddings)")
+        )
+
+
+def test_an_embedding_that_scales_its_rows_is_adapted() -> None:
+    """Its update is scaled as its rows are, and merges into them."""
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.MBartConfig(**SEQ2SEQ, scale_embedding=True, tie_word_embeddings=False)
+    model = transformers.MBartModel(settings)
+    # Of their own weights each, as after untying: a shared one is not merged for one of its uses.
+    for side in (model.encoder, model.decoder):
+        side.embed_tokens.weight = nn.Parameter(model.shared.weight.detach().clone())
+    targets = ["encoder.embed_tokens", "decoder.embed_tokens"]
+    before = output(model)
+    adapted = get_peft_model(model, config(r=2, target_modules=targets))
+    randomize(adapted)
+    expected = output(adapted)
+    assert float((expected - before).norm() / before.norm()) > 1e-3
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(output(merged), expected, rtol=1e-4, atol=1e-5)

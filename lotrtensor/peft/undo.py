@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -27,5 +29,7 @@ class Snapshot:
             module._modules.update(children)
         for parameter, requires_grad in self._trains:
             parameter.requires_grad = requires_grad
-        if self._depth is not None:  # changed where layers were replicated
-            self._config.num_hidden_layers = self._depth  # type: ignore[union-attr]
+        # Only replicated layers change it, and not every config lets it be set.
+        config: Any = self._config
+        if self._depth is not None and config.num_hidden_layers != self._depth:
+            config.num_hidden_layers = self._depth

@@ -267,9 +267,16 @@ def slot_of(name: str, layer: nn.Module) -> Slot:
     Raises
     ------
     UnsupportedAdapterError
-        If the layer is neither linear nor an embedding.
+        If the layer is neither linear nor an embedding, or an embedding that is given something
+        other than the rows to look up.
     """
     if isinstance(layer, nn.Embedding):
+        if not _looks_up_its_input(layer):
+            raise UnsupportedAdapterError(
+                f"{name} is a {type(layer).__name__}, an embedding that works out itself which "
+                "rows it looks up, so that an update would look up others: leave it out of the "
+                "target modules"
+            )
         return Slot(name, (layer.embedding_dim, layer.num_embeddings), embedding=True)
     if is_transposed(layer):
         n, m = layer.weight.shape  # type: ignore[misc]
@@ -287,6 +294,18 @@ def slot_of(name: str, layer: nn.Module) -> Slot:
 def is_transposed(layer: nn.Module) -> bool:
     """Whether a layer is transformers' Conv1D, a linear layer whose weight is n × m."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def _looks_up_its_input(layer: nn.Embedding) -> bool:
+    """Whether the layer gives the rows that its input names, or those times its ``embed_scale``.
+
+    Learned positions of OPT, BART and others are given a mask, tokens or a length instead.
+    """
+    kind = type(layer)
+    plain = kind.forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
+    # Those of bitsandbytes read quantised rows; one of them normalises what it has read.
+    quantised = kind.__module__.startswith("bitsandbytes.") and kind.__name__ != "StableEmbedding"
+    return plain or quantised
 
 
 def _texts(patterns: Iterable[str]) -> list[str]:
