@@ -66,6 +66,13 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         "MambaForCausalLM",
         {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 64},
     ),
+    # Its head is called output, as are parts of all its blocks.
+    "git": (
+        "GitForCausalLM",
+        TEXT
+        | {"vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}}
+        | TOKENS,
+    ),
     "bart": ("BartForConditionalGeneration", SEQ2SEQ | {"max_position_embeddings": 32} | TOKENS),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -74,9 +75,23 @@ class TunedWeights:
         config: dict[str, Any] = {
             "base_model_name_or_path": base,
             "fan_in_fan_out": any(self.kinds[name] == "conv1d" for name in adapted),
-            "target_modules": adapted,
+            "target_modules": self._targets(adapted),
         }
         return config | ({"modules_to_save": sorted(self.kept)} if self.kept else {})
+
+    def _targets(self, adapted: list[str]) -> list[str] | str:
+        """Paths as PEFT looks for them: it takes a name for every path that ends with it.
+
+        Where that would be another module too (a head called ``output``, and a block's part), one
+        regular expression for whole paths.
+        """
+        paths = {name.rpartition(".")[0] for name in self.deltas.base.tensors}
+        paths |= {path[:at] for path in paths for at in range(len(path)) if path[at] == "."}
+        names = set(adapted)
+        for path in paths - names:
+            if any(path[at + 1 :] in names for at in range(len(path)) if path[at] == "."):
+                return "|".join(map(re.escape, adapted))
+        return adapted
 
     def _turned(self, module: str) -> bool:
         return self.kinds[module] in ("embedding", "conv1d")
