@@ -13,8 +13,10 @@ from lotrtensor import FormatError, LowRankStack, RankError, tucker2
 from lotrtensor.core.bits import stream
 from lotrtensor.core.bits.gauge import equalising_rotation
 from lotrtensor.core.bits.grid import (
+    NORMAL,
     ROUNDING,
     WIDEST,
+    _even_step,
     check_width,
     column_cost,
     grid_cost,
@@ -135,18 +137,48 @@ def test_even_levels_lose_what_max_found(bits, distortion):
 
 @pytest.mark.parametrize("bits", range(1, WIDEST + 1))
 def test_a_normal_column_of_one_width_loses_what_is_told(bits):
-    x = np.random.default_rng(3).normal(size=(100_000, 2)) * [5, 1e-3]
+    # Above NORMAL bits grids reach to the largest entry, of columns as layers have them.
+    rows = 100_000 if bits <= NORMAL else 4000
+    x = np.random.default_rng(3).normal(size=(rows, 2)) * [5, 1e-3]
     codes = round_to_width(x, bits)
-    assert set(np.unique(codes)) <= set(range(1 - 2**bits, 2**bits, 2))
+    if bits <= NORMAL:
+        assert set(np.unique(codes)) <= set(range(1 - 2**bits, 2**bits, 2))
+    else:
+        assert np.array_equal(codes, np.round(codes))
+        assert np.abs(codes).max() == 2 ** (bits - 1) - 1
     scales = np.sum(codes * x, axis=0) / np.sum(codes**2, axis=0)
     lost = np.mean((x - scales * codes) ** 2, axis=0) / np.mean(x**2, axis=0)
     told = float(column_cost(np.ones(1), bits).distortion[0])
-    np.testing.assert_allclose(lost, told, rtol=0.03 if bits < 4 else 0.15)  # rare tails count
+    np.testing.assert_allclose(lost, told, rtol=0.03 if bits < 4 else 0.25)  # rare tails count
 
 
-@pytest.mark.parametrize("bits", [0, 9, -1, 2.5, "four", True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_column_of_few_large_entries_is_not_cut_off(bits):
+    """As the cores of one width are: at the step for a normal column they lose far more."""
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(2000, 3)) * np.geomspace(1, 1e-3, 2000)[:, None]
+
+    def lost(codes):
+        scales = np.sum(codes * x, axis=0) / np.sum(codes**2, axis=0)
+        return float(np.sum((x - scales * codes) ** 2))
+
+    step = np.sqrt(np.mean(x**2, axis=0)) * _even_step(bits)
+    most = 2 ** (bits - 1)
+    normal = 2 * np.clip(np.floor(x / step), -most, most - 1) + 1
+    assert lost(round_to_width(x, bits)) < (0.7 if bits == 4 else 0.2) * lost(normal)
+
+
+def test_the_bits_of_large_codes_are_those_that_are_stored():
+    """Not the entropy of so few entries, which ends at the logarithm of their number."""
+    codes = round_to_width(np.random.default_rng(7).normal(size=(400, 20)), 16).astype(np.int16)
+    columns = list(codes.T)
+    stored = 8 * len(stream.pack(columns, stream.kinds_of(columns)))
+    assert stream.entropy_bits(columns) == pytest.approx(stored, rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [0, 17, -1, 2.5, "four", True])
 def test_a_width_out_of_range_is_refused(bits):
-    with pytest.raises(RankError, match="from 1 to 8"):
+    with pytest.raises(RankError, match="from 1 to 16"):
         check_width(bits)
 
 

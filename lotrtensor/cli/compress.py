@@ -37,7 +37,7 @@ def compress(
         typer.Option(help="Shared factors, terms of single modules, or what is better."),
     ] = "auto",
     bits: Annotated[
-        str, typer.Option(help="auto: what every column is worth; 1 to 8: one width for all.")
+        str, typer.Option(help="auto: what every column is worth; 1 to 16: one width for all.")
     ] = "auto",
     group_by: Annotated[
         str, typer.Option(help="Which modules may share factors: type, shape, or PATTERNS.")

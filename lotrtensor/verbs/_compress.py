@@ -62,7 +62,7 @@ def compress(
         ``"lora"``: terms of single modules; ``"lotr"``: factors shared by groups; ``"auto"``: of
         every group what is better, or both.
     bits : "auto" or int
-        ``"auto"``: every column takes the bits that its energy is worth; 1 to 8: all take one
+        ``"auto"``: every column takes the bits that its energy is worth; 1 to 16: all take one
         width, and the size follows from the ranks.
     group_by : str
         Which modules share factors; see `group_modules`.
@@ -141,11 +141,6 @@ def compression_job(
 
 
 def _number(bits: int | str) -> object:
-    if str(bits) == "16":
-        raise RankError(
-            "bits is 16; expected 'auto' or 1 to 8: truncate (a LoRA) and convert (a LoTR) keep 16 "
-            "bits a number"
-        )
     return int(bits) if isinstance(bits, str) and bits.isdecimal() and len(bits) < 4 else bits
 
 

@@ -42,11 +42,16 @@ def kinds_of(columns: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def entropy_bits(columns: Sequence[np.ndarray]) -> float:
-    """Return the bits of columns of codes if each is coded by the frequencies of its own."""
+    """Return the bits of columns of codes if each is coded by the frequencies of its own.
+
+    As in `pack`, only the leading part of large codes is: the frequencies of a column's few entries
+    say nothing of many low bits.
+    """
     bits = 0.0
     for column in columns:
-        _, counts = np.unique(column, return_counts=True)
-        bits -= float(np.sum(counts * np.log2(counts / column.size)))
+        low = _low(column)
+        _, counts = np.unique(column >> low, return_counts=True)
+        bits += low * column.size - float(np.sum(counts * np.log2(counts / column.size)))
     return bits
 
 
@@ -69,7 +74,7 @@ def pack(columns: Sequence[np.ndarray], kinds: np.ndarray) -> bytes:
     for kind in _present(kinds):
         members = [column for column, own in zip(columns, kinds, strict=True) if own == kind]
         codes = np.concatenate(members).astype(np.int32)
-        low = max(0, int(np.max(np.abs(codes))).bit_length() - _LEADING_BITS)
+        low = _low(codes)
         leading = codes >> low
         largest = int(np.max(np.abs(leading)))
         together = _together(largest)
@@ -126,6 +131,12 @@ def _present(kinds: np.ndarray) -> list[int]:
 
 _LEADING_BITS = 7
 """Bits of a code, beside its sign, that Huffman codes can stand for: a symbol is a byte."""
+
+
+def _low(codes: np.ndarray) -> int:
+    """How many low bits of codes stand apart."""
+    largest = int(np.max(np.abs(codes.astype(np.int32)), initial=0))
+    return max(0, largest.bit_length() - _LEADING_BITS)
 
 
 def _together(largest: int) -> int:
