@@ -114,6 +114,29 @@ def test_sixteen_bits_keep_what_half_precision_does(bundled):
     assert found.file_bytes <= bundled.bytes
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_rank_is_that_of_the_lotr(bundled, bits):
+    """The plain LoTR of the rank, and what its rounding adds."""
+    found = lt.compress(bundled, rank=(16, 12), form="lotr", bits=bits)
+    plain = lt.convert(bundled, rank=(16, 12), dtype="float32")
+    assert {row.shared_ranks for row in found.summary} == {(16, 12)}
+    assert not any(any(row.private_ranks) for row in found.summary)
+    assert found.parameters == plain.parameters
+    assert found.relative_error == pytest.approx(dense_error(found, bundled), rel=1e-6)
+    rounded = np.sqrt(found.relative_error**2 - plain.relative_error**2)
+    assert rounded < {4: 0.25, 8: 0.02, 16: 2e-3}[bits]
+
+
+def test_a_rank_ends_at_what_a_group_needs(small):
+    lora = lt.load(small)
+    full = lt.convert(lora, tolerance=1e-6, dtype="float64")
+    ranks = {row.group: row.ranks for row in full.summary}
+    most = max(max(pair) for pair in ranks.values())
+    found = lt.compress(lora, rank=most, form="lotr", bits=16)
+    assert {row.group: row.shared_ranks for row in found.summary} == ranks
+    assert found.relative_error < 1e-3
+
+
 def test_the_same_file_every_time(bundled, tmp_path):
     for name in "ab":
         lt.compress(bundled, budget="5%").save(tmp_path / name)
@@ -201,6 +224,11 @@ def test_very_small_and_very_large_updates(tmp_path, scale):
         ({"budget": "10%", "bits": 17}, "from 1 to 16"),
         ({"budget": "10%", "bits": "few"}, "from 1 to 16"),
         ({"budget": "10%", "form": "tt"}, "form"),
+        ({"rank": 8}, "form 'lotr' and"),
+        ({"rank": 8, "form": "lotr"}, "bits from 1 to 16 with it"),
+        ({"rank": 8, "form": "lora", "bits": 8}, "form 'lotr' and"),
+        ({"rank": 99, "form": "lotr", "bits": 8}, "no group needs more"),
+        ({"rank": 8, "budget": "10%", "form": "lotr", "bits": 8}, "exactly one"),
     ],
 )
 def test_bad_options(bundled, options, words):
@@ -347,6 +375,40 @@ def test_the_command(small, tmp_path):
     told = json.loads(lotr("verify", small, out, "--json").out)["relative_error"]
     assert told == pytest.approx(document["relative_error"], rel=1e-4)
     assert json.loads(lotr("verify", out, back, "--json").out)["relative_error"] < 0.01
+
+
+def test_convert_in_bits(small, tmp_path):
+    """A thin way to `compress`: the same files, the goals of convert and its default."""
+    lora = lt.load(small)
+    for options, made in (
+        (["--rank", 3], lt.compress(lora, rank=3, form="lotr", bits=8)),
+        (["--tolerance", 0.5], lt.compress(lora, tolerance=0.5, form="lotr", bits=8)),
+    ):
+        out = tmp_path / str(options[0])
+        found = lotr("convert", small, "-o", out, *options, "--bits", 8, "--json")
+        assert (found.code, found.err) == (0, "")
+        made.save(tmp_path / "made", force=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (out / file).read_bytes() == (tmp_path / "made" / file).read_bytes()
+        assert json.loads(found.out)["file_bytes"] == on_disk(out)
+    found = lotr("convert", BUNDLED, "-o", tmp_path / "quarter", "--bits", 8)
+    assert "25%" in found.err
+    assert on_disk(tmp_path / "quarter") <= lt.load(BUNDLED).bytes / 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--bits", 17, "--rank", 2], "bits is 17; expected an integer from 1 to 16"),
+        (["--bits", 8, "--rank", 2, "--dtype", "float32"], "dtype and bits given"),
+        (["--bits", 8, "--rank", 2, "--cluster", 2], "cluster and bits given"),
+    ],
+)
+def test_convert_in_bits_refuses(small, tmp_path, options, words):
+    found = lotr("convert", small, "-o", tmp_path / "out", *options)
+    assert found.code == 1
+    assert words in found.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

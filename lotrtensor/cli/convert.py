@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.formats.directory import check_inputs_outside, check_output
 from lotrtensor.adapters.formats.native import check_native
 from lotrtensor.adapters.loading import load
+from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.cli.common import (
     AdapterPath,
     Budget,
@@ -21,9 +23,11 @@ from lotrtensor.cli.common import (
     print_json,
     progress_bar,
 )
-from lotrtensor.report.documents import lotr_document
-from lotrtensor.report.tables import lotr_table, size_line
-from lotrtensor.verbs._convert import DEFAULT_BUDGET
+from lotrtensor.errors import OptionError
+from lotrtensor.report.documents import compressed_document, lotr_document
+from lotrtensor.report.tables import compressed_table, file_line, lotr_table, size_line
+from lotrtensor.verbs._compress import compress as compress_adapter
+from lotrtensor.verbs._convert import DEFAULT_BUDGET, check_lora
 from lotrtensor.verbs._convert import convert as convert_adapter
 
 
@@ -51,6 +55,10 @@ def convert(
             help="Type to store: float32, float16, bfloat16, float64, float8_e4m3fn, float8_e5m2."
         ),
     ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of a number, 1 to 16, instead of a type: a compressed adapter."),
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -62,27 +70,34 @@ def convert(
     """
     check_output(output, force=force)
     check_inputs_outside(output, adapter, in_place=True)
+    if bits is not None and (dtype is not None or cluster is not None):
+        raise OptionError(
+            f"{'dtype' if cluster is None else 'cluster'} and bits given; expected one of them"
+        )
+    goals = {"rank": rank, "tolerance": tolerance, "energy": energy, "budget": budget}
+    unasked = all(goal is None for goal in goals.values())
     with progress_bar() as progress:
         source = load(adapter)
         check_native(source.config, source.extras, adapter)
-        lotr = convert_adapter(
-            source,
-            rank=rank,
-            tolerance=tolerance,
-            energy=energy,
-            budget=budget,
-            group_by=group_by,
-            cluster=cluster,
-            dtype=dtype,
-            progress=progress,
-        )
-    lotr.save(output, force=force)
-    if all(goal is None for goal in (rank, tolerance, energy, budget)):
+        options: dict[str, Any] = {**goals, "group_by": group_by, "progress": progress}
+        found: LotrAdapter | CompressedAdapter
+        if bits is None:
+            found = convert_adapter(source, **options, cluster=cluster, dtype=dtype)
+        else:
+            check_lora(source)
+            options |= {"budget": DEFAULT_BUDGET} if unasked else {}
+            found = compress_adapter(source, **options, form="lotr", bits=bits)
+    found.save(output, force=force)
+    if unasked:
         typer.echo(f"no rank given: kept to {DEFAULT_BUDGET} of the bytes", err=True)
-    document = lotr_document(lotr)
+    whole = isinstance(found, LotrAdapter)
+    document = (
+        lotr_document(found) if isinstance(found, LotrAdapter) else compressed_document(found)
+    )
     if json:
         print_json(document)
         return
     console = output_console()
-    console.print(lotr_table(document))
-    console.print(f"{output}: {size_line(document)}", markup=False)
+    console.print(lotr_table(document) if whole else compressed_table(document))
+    line = size_line(document) if whole else file_line(document)
+    console.print(f"{output}: {line}", markup=False)

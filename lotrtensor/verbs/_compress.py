@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
 
-import numpy as np
-
 from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, SourceRecord
 from lotrtensor.adapters.formats.native import COMMON_FIELDS
@@ -18,12 +16,19 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import module_stack
 from lotrtensor.adapters.sizes import budget_bytes
 from lotrtensor.core.bits.grid import check_width
-from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, StackInBits
+from lotrtensor.core.bits.stack import (
+    FLOAT16,
+    FLOAT32,
+    Parts,
+    QuantisedStack,
+    StackInBits,
+)
 from lotrtensor.core.bits.stream import LARGEST_CODE
-from lotrtensor.core.ranks.goal import make_goal
+from lotrtensor.core.ranks.goal import Rank, make_goal
 from lotrtensor.errors import DataError, OptionError, RankError
 from lotrtensor.verbs._alternatives import PriceInBits, Prices, alternatives, prices_in_bits
 from lotrtensor.verbs._fit_groups import Progress
+from lotrtensor.verbs._goals import Asked, groups_goal
 from lotrtensor.verbs._sources import SourceGroup, lora_groups, source_group
 
 Form = Literal["auto", "lotr", "lora"]
@@ -38,6 +43,7 @@ def compress(
     budget: int | str | None = None,
     tolerance: float | None = None,
     energy: float | None = None,
+    rank: Rank | None = None,
     form: Form = "auto",
     bits: int | str = "auto",
     group_by: str = "type",
@@ -45,7 +51,7 @@ def compress(
 ) -> CompressedAdapter:
     """Compress an adapter: bits where the energy is, ΔW_k ≈ U G_k Vᵀ + P_k Q_kᵀ.
 
-    Exactly one of ``budget``, ``tolerance`` and ``energy`` says how far.
+    Exactly one of ``budget``, ``tolerance``, ``energy`` and ``rank`` says how far.
 
     Parameters
     ----------
@@ -58,6 +64,9 @@ def compress(
         Relative Frobenius error, in (0, 1), that the file does not exceed.
     energy : float, optional
         Share of Σ ‖ΔW_k‖², in (0, 1), to keep: a tolerance of √(1 − energy).
+    rank : int or (int, int), optional
+        Left and right rank (p, q) of every group, at most what it needs: the LoTR of `convert` at
+        this rank, in ``bits`` of one width. For ``form="lotr"`` alone.
     form : str
         ``"lora"``: terms of single modules; ``"lotr"``: factors shared by groups; ``"auto"``: of
         every group what is better, or both.
@@ -81,7 +90,7 @@ def compress(
         If the goal is out of reach, or not exactly one is given (the smallest file is named), or
         ``bits`` is out of range.
     OptionError
-        If ``form`` is unknown.
+        If ``form`` is unknown, or a rank is given without ``form="lotr"`` and a width.
 
     Notes
     -----
@@ -104,9 +113,16 @@ def compress(
     width = None if isinstance(bits, str) and bits == "auto" else check_width(_number(bits))
     lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
     given = None if budget is None else budget_bytes(budget, lora.bytes)
-    goal = make_goal(None, tolerance, energy, given, size="budget")
+    goal = make_goal(rank, tolerance, energy, given, size="budget")
+    if goal.rank and (form != "lotr" or width is None):
+        raise OptionError(
+            f"rank is {rank}, which shared factors of one width have; expected form 'lotr' and "
+            "bits from 1 to 16 with it, or a budget or tolerance instead"
+        )
     job = compression_job(lora, PARTS[form], width, group_by, progress)
-    if budget is None or given is None:
+    if goal.rank:
+        found = job.of_rank(goal.rank, rank)
+    elif budget is None or given is None:
         found = job.within_tolerance(goal.tolerance or 0.0)
     else:
         found = job.within_bytes(given, budget)
@@ -167,11 +183,27 @@ class CompressionJob:
         predicted = self.predict(step)[1]
         # The rounding of a value to half precision is a relative error of 3e-4.
         dtype = FLOAT32 if predicted < FINE or not 1e-2 < self.largest < 6e4 else FLOAT16
-        groups = tuple(_group(source, stack, step, dtype) for source, stack in self.groups)
+        return self._adapter(
+            tuple(
+                _group(source, stack, stack.quantise(step, dtype)) for source, stack in self.groups
+            )
+        )
+
+    def _adapter(self, groups: tuple[CompressedGroup, ...]) -> CompressedAdapter:
         lora = self.lora
         config = {key: lora.config[key] for key in COMMON_FIELDS if key in lora.config}
         source = SourceRecord(lora.dtype, lora.parameters, lora.bytes)
         return CompressedAdapter(groups, config, source, lora.extras)
+
+    def of_rank(self, pair: tuple[int, int], asked: Rank | None) -> CompressedAdapter:
+        """The adapter with shared factors of these ranks, or what a group needs, in one width."""
+        sources = [source for source, _ in self.groups]
+        groups_goal(Asked(rank=asked), sources, self.lora.dtype)  # refuses what none can need
+        groups = []
+        for source, stack in self.groups:
+            ranks = min(pair[0], source.max_rank[0]), min(pair[1], source.max_rank[1])
+            groups.append(_group(source, stack, stack.of_ranks(ranks)))
+        return self._adapter(tuple(groups))
 
     @property
     def largest(self) -> float:
@@ -289,9 +321,9 @@ FINE = 0.01
 
 
 def _group(
-    source: SourceGroup, stack: StackInBits, step: float, dtype: np.dtype
+    source: SourceGroup, stack: StackInBits, made: tuple[QuantisedStack, float]
 ) -> CompressedGroup:
-    found, error2 = stack.quantise(step, dtype)
+    found, error2 = made
     return CompressedGroup(
         name=source.name,
         modules=source.modules,

@@ -88,11 +88,7 @@ def convert(
     >>> lotr.bytes <= adapter.bytes / 4, lotr.relative_error < 0.5
     (True, True)
     """
-    check_adapter(adapter)
-    if not isinstance(adapter, LoraAdapter):
-        raise UnsupportedAdapterError(
-            "the adapter is in LoTR form already; expected a LoRA: truncate it, or export it first"
-        )
+    adapter = check_lora(adapter)
     asked = Asked(rank, tolerance, energy, budget)
     unasked = asked.nothing
     if unasked:
@@ -113,3 +109,19 @@ def convert(
     groups = fit_groups(sources, goal, store, progress)
     config = {key: adapter.config[key] for key in COMMON_FIELDS if key in adapter.config}
     return LotrAdapter(groups, config, groups[0].left.dtype, adapter.extras)
+
+
+def check_lora(adapter: Adapter) -> LoraAdapter:
+    """Return an adapter that can be brought into LoTR form.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        If it is in that form already.
+    """
+    check_adapter(adapter)
+    if not isinstance(adapter, LoraAdapter):
+        raise UnsupportedAdapterError(
+            "the adapter is in LoTR form already; expected a LoRA: truncate it, or export it first"
+        )
+    return adapter

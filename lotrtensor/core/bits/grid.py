@@ -104,7 +104,7 @@ def check_width(bits: object) -> int:
         If it is no integer between 1 and `WIDEST`.
     """
     if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 1 <= bits <= WIDEST:
-        raise RankError(f"bits is {str(bits)[:40]!r}; expected an integer from 1 to {WIDEST}")
+        raise RankError(f"bits is {bits!r:.40}; expected an integer from 1 to {WIDEST}")
     return int(bits)
 
 

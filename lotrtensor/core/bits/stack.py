@@ -180,6 +180,11 @@ class StackInBits:
         least = min(found, key=lambda item: item[1] + slope(step) * item[2])
         return least[0], least[1]
 
+    def of_ranks(self, ranks: tuple[int, int]) -> tuple[QuantisedStack, float]:
+        """Return a shared part of these ranks in one width, and ‖error‖²."""
+        found, error2, _ = self._at(ranks, 1.0, FLOAT16)  # a step is for columns without a width
+        return found, error2
+
     def _near(self, step: float, shared: Corner) -> bool:
         """Whether this shared part may be worth its bits beside private terms."""
         alone = shared.lost2 + slope(step) * shared.bits
