@@ -135,7 +135,7 @@ def test_convolutions_of_a_unet_become_kohyas(peft, tmp_path):
     b = np.random.default_rng(1).normal(size=(8, 2, 1, 1)).astype("f4")
     key = "down_blocks.0.resnets.0.conv1"
     source = write_lora(tmp_path / "a", {key: (b, a)}, r=2, lora_alpha=2)
-    lt.load(source).save(tmp_path / "o.safetensors", form="kohya")
+    lt.load(source).save(tmp_path / "o.safetensors", file_format="kohya")
     found = safetensors.numpy.load_file(tmp_path / "o.safetensors")
     name = "lora_unet_down_blocks_0_resnets_0_conv1"
     assert found[f"{name}.lora_down.weight"].shape == (2, 3, 3, 3)
@@ -218,7 +218,7 @@ def test_differences_have_no_names_in_another_form(tmp_path):
     key = Q.format(0) + ".diff_b"
     safetensors.numpy.save_file(wan({key: DIFFERENCES[key]}), source)
     with pytest.raises(UnsupportedAdapterError, match="diff_b"):
-        lt.load(source).save(tmp_path / "o.safetensors", form="kohya")
+        lt.load(source).save(tmp_path / "o.safetensors", file_format="kohya")
     assert not (tmp_path / "o.safetensors").exists()
 
 

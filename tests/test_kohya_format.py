@@ -597,7 +597,7 @@ def test_diffusers_and_we_agree_on_different_ranks(trained, unet, tmp_path, form
     small = lt.truncate(lt.load(path), budget="50%")
     assert len({module.rank for module in small.modules}) > 1
     out = tmp_path / "out.safetensors"
-    small.save(out, form="kohya" if form == "kohya" else None)
+    small.save(out, file_format="kohya" if form == "kohya" else None)
     from peft.tuners.lora import LoraLayer
 
     model = loaded(unet(), out)

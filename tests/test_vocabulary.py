@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lotrtensor"
+EVERY = sorted(PACKAGE.rglob("*.py"))
 ROOMS = ("core", "verbs", "analysis")
 FILES = sorted(path for room in ROOMS for path in (PACKAGE / room).rglob("*.py"))
 
@@ -58,3 +59,47 @@ def test_squares_are_numbers_or_arrays_of_them(path):
         if isinstance(node, ast.arg) and node.arg.endswith("2") and node.annotation:
             kind = ast.unparse(node.annotation)
             assert node.arg == "tucker2" or kind.startswith(squares) or "float" in kind, node.arg
+
+
+def annotated(tree):
+    """Names and annotations of all parameters and fields, and of local names that have one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.annotation:
+            yield node.arg, ast.unparse(node.annotation)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id, ast.unparse(node.annotation)
+
+
+ARRAYS = ("Array", "Tensor", "ndarray", "nn.Parameter")
+MEANINGS = {
+    # U and V, or the two sides of a pair: never a rank, a flag or text.
+    "left": lambda kind: any(array in kind for array in ARRAYS),
+    "right": lambda kind: any(array in kind for array in ARRAYS),
+    # LoTR or LoRA, and what else a size may be spent on; a file has a format.
+    "form": lambda kind: kind in ("Form", "str") or "'lotr'" in kind,
+    # One rank for all modules of a LoRA.
+    "uniform": lambda kind: kind == "bool" or "--uniform" in kind,
+    # Counts.
+    "passes": lambda kind: kind == "int",
+    "sweeps": lambda kind: kind == "int",
+    "rounds": lambda kind: kind == "int",
+}
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_words_of_the_dictionary_have_one_kind_of_value(path):
+    tree = ast.parse(path.read_text("utf-8"))
+    for name, kind in annotated(tree):
+        if name in MEANINGS:
+            assert MEANINGS[name](kind), f"{name}: {kind}"
+    # r is the rank of one slice, in loops over slices or ranks. LotrConfig alone has it as a field,
+    # by the name that all of PEFT's methods give their rank.
+    if path.relative_to(PACKAGE).as_posix() != "peft/config.py":
+        assert "r" not in {name for name, _ in annotated(tree)}
+
+
+def test_every_word_of_the_dictionary_is_in_it():
+    page = (PACKAGE.parent / "docs" / "conventions.md").read_text("utf-8")
+    words = page.partition("## Words with one meaning")[2]
+    for word in ("goal", "pass", "sweep", "round", "form", "left, right", "uniform", "budget"):
+        assert f"| {word} |" in words

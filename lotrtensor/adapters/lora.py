@@ -11,7 +11,7 @@ import numpy as np
 
 from lotrtensor.adapters.formats.directory import SINGLE_FILE, expand
 from lotrtensor.adapters.formats.kohya import read_single_file, write_single_file
-from lotrtensor.adapters.formats.layout import output_form
+from lotrtensor.adapters.formats.layout import output_format
 from lotrtensor.adapters.formats.paths import is_file
 from lotrtensor.adapters.formats.peft import read_lora, write_lora
 from lotrtensor.adapters.formats.tensors import check_exists
@@ -66,7 +66,7 @@ class LoraAdapter:
         self,
         path: str | os.PathLike[str],
         *,
-        form: str | None = None,
+        file_format: str | None = None,
         uniform: bool = True,
         pad: bool = False,
         force: bool = False,
@@ -80,7 +80,7 @@ class LoraAdapter:
         ----------
         path : path-like
             The directory, or the file ending in ``.safetensors``, to make.
-        form : str, optional
+        file_format : str, optional
             ``"peft"`` or ``"kohya"``. Not given, a LoRA that came from a single file goes back to
             one with the same names, and any other becomes a PEFT directory.
         uniform : bool
@@ -95,20 +95,20 @@ class LoraAdapter:
         ------
         FormatError
             If ``path`` exists and ``force`` is not given, cannot be written, or does not suit the
-            form.
+            format.
         RankError
             If ``pad`` is given and the rank exceeds vLLM's largest.
         """
         path, force = expand(path), check_flag(force, "force")
         uniform, pad = check_flag(uniform, "uniform"), check_flag(pad, "pad")
         content = (self.modules, self.config, self.dtype, self.extras)
-        form = output_form(path, self.config, form)
-        if form == "peft":
+        file_format = output_format(path, self.config, file_format)
+        if file_format == "peft":
             write_lora(path, content, uniform=uniform, pad=pad, force=force)
         elif pad:
             raise FormatError(f"{path}: padding is for vLLM, which reads PEFT directories alone")
         else:
-            write_single_file(path, content, kohya=form == "kohya", force=force)
+            write_single_file(path, content, kohya=file_format == "kohya", force=force)
 
     def to_lora(self, rank: int | None = None) -> LoraAdapter:
         """Return the adapter itself, or the best of a lower rank, as other adapters' do.

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lotrtensor.adapters.formats.directory import check_inputs_outside, check_lora_output
-from lotrtensor.adapters.formats.layout import output_form
+from lotrtensor.adapters.formats.layout import output_format
 from lotrtensor.adapters.formats.native import PEFT_TYPE
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
@@ -37,7 +37,7 @@ def export(
     pad: Annotated[
         bool, typer.Option("--pad", help="Pad the rank with zeros to a size that vLLM accepts.")
     ] = False,
-    form: Annotated[
+    file_format: Annotated[
         Literal["peft", "kohya"] | None,
         typer.Option(
             "--format",
@@ -65,12 +65,12 @@ def export(
     lotr = load(adapter)
     if isinstance(lotr, LoraAdapter) and lotr.config.get("peft_type") != PEFT_TYPE:
         raise UnsupportedAdapterError(f"{adapter} is a LoRA already; expected a LoTR adapter")
-    output_form(output, lotr.config, form)
+    output_format(output, lotr.config, file_format)
     with progress_bar("exporting"):
         lora = lotr.to_lora(rank)
         if dtype is not None:
             lora = replace(lora, dtype=check_dtype(dtype))
-        lora.save(output, form=form, force=force, pad=pad)
+        lora.save(output, file_format=file_format, force=force, pad=pad)
         written = load(output)
         difference = compare(lotr, written).relative_error
         document = inspect_document(written) | {"relative_error": difference}

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lotrtensor.adapters.formats.directory import check_inputs_outside, check_output
-from lotrtensor.adapters.formats.layout import output_form
+from lotrtensor.adapters.formats.layout import output_format
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.cli.common import (
     Budget,
@@ -69,7 +69,7 @@ def extract(
     check_output(output, force=force)
     check_inputs_outside(output, base, tuned)
     if form == "lora":
-        output_form(output, {})
+        output_format(output, {})
     with progress_bar() as progress:
         found = extract_adapter(
             base,

@@ -11,7 +11,7 @@ from lotrtensor.adapters.formats.directory import (
     check_lora_output,
     check_output,
 )
-from lotrtensor.adapters.formats.layout import output_form
+from lotrtensor.adapters.formats.layout import output_format
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.cli.common import (
@@ -62,7 +62,7 @@ def truncate(
     check_inputs_outside(output, adapter, in_place=True)
     source = load(adapter)
     if isinstance(source, LoraAdapter):
-        output_form(output, source.config)
+        output_format(output, source.config)
     else:
         check_output(output, force=force)
         if uniform:

@@ -42,8 +42,8 @@ class Layout:
         return self.styles.get(module, self.style)
 
 
-def output_form(path: Path, config: Mapping[str, Any], form: str | None = None) -> str:
-    """Return the form of a LoRA that is to be written, before any work is done.
+def output_format(path: Path, config: Mapping[str, Any], file_format: str | None = None) -> str:
+    """Return the format of a LoRA that is to be written, before any work is done.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def output_form(path: Path, config: Mapping[str, Any], form: str | None = None) 
         The output: a file if it ends in ``.safetensors``, else a directory.
     config : mapping
         The adapter's config.
-    form : str, optional
+    file_format : str, optional
         ``"peft"`` or ``"kohya"``; what suits the adapter and the output if not given.
 
     Returns
@@ -62,26 +62,26 @@ def output_form(path: Path, config: Mapping[str, Any], form: str | None = None) 
     Raises
     ------
     FormatError
-        If output, adapter and form do not fit together.
+        If output, adapter and format do not fit together.
     """
     is_file, from_file = path.suffix == SINGLE_FILE, bool(config.get(LAYOUT))
-    if form is not None:
-        check_choice(form, "the format", ("peft", KOHYA))
-    if form == KOHYA and not is_file:
+    if file_format is not None:
+        check_choice(file_format, "the format", ("peft", KOHYA))
+    if file_format == KOHYA and not is_file:
         raise FormatError(f"{path}: kohya's LoRA is one file; name it {path.name}{SINGLE_FILE}")
-    if form == "peft" and is_file:
+    if file_format == "peft" and is_file:
         raise FormatError(f"{path}: a PEFT LoRA is a directory; leave {SINGLE_FILE} away")
     if from_file and not is_file:
         raise FormatError(
             f"{path}: this LoRA has the module names of a single file, which PEFT finds in no "
             f"model; name the output {path.name}{SINGLE_FILE}"
         )
-    if is_file and not from_file and form is None:
+    if is_file and not from_file and file_format is None:
         raise FormatError(
             f"{path}: this LoRA is a PEFT directory; leave {SINGLE_FILE} away, or choose the "
             "format kohya"
         )
-    return form or ("source" if is_file else "peft")
+    return file_format or ("source" if is_file else "peft")
 
 
 def read_layout(config: Mapping[str, Any], path: Path | str = "the adapter") -> Layout:

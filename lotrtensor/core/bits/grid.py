@@ -1,11 +1,11 @@
-"""A uniform grid: rounding to it, and what a normal column then costs and loses.
+"""A grid of one step: rounding to it, and what a normal column then costs and loses.
 
 A column x becomes codes c = sign(x) ⌊|x| / Δ + ρ⌋ on a grid of step Δ. With ρ below ½ the zero is
 wider than the other cells, which costs little accuracy and saves bits where few codes are not zero.
 Codes are stored by their entropy (`lotrtensor.core.bits.stream`), so that no width is chosen: at
 one step for all columns, those of more energy take more bits by themselves. That is reverse
 water-filling (Cover and Thomas, "Elements of Information Theory" (2006), theorem 10.3.3), at the
-quarter of a bit that a uniform grid costs over the optimum (Gish and Pierce, IEEE Trans. Inf.
+quarter of a bit that such a grid costs over the optimum (Gish and Pierce, IEEE Trans. Inf.
 Theory 14 (1968)).
 """
 
@@ -187,7 +187,7 @@ def _table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """log₂ of deviations from 1/16 to 256 steps, bits, and logarithms of the distortion."""
     deviations = np.arange(-4.0, 8.01, 0.125)
     rows = [_normal(2.0**deviation) for deviation in deviations]
-    return deviations, np.array([r[0] for r in rows]), np.log([r[1] for r in rows])
+    return deviations, np.array([row[0] for row in rows]), np.log([row[1] for row in rows])
 
 
 def _normal(deviation: float) -> tuple[float, float]:

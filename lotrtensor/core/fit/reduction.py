@@ -104,8 +104,8 @@ def reduce_stack(
     if isinstance(stack, Tucker2):
         whole = stack.orthogonalised()
         options: dict[str, Any] = {"kind": kind, "final": final, "tolerance": tolerance}
-        passes: dict[str, Any] = {"seed": seed, "max_passes": max_passes}
-        inner = reduce_stack(DenseStack(whole.core), rank, **options, **passes)
+        limits: dict[str, Any] = {"seed": seed, "max_passes": max_passes}
+        inner = reduce_stack(DenseStack(whole.core), rank, **options, **limits)
         return inner.inside(whole.left, whole.right)
     if kind == "auto":
         affordable = not stack.lazy and exact_flops(stack) <= tuning.EXACT_FLOPS
@@ -209,8 +209,8 @@ def _block(stack: SliceStack, rank: tuple[int, int]) -> tuple[int, int]:
     A quarter more; twice as many where every pass reads the slices, which costs more than columns.
     """
 
-    def width(r: int, most: int) -> int:
-        return min(r + max(tuning.OVERSAMPLE, r if stack.lazy else r // 4), most)
+    def width(own: int, most: int) -> int:
+        return min(own + max(tuning.OVERSAMPLE, own if stack.lazy else own // 4), most)
 
     return width(rank[0], stack.max_rank[0]), width(rank[1], stack.max_rank[1])
 

@@ -130,9 +130,9 @@ def tucker2(
         # Squares would leave the range of float64: fit the stack brought to size 1.
         goals: dict[str, Any] = {"tolerance": tolerance, "energy": energy}
         options: dict[str, Any] = {"weights": weights, "method": method, "dtype": dtype}
-        passes: dict[str, Any] = {"seed": seed, "max_passes": max_passes}
+        limits: dict[str, Any] = {"seed": seed, "max_passes": max_passes}
         unit_stack = stack.scaled([1.0 / size] * stack.shape[0])
-        unit = tucker2(unit_stack, rank, parameters=parameters, **goals, **options, **passes)
+        unit = tucker2(unit_stack, rank, parameters=parameters, **goals, **options, **limits)
         return replace(unit, tucker2=unit.tucker2 * size)
     scales = slice_weights(stack, weights)
     target = stack if scales is None else stack.scaled(list(scales))

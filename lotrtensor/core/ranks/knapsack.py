@@ -59,9 +59,9 @@ def cheapest_loss(
     if slope == 0.0:
         return chosen
     relaxed = [y + slope * x for x, y in zip(prices, losses, strict=True)]
-    excesses = [r - r.min() for r in relaxed]
+    excesses = [price - price.min() for price in relaxed]
     found_loss = sum(float(y[i]) for y, i in zip(losses, chosen, strict=True))
-    gap = found_loss + slope * limit - sum(float(r.min()) for r in relaxed)
+    gap = found_loss + slope * limit - sum(float(price.min()) for price in relaxed)
     gap += 1e-12 * (found_loss + slope * limit)  # so that rounding discards nothing
     kept = [np.nonzero(e <= gap)[0] for e in excesses]
     order = sorted(range(len(kept)), key=lambda g: len(kept[g]))
