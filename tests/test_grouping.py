@@ -82,11 +82,20 @@ def test_a_module_without_any_number_or_dot():
     assert named(group_modules(slots("head"))) == {"head": ["head"]}
 
 
-def test_experts_of_all_layers_are_one_kind():
-    names = [f"model.layers.{i}.mlp.experts.{e}.w1" for i in range(11) for e in range(12)]
+def test_experts_of_one_layer_share_and_those_of_all_layers_where_a_pattern_says_so():
+    layers = {i: [f"model.layers.{i}.mlp.experts.{e}.w1" for e in range(12)] for i in range(11)}
+    names = [name for own in layers.values() for name in own]
     members = slots(*names)
     random.Random(1).shuffle(members)
-    assert named(group_modules(members)) == {"w1": names}
+    expected = {f"model.layers.{i}.mlp.experts.*.w1": own for i, own in layers.items()}
+    assert named(group_modules(members)) == expected
+    assert named(group_modules(members, "w1")) == {"w1": names}
+    assert named(group_modules(slots(*layers[0]))) == {"w1": layers[0]}
+
+
+def test_experts_of_experts_and_layers_inside_of_them_share_over_their_numbers():
+    names = [f"a.0.experts.{e}.layers.{i}.up" for e in range(3) for i in range(2)]
+    assert named(group_modules(slots(*names))) == {"up": names}
 
 
 def test_clashing_tails_get_names_of_their_own():

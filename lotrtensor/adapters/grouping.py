@@ -41,6 +41,26 @@ def module_kind(name: str) -> str:
     return dot.join("*" if part.isdecimal() else part for part in name.split(dot))
 
 
+def sharing_kind(name: str) -> str:
+    """Module path with the numbers replaced over which factors are shared by default.
+
+    Those are the numbers of layers; of experts they are the experts' own, as the experts of one
+    layer see the same input:
+
+    >>> sharing_kind("model.layers.12.self_attn.q_proj")
+    'model.layers.*.self_attn.q_proj'
+    >>> sharing_kind("model.layers.12.mlp.experts.3.down_proj")
+    'model.layers.12.mlp.experts.*.down_proj'
+    """
+    match = _EXPERT.match(name)
+    if match is None:
+        return module_kind(name)
+    return f"{match['experts']}.*{module_kind(name[match.end() :])}"
+
+
+_EXPERT = re.compile(r"(?P<experts>(?:.*\.)?experts)\.\d+(?=\.)")
+
+
 def group_modules(slots: Iterable[Slot], group_by: str = "type") -> dict[str, list[Slot]]:
     """Return the groups of modules that are to share their factors, slices in layer order.
 
@@ -49,8 +69,9 @@ def group_modules(slots: Iterable[Slot], group_by: str = "type") -> dict[str, li
     slots : iterable of Slot
         The modules.
     group_by : str
-        ``"type"``: modules whose paths differ in numbers only, all ``q_proj`` say; where such
-        modules differ in shape, a group for each shape. ``"shape"``: all modules of one m × n.
+        ``"type"``: modules whose paths differ in numbers only, all ``q_proj`` say; of experts those
+        of one layer (``experts.0.down_proj``, ``experts.1.down_proj``). Where such modules differ
+        in shape, a group for each shape. ``"shape"``: all modules of one m × n.
         Anything else: regular expressions, separated by commas and each with an optional name
         (``qv=query|value,mlp=dense``); a module joins the first that occurs in its path, and
         modules that none matches are grouped by type.
@@ -91,7 +112,7 @@ def _shape_name(slot: Slot) -> str:
 
 
 def _by_type(slots: list[Slot]) -> dict[str, list[Slot]]:
-    kinds = _collect((module_kind(slot.name), slot) for slot in slots)
+    kinds = _collect((sharing_kind(slot.name), slot) for slot in slots)
     # What follows the last layer number is the name, unless two kinds would share it.
     tails = {kind: re.split(r"\*[._]", kind)[-1] for kind in kinds}
     clash = {tail for tail in tails.values() if list(tails.values()).count(tail) > 1}

@@ -7,22 +7,20 @@
 40
 """
 
-from lotrtensor.torch.apply import (
-    apply_lotr,
-    merge,
-    param_groups,
-    set_trainable,
-    unload,
-    unmerge,
-)
+from lotrtensor.torch.apply import apply_lotr, param_groups, set_trainable
+from lotrtensor.torch.experts import LotrExperts, LotrExpertsUpdate
+from lotrtensor.torch.exporting import to_adapter
 from lotrtensor.torch.factors import FactorTable, SharedFactors
 from lotrtensor.torch.linear import LotrLinear
-from lotrtensor.torch.state import load_lotr, lotr_state_dict, save_lotr, to_adapter
+from lotrtensor.torch.merging import merge, unload, unmerge
+from lotrtensor.torch.state import load_lotr, lotr_state_dict, save_lotr
 from lotrtensor.torch.watch import LayerUse, check_adapted
 
 __all__ = [
     "FactorTable",
     "LayerUse",
+    "LotrExperts",
+    "LotrExpertsUpdate",
     "LotrLinear",
     "SharedFactors",
     "apply_lotr",

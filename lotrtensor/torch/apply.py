@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lotrtensor.core.options import check_choice, check_flag
-from lotrtensor.errors import FormatError, LotrError, OptionError, UnsupportedAdapterError
+from lotrtensor.errors import FormatError, OptionError, UnsupportedAdapterError
+from lotrtensor.torch.expert_slices import ExpertSlice, Layer, layers_by_name, select_experts
+from lotrtensor.torch.expert_stacks import expert_stacks
+from lotrtensor.torch.experts import LotrExperts, LotrExpertsUpdate
 from lotrtensor.torch.factors import FactorTable, SharedFactors
 from lotrtensor.torch.fastpath import leave_fast_path
 from lotrtensor.torch.groups import (
@@ -24,7 +27,7 @@ from lotrtensor.torch.groups import (
 )
 from lotrtensor.torch.init import base_weight, check_init, init_factors
 from lotrtensor.torch.linear import LotrLinear
-from lotrtensor.torch.shared_weights import replace_everywhere, storage, weight_users
+from lotrtensor.torch.shared_weights import replace_everywhere
 from lotrtensor.torch.watch import watch
 from lotrtensor.torch.weight_reads import check_called
 
@@ -34,9 +37,10 @@ TABLE = "lotr_factors"
 
 def apply_lotr(
     model: nn.Module,
-    patterns: str | Iterable[str],
+    patterns: str | Iterable[str] = (),
     *,
     rank: Rank,
+    target_parameters: Iterable[str] | None = None,
     group_by: str = "type",
     alpha: float | None = None,
     rslora: bool = False,
@@ -46,18 +50,25 @@ def apply_lotr(
 ) -> nn.Module:
     """Freeze ``model`` and replace the layers that ``patterns`` name by `LotrLinear`, in place.
 
+    Fused experts that ``target_parameters`` name are replaced by `LotrExperts`.
+
     Parameters
     ----------
     model : nn.Module
         Any model.
     patterns : str or iterable of str
         Which layers: ends of paths (``["query", "value"]``), or one regular expression for the
-        whole path.
+        whole path. May be left out where ``target_parameters`` are given.
     rank : int or (int, int)
         Left and right rank (p, q) of every group.
+    target_parameters : iterable of str, optional
+        Ends of paths of 3-D parameters, a matrix an expert:
+        ``["experts.gate_up_proj", "experts.down_proj"]``. Their modules have to follow the experts
+        interface of transformers.
     group_by : str
         Which layers share U and V: ``"type"``, ``"shape"`` or patterns such as
-        ``"qv=query|value"``; see `lotrtensor.adapters.grouping.group_modules`.
+        ``"qv=query|value"``; see `lotrtensor.adapters.grouping.group_modules`. Experts of one
+        layer share them by default, those of all layers by ``"gate_up_proj,down_proj"``.
     alpha : float, optional
         The update is scaled by alpha / r, r = √(p q); 32 if not given, 1 for ``init="paper"``.
     rslora : bool
@@ -103,7 +114,11 @@ def apply_lotr(
     rslora = check_flag(rslora, "rslora")
     check_numbers(alpha, dropout)
     _check_plain(model)
-    layers = select(model, patterns)
+    layers: dict[str, Layer] = {}
+    if target_parameters is None or patterns != ():
+        layers |= select(model, patterns)
+    if target_parameters is not None:
+        layers |= select_experts(model, target_parameters)
     if alpha is None:
         alpha = PAPER_ALPHA if init == "paper" else DEFAULT_ALPHA
     plans = plan_groups(layers, rank=rank, group_by=group_by, alpha=alpha, rslora=rslora)
@@ -133,16 +148,20 @@ def inject(
                 f"group {plan.name!r} adapts the embedding {plan.modules[0]!r}; only linear layers "
                 "are adapted here: use lotrtensor.peft, or leave it out"
             )
-    names = [name for plan in plans for name in plan.modules]
+    layers = layers_by_name(model)
+    names = [n for plan in plans for n in plan.modules if not isinstance(layers[n], ExpertSlice)]
     check_called(model, names)
+    stacks = expert_stacks(plans, layers)
     model.requires_grad_(False)
     table = FactorTable()
     for plan in plans:
-        factors = _shared_factors(model, plan, dtype)
+        factors = _shared_factors(plan, layers, dtype)
         if factors is not None:
             table.add(plan.name, factors)
         for name in plan.modules:
-            base = model.get_submodule(name)
+            base = layers[name]
+            if isinstance(base, ExpertSlice):
+                continue
             layer = LotrLinear(
                 base,
                 factors,
@@ -153,17 +172,26 @@ def inject(
             )
             layer.train(model.training)
             replace_everywhere(model, base, layer)
+    adapted: dict[nn.Module, LotrExperts] = {}
+    for (experts, parameter), plan in stacks.items():
+        if experts not in adapted:
+            adapted[experts] = LotrExperts(experts)
+            replace_everywhere(model, experts, adapted[experts])
+        shared = table.of(plan.name)
+        options = {"scale": plan.scale, "dropout": dropout}
+        adapted[experts].add(LotrExpertsUpdate(experts, parameter, shared, **options))
+        adapted[experts].train(model.training)
     model.add_module(TABLE, table)
     leave_fast_path(model, names)
     watch(model)
 
 
 def _shared_factors(
-    model: nn.Module, plan: GroupPlan, dtype: torch.dtype | None
+    plan: GroupPlan, layers: Mapping[str, Layer], dtype: torch.dtype | None
 ) -> SharedFactors | None:
     if not min(plan.rank):
         return None
-    weight = model.get_submodule(plan.modules[0]).weight
+    weight = layers[plan.modules[0]].weight
     assert isinstance(weight, torch.Tensor)
     if dtype is None and weight.is_floating_point():
         dtype = weight.dtype
@@ -263,118 +291,10 @@ def param_groups(
     ]
 
 
-def merge(model: nn.Module, *, safe: bool = False) -> nn.Module:
-    """Add every ΔW_k to its base weight, in place; see `LotrLinear.merge`.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A model with LoTR layers, of `apply_lotr` or `load_lotr`.
-    safe : bool
-        Refuse to write a weight that is not finite.
-
-    Returns
-    -------
-    nn.Module
-        ``model``, for chaining.
-
-    Raises
-    ------
-    DataError
-        If ``safe`` is given and a merged weight would not be finite.
-    UnsupportedAdapterError
-        If a base weight is quantised, or is another layer's weight too. No weight has changed then.
-
-    Examples
-    --------
-    >>> import torch, lotrtensor.torch as lotr
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
-    >>> lotr.merge(model)[0].merged
-    True
-    """
-    check_model(model)
-    safe = check_flag(safe, "safe")
-    users = weight_users(model, storage)
-    for name, layer in lotr_layers(model):
-        others = [user for user in users[storage(layer.weight)] if user != f"{name}.base"]
-        if others and not layer.merged:
-            raise UnsupportedAdapterError(
-                f"{name} shares its weight with {others[0].removesuffix('.base')}, which merging "
-                "would change too; untie them first, or keep the update apart"
-            )
-        try:
-            layer.check_merge(safe=safe)
-        except LotrError as error:
-            raise type(error)(f"{name}: {error}") from error
-    for _, layer in lotr_layers(model):
-        layer.merge()
-    return model
-
-
-def unmerge(model: nn.Module) -> nn.Module:
-    """Take every ΔW_k off its base weight, in place.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A model with LoTR layers, of `apply_lotr` or `load_lotr`.
-
-    Returns
-    -------
-    nn.Module
-        ``model``, for chaining; weights come back up to rounding.
-
-    Examples
-    --------
-    >>> import torch, lotrtensor.torch as lotr
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
-    >>> lotr.unmerge(lotr.merge(model))[0].merged
-    False
-    """
-    check_model(model)
-    for _, layer in lotr_layers(model):
-        layer.unmerge()
-    return model
-
-
-def unload(model: nn.Module) -> nn.Module:
-    """Put the base layers back, in place: merged ones keep ΔW_k, others lose it.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A model with LoTR layers, of `apply_lotr` or `load_lotr`.
-
-    Returns
-    -------
-    nn.Module
-        ``model`` without LoTR layers, for chaining.
-
-    Examples
-    --------
-    >>> import torch, lotrtensor.torch as lotr
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
-    >>> lotr.unload(lotr.merge(model))
-    Sequential(
-      (0): Linear(in_features=8, out_features=8, bias=True)
-      (1): Linear(in_features=8, out_features=8, bias=True)
-    )
-    """
-    check_model(model)
-    for _, layer in list(lotr_layers(model)):
-        replace_everywhere(model, layer, layer.base)
-    if TABLE in model._modules:
-        delattr(model, TABLE)
-    return model
-
-
-def lotr_layers(model: nn.Module) -> Iterator[tuple[str, LotrLinear]]:
-    """Iterate over the paths of the adapted layers and the layers."""
+def lotr_layers(model: nn.Module) -> Iterator[tuple[str, LotrLinear | LotrExpertsUpdate]]:
+    """Iterate over the paths of the adapted layers and parameters, and what adapts them."""
     for name, module in model.named_modules():
-        if isinstance(module, LotrLinear):
+        if isinstance(module, LotrLinear | LotrExpertsUpdate):
             yield name, module
 
 

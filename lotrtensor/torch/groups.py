@@ -20,6 +20,7 @@ from lotrtensor.errors import (
     ShapeError,
     UnsupportedAdapterError,
 )
+from lotrtensor.torch.expert_slices import ExpertSlice, Layer
 
 Rank = int | tuple[int, int]
 
@@ -81,7 +82,7 @@ class GroupPlan:
 
 
 def plan_groups(
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, Layer],
     *,
     rank: Rank,
     group_by: str = "type",
@@ -92,8 +93,8 @@ def plan_groups(
 
     Parameters
     ----------
-    layers : mapping of str to nn.Module
-        The layers to adapt, by path.
+    layers : mapping of str to nn.Module or ExpertSlice
+        The layers and experts to adapt, by path.
     rank : int or (int, int)
         Left and right rank (p, q) of every group.
     group_by : str
@@ -198,8 +199,8 @@ def scale_of(rank: tuple[int, int], alpha: float, *, rslora: bool = False) -> fl
     return alpha / (math.sqrt(mean) if rslora else mean)
 
 
-def check_plans(plans: Iterable[GroupPlan], layers: Mapping[str, nn.Module]) -> None:
-    """Check plans that were read from a file against a model.
+def check_plans(plans: Iterable[GroupPlan], layers: Mapping[str, Layer]) -> None:
+    """Check plans that were read from a file against a model, its layers and experts by path.
 
     Raises
     ------
@@ -261,7 +262,7 @@ def select(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, nn.Modu
     return {name: module for name, module in named.items() if name in found}
 
 
-def slot_of(name: str, layer: nn.Module) -> Slot:
+def slot_of(name: str, layer: Layer) -> Slot:
     """Return what grouping needs to know of a layer.
 
     Raises
@@ -270,6 +271,8 @@ def slot_of(name: str, layer: nn.Module) -> Slot:
         If the layer is neither linear nor an embedding, or an embedding that is given something
         other than the rows to look up.
     """
+    if isinstance(layer, ExpertSlice):
+        return Slot(name, layer.shape)
     if isinstance(layer, nn.Embedding):
         if not _looks_up_its_input(layer):
             raise UnsupportedAdapterError(
@@ -291,7 +294,7 @@ def slot_of(name: str, layer: nn.Module) -> Slot:
     )
 
 
-def is_transposed(layer: nn.Module) -> bool:
+def is_transposed(layer: Layer) -> bool:
     """Whether a layer is transformers' Conv1D, a linear layer whose weight is n × m."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lotrtensor.core.linalg import leading_left
 from lotrtensor.core.options import check_choice
+from lotrtensor.torch.expert_slices import Layer
 from lotrtensor.torch.factors import SharedFactors
 from lotrtensor.torch.groups import is_transposed
 
@@ -64,8 +65,8 @@ def init_factors(factors: SharedFactors, init: str, weights: Sequence[Tensor] = 
             factor.copy_(nn.init.orthogonal_(wide))
 
 
-def base_weight(layer: nn.Module) -> Tensor:
-    """Return the weight of a linear layer or Conv1D as m × n, of an embedding as m × n too."""
+def base_weight(layer: Layer) -> Tensor:
+    """Return the weight of a linear layer, Conv1D, embedding or expert as m × n."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.T if is_transposed(layer) or isinstance(layer, nn.Embedding) else weight

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lotrtensor.errors import DataError, UnsupportedAdapterError
+from lotrtensor.torch.expert_slices import ExpertSlice, Layer
 from lotrtensor.torch.factors import SharedFactors
 from lotrtensor.torch.functional import (
     add_rows,
@@ -195,9 +196,9 @@ class LotrLinear(Watched, nn.Module):
         return f"rank={rank}{own}, scale={self.scale:g}, merged={self.merged}"
 
 
-def factor_options(base: nn.Module) -> dict[str, Any]:
+def factor_options(base: Layer) -> dict[str, Any]:
     """Return the type and device of factors beside a base layer, which may be quantised."""
-    weights = list(base.parameters())
+    weights = [base.weight] if isinstance(base, ExpertSlice) else list(base.parameters())
     found = next((w for w in weights if w.is_floating_point()), None)
     return {
         "dtype": torch.float32 if found is None else found.dtype,

@@ -6,17 +6,14 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.loading import load
-from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import LoraModule, LotrGroup
-from lotrtensor.adapters.parts import GroupParts, group_parts, thin_module
-from lotrtensor.errors import FormatError, OptionError, UnsupportedAdapterError
+from lotrtensor.adapters.parts import GroupParts, group_parts
+from lotrtensor.errors import FormatError, UnsupportedAdapterError
 from lotrtensor.torch.apply import (
     TABLE,
     check_train,
@@ -25,11 +22,15 @@ from lotrtensor.torch.apply import (
     lotr_layers,
     set_trainable,
 )
-from lotrtensor.torch.groups import GroupPlan, Rank, check_model, check_plans, slot_of
+from lotrtensor.torch.expert_slices import ExpertSlice, layers_by_name, split_name
+from lotrtensor.torch.expert_stacks import expert_stacks
+from lotrtensor.torch.experts import LotrExpertsUpdate
+from lotrtensor.torch.exporting import cores_of, paths_of, to_adapter
+from lotrtensor.torch.groups import GroupPlan, Rank, check_model, check_plans
 from lotrtensor.torch.linear import LotrLinear
 from lotrtensor.torch.numbers import GroupNumbers, check_dtype, group_numbers
 from lotrtensor.torch.shared_weights import weight_users
-from lotrtensor.torch.sources import Source, as_lotr, to_numpy
+from lotrtensor.torch.sources import Source, as_lotr
 
 OWN = (".lotr_core", ".lotr_private_left", ".lotr_private_right")
 """Ends of the keys of a layer's own parameters."""
@@ -134,7 +135,9 @@ def load_lotr(
         check_train(train, cores=any(min(plan.rank) for plan in plans))
     fresh = TABLE not in model._modules
     if fresh:
-        check_plans(plans, dict(model.named_modules()))
+        layers = layers_by_name(model)
+        check_plans(plans, layers)
+        expert_stacks(plans, layers)
         if adapter.config.get("ensure_weight_tying"):
             _check_untied(model, plans)
     else:
@@ -176,58 +179,6 @@ def parts_plans(groups: Iterable[GroupParts]) -> tuple[GroupPlan, ...]:
         )
         for group in groups
     )
-
-
-def to_adapter(
-    model: nn.Module, config: Mapping[str, Any] | None = None
-) -> LotrAdapter | LoraAdapter:
-    """Return the LoTR layers of ``model`` as an adapter in memory, scales folded into the cores.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A model with LoTR layers.
-    config : mapping, optional
-        Fields for ``adapter_config.json``, ``base_model_name_or_path`` say.
-
-    Returns
-    -------
-    LotrAdapter or LoraAdapter
-        Every scale is 1: it is in the cores. Where layers have private parts, or no shared one, as
-        a compressed adapter gives them, they are no LoTR and become a LoRA: exactly the same
-        update, which `lotrtensor.compress` makes small again.
-
-    Examples
-    --------
-    >>> import torch, lotrtensor.torch as lotr
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-    >>> model = lotr.apply_lotr(model, ["0", "1"], rank=2)
-    >>> lotr.to_adapter(model).groups[0].modules
-    ('0', '1')
-    """
-    if not isinstance(config, Mapping | None):
-        raise OptionError(f"config is {config!r}; expected a mapping of fields")
-    table, layers = factor_table(model), dict(lotr_layers(model))
-    if any(layer.factors is None or layer.private_rank for layer in layers.values()):
-        modules = tuple(_as_lora(name, layer) for name, layer in layers.items())
-        kinds = [p.dtype for layer in layers.values() for p in layer.parameters(recurse=False)]
-        dtype = to_numpy(torch.zeros(0, dtype=kinds[0] if kinds else torch.float32)).dtype
-        return LoraAdapter(modules, dict(config or {}), dtype)
-    groups = []
-    for name, factors in table.groups():
-        members = {path: layer for path, layer in layers.items() if layer.factors is factors}
-        cores = [x.scale * x.lotr_core for x in members.values() if x.lotr_core is not None]
-        groups.append(
-            LotrGroup(
-                name=name,
-                modules=tuple(members),
-                left=to_numpy(factors.left),
-                right=to_numpy(factors.right),
-                cores=tuple(to_numpy(core) for core in cores),
-                slice_ranks=(min(factors.rank),) * len(members),
-            )
-        )
-    return LotrAdapter(tuple(groups), dict(config or {}), groups[0].left.dtype)
 
 
 def save_lotr(
@@ -274,15 +225,17 @@ def save_lotr(
 
 @torch.no_grad()
 def _fill(model: nn.Module, groups: Iterable[GroupNumbers]) -> None:
-    table = factor_table(model)
+    table, modules = factor_table(model), dict(model.named_modules())
     for group in groups:
         if min(group.plan.rank):
             factors = table.of(group.plan.name)
             factors.left.copy_(group.left)
             factors.right.copy_(group.right)
         for k, name in enumerate(group.plan.modules):
-            layer: Any = model.get_submodule(name)
-            if layer.lotr_core is not None:
+            layer, expert = _find(modules, name)
+            if expert is not None:
+                layer.lotr_core[expert].copy_(group.cores[k] / layer.scale)
+            elif layer.lotr_core is not None:
                 layer.lotr_core.copy_(group.cores[k] / layer.scale)
             if layer.private_rank:
                 layer.lotr_private_left.copy_(group.private[k][0])
@@ -291,32 +244,30 @@ def _fill(model: nn.Module, groups: Iterable[GroupNumbers]) -> None:
 
 def _dtype(model: nn.Module, name: str) -> torch.dtype:
     """Type that the factors of a layer have, or get where none is asked for."""
-    layer: Any = model.get_submodule(name)
-    own = [p for p in layer.parameters(recurse=False) if isinstance(layer, LotrLinear)]
+    layer, _ = _find(dict(model.named_modules()), name)
+    own = []
+    if isinstance(layer, LotrLinear | LotrExpertsUpdate):
+        own = list(layer.parameters(recurse=False))
     weight: Tensor = own[0] if own else layer.weight
     return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
 
 
-def _as_lora(name: str, layer: LotrLinear) -> LoraModule:
-    """ΔW of a layer as thin factors in float64, from the numbers that it has."""
-    factors, core = layer.factors, layer.lotr_core
-    shared = private = None
-    if factors is not None and core is not None:
-        shared = _wide(factors.left), layer.scale * _wide(core), _wide(factors.right)
-    if layer.lotr_private_left is not None and layer.lotr_private_right is not None:
-        private = _wide(layer.lotr_private_left), _wide(layer.lotr_private_right)
-    return thin_module(name, shared, private, slot_of(name, layer.base).shape)
-
-
-def _wide(x: Tensor) -> np.ndarray:
-    return to_numpy(x.double())
+def _find(modules: Mapping[str, nn.Module], name: str) -> tuple[Any, int | None]:
+    """Return what adapts a layer or an expert, or is to be adapted; and the number of an expert."""
+    parts = split_name(name)
+    if name in modules or parts is None:
+        return modules[name], None
+    experts, index, parameter = parts
+    update = modules.get(f"{experts}.{parameter}")
+    return (update or ExpertSlice(modules[experts], parameter, index)), index
 
 
 def _check_untied(model: nn.Module, plans: tuple[GroupPlan, ...]) -> None:
     """Refuse an adapter whose update is meant for every layer of a weight, where there are more."""
     users = weight_users(model)
-    for name in (name for plan in plans for name in plan.modules):
-        layer = model.get_submodule(name)
+    modules = dict(model.named_modules())
+    for name in (n for plan in plans for n in plan.modules if n in modules):
+        layer = modules[name]
         others = [n for n, m in users[id(layer.weight)].items() if m is not layer]
         if others:
             raise UnsupportedAdapterError(
@@ -337,7 +288,12 @@ def _check_same(model: nn.Module, plans: tuple[GroupPlan, ...], dtype: torch.dty
         )
     found = {
         name: (
-            {path for path, layer in layers.items() if layer.factors is factors},
+            {
+                n
+                for path, layer in layers.items()
+                if layer.factors is factors
+                for n, _ in cores_of(path, layer)
+            },
             factors.shape,
             factors.rank,
         )
@@ -350,7 +306,7 @@ def _check_same(model: nn.Module, plans: tuple[GroupPlan, ...], dtype: torch.dty
             f"group {unlike!r} differs: the adapter has {_describe(expected.get(unlike))}, the "
             f"model {_describe(found.get(unlike))}; load the adapter into the base model"
         )
-    own = {name: layer.private_rank for name, layer in layers.items()}
+    own = {n: x.private_rank for path, x in layers.items() for n in paths_of(path, x)}
     wanted = {name: plan.private.get(name, 0) for plan in plans for name in plan.modules}
     other = next((n for n in {**wanted, **own} if wanted.get(n) != own.get(n)), None)
     if other is not None:

@@ -28,6 +28,8 @@ class Watched:
     """
 
     lotr_ran = False
+    lotr_called_by_holder = False
+    """Whether the module that holds this one computes with it, and is what the model calls."""
 
 
 class LayerUse(NamedTuple):
@@ -167,7 +169,11 @@ def check_adapted(
     watching = [module for module in model.modules() if _stop_watching(module)]
     for layer in layers.values():
         layer.lotr_ran = False
-    reads = _Reads(layers)
+    callers = [
+        model.get_submodule(name.rpartition(".")[0]) if layer.lotr_called_by_holder else layer
+        for name, layer in layers.items()
+    ]
+    reads = _Reads(layers, callers)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices), reads.counted(), reads:
@@ -217,9 +223,9 @@ def _report(uses: Iterable[LayerUse]) -> None:
 class _Reads(TorchFunctionMode):
     """Notes every torch function that is given the weight of an adapted layer from outside."""
 
-    def __init__(self, layers: Mapping[str, Watched]) -> None:
+    def __init__(self, layers: Mapping[str, Watched], callers: Iterable[Any]) -> None:
         super().__init__()
-        self.layers = layers
+        self.callers = set(callers)
         self.found: dict[str, set[str]] = {name: set() for name in layers}
         self.inside = 0
         self.owner = {id(_weight(layer)): name for name, layer in layers.items()}
@@ -228,8 +234,7 @@ class _Reads(TorchFunctionMode):
     def counted(self) -> Iterator[None]:
         """Tell the layers' own products from those of others."""
         handles = []
-        for layer in self.layers.values():
-            assert isinstance(layer, nn.Module)
+        for layer in self.callers:
             handles.append(layer.register_forward_pre_hook(self._enter, prepend=True))
             handles.append(layer.register_forward_hook(self._leave, always_call=True))
         try:
