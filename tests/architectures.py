@@ -35,7 +35,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     ),
     "gpt2, tied": ("GPT2LMHeadModel", GPT2 | TOKENS),
     "gpt2": ("GPT2LMHeadModel", GPT2 | TOKENS | {"tie_word_embeddings": False}),
-    "phi": ("PhiForCausalLM", TEXT),
+    "phi": ("PhiForCausalLM", TEXT | TOKENS),
     "bert": ("BertForMaskedLM", TEXT),
     "t5": (
         "T5ForConditionalGeneration",

@@ -99,7 +99,12 @@ def test_a_model_that_reads_a_weight_is_refused_and_left(make, targets, reader: 
             continue  # plain torch adapts no embedding at all
         base = make()
         before = copy.deepcopy(base.state_dict())
-        with pytest.raises(lt.UnsupportedAdapterError, match=rf"{reader}\.\w+ reads the weight"):
+        # The first releases of transformers 5 call dt_proj on another path, which is told instead.
+        told = (lt.UnsupportedAdapterError, lt.LotrWarning) if make is mamba else ()
+        with pytest.raises(
+            told or lt.UnsupportedAdapterError,
+            match=rf"{reader}\.\w+ (reads the weight|calls this)",
+        ):
             adapt(base)
         assert list(base.state_dict()) == list(before)
         assert all(torch.equal(before[key], value) for key, value in base.state_dict().items())
