@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lotrtensor import FormatError, LowRankStack, RankError, tucker2
 from lotrtensor.core.bits import stream
+from lotrtensor.core.bits.common import common_spaces, part_between
 from lotrtensor.core.bits.gauge import equalising_rotation
 from lotrtensor.core.bits.grid import (
     NORMAL,
@@ -308,3 +309,58 @@ def test_what_all_slices_have_in_common_is_shared():
     assert sum(terms.rank for terms in found.private) == 0
     separate, _ = StackInBits(random_stack(7, slices=2, m=500, n=500), "both").quantise(0.5)
     assert separate.shared_ranks == (0, 0)
+
+
+def planted(seed, slices=12, ratio=3.0, own=2):
+    """Slices of a small part between common spaces, and of large terms of their own."""
+    rng = np.random.default_rng(seed)
+    left, right = (np.linalg.qr(rng.normal(size=(n, 4)))[0] for n in (200, 150))
+    pairs = []
+    for _ in range(slices):
+        first, second = (ratio * np.linalg.qr(rng.normal(size=(n, own)))[0] for n in (200, 150))
+        core = rng.normal(size=(4, 4))
+        pairs.append((np.hstack([left @ core, first]), np.vstack([right.T, second.T])))
+    return LowRankStack(*map(list, zip(*pairs, strict=True))), (left, right)
+
+
+def test_common_spaces_are_those_that_were_planted():
+    stack, planted_spaces = planted(0)
+    found = common_spaces(slice_svds(stack))
+    for basis, expected in zip(found, planted_spaces, strict=True):
+        np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-10)
+        cosines = np.linalg.svd(basis.T @ expected, compute_uv=False)
+        np.testing.assert_allclose(cosines, 1.0, atol=1e-6)
+    assert common_spaces(slice_svds(random_stack(1, slices=8, m=300, n=300))) is None
+    assert common_spaces(slice_svds(random_stack(1, slices=2))) is None
+
+
+def test_the_part_between_spaces_is_the_dense_projection():
+    stack, (left, right) = planted(1)
+    svds = slice_svds(stack)
+    part = part_between((left, right), svds)
+    for k in range(stack.shape[0]):
+        expected = left @ left.T @ stack.slice(k) @ right @ right.T
+        np.testing.assert_allclose(part.slice(k), expected, atol=1e-9)
+    energies = np.sum(part.core**2, axis=(0, 2)), np.sum(part.core**2, axis=(0, 1))
+    assert all(np.all(np.diff(x) <= 1e-9) for x in energies)
+    np.testing.assert_allclose(part_between((left, right), svds, svds).core, 0.0, atol=1e-9)
+
+
+def test_what_is_common_is_shared_beside_large_terms_of_single_slices():
+    """Both ends: ranks by energy alone would share the large terms, or nothing."""
+    stack, _ = planted(2)
+    for step in (0.05, 0.2):
+        found = {parts: StackInBits(stack, parts) for parts in ("both", "shared", "private")}
+        cost = {}
+        for parts, in_bits in found.items():
+            made, lost = in_bits.quantise(step)
+            content = [t for terms in made.private for t in (terms.left, terms.right)]
+            if made.shared is not None:
+                shared = made.shared
+                content += [shared.left, shared.right, shared.core.reshape(-1, 1)]
+            bits = stream.entropy_bits([c for side in content for c in side.T])
+            cost[parts] = lost + slope(step) * bits
+            if parts == "both":
+                assert made.shared_ranks == (4, 4)
+                assert {terms.rank for terms in made.private} <= {2, 3}
+        assert cost["both"] < 0.8 * min(cost["shared"], cost["private"])

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lotrtensor.core.arrays import to_numpy
+from lotrtensor.core.bits.common import common_spaces, part_between
 from lotrtensor.core.bits.shared import (
     CoreSquares,
     Corner,
@@ -165,8 +166,8 @@ class StackInBits:
         """Return the stack on a grid of this step, and ‖error‖².
 
         Where both parts are allowed and a shared part alone comes near to private terms, it is
-        tried at the ranks that suit it alone and at half of them; the private terms are then those
-        of what it leaves.
+        tried at the ranks that suit it alone and at half of them, and, from the other end, between
+        the directions that most slices have; the private terms are then those of what it leaves.
         """
         candidates = {(0, 0)} if self.parts != "shared" else set()
         if self.parts != "private":
@@ -177,6 +178,8 @@ class StackInBits:
             if len(candidates) > 1:
                 candidates.add((-(-p // 2), -(-q // 2)))
         found = [self._at(ranks, step, value_dtype) for ranks in sorted(candidates)]
+        if self.parts == "both" and self._common is not None:
+            found.append(self._between_common(step, value_dtype))
         least = min(found, key=lambda item: item[1] + slope(step) * item[2])
         return least[0], least[1]
 
@@ -195,19 +198,61 @@ class StackInBits:
         self, ranks: tuple[int, int], step: float, value_dtype: np.dtype
     ) -> tuple[QuantisedStack, float, float]:
         """The stack with a shared part of these ranks, ‖error‖², and its bits as predicted."""
-        shared, residual, bits = None, self.stack, 0.0
+        shared, bits = None, 0.0
         if min(ranks):
             fit = self._reduced.tucker2(ranks, self._reduced.hosvd.left.dtype)
             left, core, right = (to_numpy(x) for x in (fit.left, fit.core, fit.right))
             shared = quantise_tucker2(left, core, right, step, self.width)
             bits = corner(self.squares, self.sides, ranks, step, self.width).bits
+        return self._beside(shared, bits, step, value_dtype)
+
+    @cached_property
+    def _common(self) -> tuple[np.ndarray, np.ndarray] | None:
+        return common_spaces(self.svds)
+
+    def _between_common(
+        self, step: float, value_dtype: np.dtype
+    ) -> tuple[QuantisedStack, float, float]:
+        """The stack with a shared part between directions that most slices have; see `_at`.
+
+        The large terms of the slices reach into these directions too: their own part is taken off
+        before the cores are solved for again.
+        """
+        spaces = self._common
+        assert spaces is not None
+        part = part_between(spaces, self.svds)
+        rest = slice_svds(self._less(part.left, part.core, part.right))
+        part = part_between(spaces, self.svds, [self._kept(svd, step) for svd in rest])
+        squares = CoreSquares.of(np.sum(part.core**2, axis=0), len(self.svds))
+        (p, q), bits, _ = best_corner(squares, self.sides, step, self.width)
+        if not min(p, q):
+            return self._beside(None, 0.0, step, value_dtype)
+        shared = quantise_tucker2(
+            part.left[:, :p], part.core[:, :p, :q], part.right[:, :q], step, self.width
+        )
+        return self._beside(shared, bits, step, value_dtype)
+
+    def _kept(self, svd: SliceSvd, step: float) -> SliceSvd:
+        """The terms of a slice that are worth their bits."""
+        sides = np.broadcast_to(np.array(self.sides, dtype=float), (len(svd.values), 2))
+        keep, _, _ = predict_terms(svd.values, sides, step, self.width)
+        return SliceSvd(to_numpy(svd.left)[:, keep], svd.values[keep], to_numpy(svd.right)[:, keep])
+
+    def _less(self, left: np.ndarray, core: np.ndarray, right: np.ndarray) -> LowRankStack:
+        """What a Tucker-2 leaves of the slices."""
+        pairs = [self.stack.factors(k) for k in range(self.stack.shape[0])]
+        return LowRankStack(
+            [np.hstack([to_numpy(b), left]) for b, _ in pairs],
+            [np.vstack([to_numpy(a), -core[k] @ right.T]) for k, (_, a) in enumerate(pairs)],
+        )
+
+    def _beside(
+        self, shared: QuantisedTucker2 | None, bits: float, step: float, value_dtype: np.dtype
+    ) -> tuple[QuantisedStack, float, float]:
+        """A shared part of so many bits, and private terms of what it leaves; see `_at`."""
+        residual = self.stack
         if shared is not None:
-            left, core, right = shared.factors()
-            pairs = [self.stack.factors(k) for k in range(self.stack.shape[0])]
-            residual = LowRankStack(
-                [np.hstack([to_numpy(b), left]) for b, _ in pairs],
-                [np.vstack([to_numpy(a), -core[k] @ right.T]) for k, (_, a) in enumerate(pairs)],
-            )
+            residual = self._less(*shared.factors())
         if self.parts == "shared":
             m, n = self.sides
             empty = QuantisedTerms.empty(m, n)
