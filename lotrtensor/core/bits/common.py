@@ -42,8 +42,10 @@ def common_spaces(svds: Sequence[SliceSvd]) -> tuple[np.ndarray, np.ndarray] | N
         None where no direction is common on one of the sides.
     """
     left = _common([to_numpy(svd.left) for svd in svds])
+    if not left.shape[1]:  # of most adapters: the other side need not be looked at
+        return None
     right = _common([to_numpy(svd.right) for svd in svds])
-    return (left, right) if left.shape[1] and right.shape[1] else None
+    return (left, right) if right.shape[1] else None
 
 
 def part_between(
