@@ -377,6 +377,26 @@ def test_the_command(small, tmp_path):
     assert json.loads(lotr("verify", out, back, "--json").out)["relative_error"] < 0.01
 
 
+def test_a_compressed_adapter_is_truncated_further(tmp_path):
+    """In a table and as a document; a share is one of what it takes, not of what it took once."""
+    lotr("compress", BUNDLED, "-o", tmp_path / "small", "--budget", "10%")
+    before = on_disk(tmp_path / "small")
+    said = lotr("truncate", tmp_path / "small", "-o", tmp_path / "table", "--budget", "50%")
+    assert (said.code, said.err) == (0, "")
+    assert "2.0 × smaller than the adapter's 64." in said.out
+    options = ("-o", tmp_path / "json", "--budget", "50%", "--json")
+    told = json.loads(lotr("truncate", tmp_path / "small", *options).out)
+    assert 0.45 * before <= told["file_bytes"] == on_disk(tmp_path / "table") <= before / 2
+    assert told["source_bytes"] == before
+    assert told["relative_error"] == pytest.approx(
+        lt.compare(lt.load(tmp_path / "small"), lt.load(tmp_path / "table")).relative_error
+    )
+    # What an export is stored in is still that of the adapter of the beginning.
+    first, second = (lt.load(tmp_path / name) for name in ("small", "table"))
+    assert first.source == second.source
+    assert (first.source.parameters, first.source.bytes) == (331_776, 663_552)
+
+
 def test_convert_in_bits(small, tmp_path):
     """A thin way to `compress`: the same files, the goals of convert and its default."""
     lora = lt.load(small)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.formats.directory import (
     check_inputs_outside,
     check_lora_output,
@@ -28,7 +29,14 @@ from lotrtensor.cli.common import (
 )
 from lotrtensor.errors import RankError
 from lotrtensor.report.documents import inspect_document
-from lotrtensor.report.tables import error, lora_table, lotr_table, size_line
+from lotrtensor.report.tables import (
+    compressed_table,
+    error,
+    file_line,
+    lora_table,
+    lotr_table,
+    size_line,
+)
 from lotrtensor.verbs._compare import compare
 from lotrtensor.verbs._truncate import padded_rank
 from lotrtensor.verbs._truncate import truncate as truncate_adapter
@@ -96,6 +104,10 @@ def truncate(
         print_json(document)
         return
     console = output_console()
-    console.print(lora_table(document) if document["type"] == "LORA" else lotr_table(document))
-    console.print(f"{output}: {size_line(document)}", markup=False)
+    if isinstance(found, CompressedAdapter):
+        console.print(compressed_table(document))
+        console.print(f"{output}: {file_line(document)}", markup=False)
+    else:
+        console.print(lora_table(document) if document["type"] == "LORA" else lotr_table(document))
+        console.print(f"{output}: {size_line(document)}", markup=False)
     console.print(f"relative error: {error(document['relative_error'])}")

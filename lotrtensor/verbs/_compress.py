@@ -112,14 +112,14 @@ def compress(
     check_adapter(adapter)
     width = None if isinstance(bits, str) and bits == "auto" else check_width(_number(bits))
     lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
-    given = None if budget is None else budget_bytes(budget, lora.bytes)
+    given = None if budget is None else budget_bytes(budget, adapter.bytes)
     goal = make_goal(rank, tolerance, energy, given, size="budget")
     if goal.rank and (form != "lotr" or width is None):
         raise OptionError(
             f"rank is {rank}, which shared factors of one width have; expected form 'lotr' and "
             "bits from 1 to 16 with it, or a budget or tolerance instead"
         )
-    job = compression_job(lora, PARTS[form], width, group_by, progress)
+    job = compression_job(lora, PARTS[form], width, group_by, progress, _source_of(adapter))
     if goal.rank:
         found = job.of_rank(goal.rank, rank)
     elif budget is None or given is None:
@@ -137,6 +137,7 @@ def compression_job(
     width: int | None = None,
     group_by: str = "type",
     progress: Progress | None = None,
+    source: SourceRecord | None = None,
 ) -> CompressionJob:
     """Decompose the groups of an adapter once, for all sizes."""
     members = lora_groups(lora, group_by)
@@ -144,16 +145,22 @@ def compression_job(
     for done, (name, modules) in enumerate(members):
         if progress:
             progress(name, done, len(members))
-        source = source_group(name, modules, lora.dtype)
-        stack = module_stack(modules)
-        groups.append((source, StackInBits(stack, parts, width)))
-    job = CompressionJob(groups, lora)
+        group = source_group(name, modules, lora.dtype)
+        groups.append((group, StackInBits(module_stack(modules), parts, width)))
+    job = CompressionJob(groups, lora, source or _source_of(lora))
     if not SMALLEST < job.largest < LARGEST:
         raise DataError(
             f"an update has a singular value of {job.largest:.3g}, which the values of a "
             "compressed file do not hold; convert the adapter, or scale it"
         )
     return job
+
+
+def _source_of(adapter: Adapter) -> SourceRecord:
+    """What an adapter is stored in; of a compressed one, what it was stored in before that."""
+    if isinstance(adapter, CompressedAdapter):
+        return adapter.source
+    return SourceRecord(adapter.dtype, adapter.parameters, adapter.bytes)
 
 
 def _number(bits: int | str) -> object:
@@ -166,6 +173,7 @@ class CompressionJob:
 
     groups: list[tuple[SourceGroup, StackInBits]]
     lora: LoraAdapter
+    source: SourceRecord
 
     @property
     def norm2(self) -> float:
@@ -192,8 +200,7 @@ class CompressionJob:
     def _adapter(self, groups: tuple[CompressedGroup, ...]) -> CompressedAdapter:
         lora = self.lora
         config = {key: lora.config[key] for key in COMMON_FIELDS if key in lora.config}
-        source = SourceRecord(lora.dtype, lora.parameters, lora.bytes)
-        return CompressedAdapter(groups, config, source, lora.extras)
+        return CompressedAdapter(groups, config, self.source, lora.extras)
 
     def of_rank(self, pair: tuple[int, int], asked: Rank | None) -> CompressedAdapter:
         """The adapter with shared factors of these ranks, or what a group needs, in one width."""
