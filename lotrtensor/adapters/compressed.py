@@ -24,7 +24,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.parts import lowered
 from lotrtensor.core.bits.stream import entropy_bits
-from lotrtensor.core.options import check_flag
+from lotrtensor.core.options import check_flag, shown
 from lotrtensor.errors import RankError
 
 
@@ -184,7 +184,7 @@ class CompressedAdapter:
             If ``rank`` is below 1.
         """
         if rank is not None and (not isinstance(rank, int | np.integer) or rank < 1):
-            raise RankError(f"rank is {rank!r}; expected an integer of at least 1")
+            raise RankError(f"rank is {shown(rank)}; expected an integer of at least 1")
         before = {
             name: own
             for group in self.groups

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from lotrtensor.core.options import shown
 from lotrtensor.errors import FormatError, OptionError, ShapeError
 
 FLAT_PREFIXES = ("lora_", "lycoris_")
@@ -22,8 +23,18 @@ class Slot(NamedTuple):
 
 def layer_order(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that puts layer 2 before layer 10."""
-    parts = re.split(r"(\d+)", name)
-    return tuple((1, int(p), "") if p.isdecimal() else (0, 0, p) for p in parts)
+    return tuple(_by_number(p) for p in re.split(r"(\d+)", name))
+
+
+def _by_number(part: str) -> tuple[int, int, str]:
+    if not part.isdecimal():
+        return 0, 0, part
+    if len(part) > _DIGITS:  # no number of a layer; Python refuses to read much longer ones
+        return 2, len(part), part
+    return 1, int(part), ""
+
+
+_DIGITS = 18
 
 
 def module_kind(name: str) -> str:
@@ -91,7 +102,7 @@ def group_modules(slots: Iterable[Slot], group_by: str = "type") -> dict[str, li
         If a pattern brings modules of unlike shapes together.
     """
     if not isinstance(group_by, str):
-        raise OptionError(f"group_by is {group_by!r}; expected 'type', 'shape' or patterns")
+        raise OptionError(f"group_by is {shown(group_by)}; expected 'type', 'shape' or patterns")
     ordered = sorted(slots, key=lambda slot: layer_order(slot.name))
     if group_by == "type":
         return _by_type(ordered)

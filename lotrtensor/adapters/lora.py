@@ -17,7 +17,7 @@ from lotrtensor.adapters.formats.peft import read_lora, write_lora
 from lotrtensor.adapters.formats.tensors import check_exists
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.parts import lowered
-from lotrtensor.core.options import check_flag
+from lotrtensor.core.options import check_flag, shown
 from lotrtensor.errors import FormatError, RankError
 
 
@@ -126,7 +126,7 @@ class LoraAdapter:
         if rank is None:
             return self
         if not isinstance(rank, int | np.integer) or isinstance(rank, bool) or rank < 1:
-            raise RankError(f"rank is {rank!r}; expected an integer of at least 1")
+            raise RankError(f"rank is {shown(rank)}; expected an integer of at least 1")
         modules = (m if m.rank <= rank else lowered(m, rank) for m in self.modules)
         return replace(self, modules=tuple(modules))
 

@@ -14,8 +14,9 @@ from lotrtensor.adapters.formats.native import read_lotr, write_lotr
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule, LotrGroup
+from lotrtensor.adapters.parts import lowered
 from lotrtensor.core.balanced import balanced_factors
-from lotrtensor.core.options import check_flag
+from lotrtensor.core.options import check_flag, shown
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.errors import RankError
 
@@ -160,7 +161,7 @@ class LotrAdapter:
             If ``rank`` is below 1.
         """
         if rank is not None and (not isinstance(rank, int | np.integer) or rank < 1):
-            raise RankError(f"rank is {rank!r}; expected an integer of at least 1")
+            raise RankError(f"rank is {shown(rank)}; expected an integer of at least 1")
         modules = []
         for group in self.groups:
             modules += _lora_modules(group, rank)
@@ -175,7 +176,16 @@ class LotrAdapter:
         return sum(parts, SquaredError()).relative
 
 
+def _lowered(group: LotrGroup, k: int, rank: int | None) -> LoraModule:
+    b, a = group.factors(k)
+    limit = min(group.slice_ranks[k], *group.rank)
+    module = LoraModule(group.modules[k], b, a, group.embedding)
+    return lowered(module, limit if rank is None else min(rank, limit))
+
+
 def _lora_modules(group: LotrGroup, rank: int | None) -> list[LoraModule]:
+    if group.thin:
+        return [_lowered(group, k, rank) for k in range(len(group.modules))]
     # A trained U need not be orthonormal: the triangles of its QR then belong to the core.
     tucker2 = group.tucker2()
     left, left_triangle = np.linalg.qr(tucker2.left)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,6 +112,9 @@ class FactoredCore:
 
 Core = np.ndarray | FactoredCore
 
+_MUCH = 4
+"""How many times the stored numbers whole cores may take."""
+
 
 @dataclass(frozen=True)
 class FitRecord:
@@ -203,6 +207,39 @@ class LotrGroup:
     def parameters(self) -> int:
         """Number of stored numbers: both factors once, and every core."""
         return self.left.size + self.right.size + sum(core.size for core in self.cores)
+
+    @property
+    def thin(self) -> bool:
+        """Whether cores are products of so few columns that whole ones would take far more."""
+        dense = len(self.cores) * math.prod(self.rank)
+        return dense > _MUCH * self.parameters
+
+    def factors(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return B (m × r) and A (r × n) of the update of module ``k`` in float64, B A exactly it.
+
+        r is the least of p, q and the width of a core that is a product.
+
+        Raises
+        ------
+        DataError
+            If the update is beyond 1e±140.
+        """
+        core = self.cores[k]
+        left, right = self.left.astype(np.float64), self.right.astype(np.float64).T
+        if isinstance(core, FactoredCore):
+            inner, outer = core.left.astype(np.float64), core.right.astype(np.float64)
+            b, a = left @ (inner * self.scale), outer @ right
+        elif self.rank[0] <= self.rank[1]:
+            b, a = left, (core.astype(np.float64) * self.scale) @ right
+        else:
+            b, a = left @ (core.astype(np.float64) * self.scale), right
+        check_size(largest_term(b, a), self.modules[k])
+        return b, a
+
+    def low_rank(self) -> LowRankStack:
+        """The group as a stack of thin factors, one slice a module."""
+        pairs = [self.factors(k) for k in range(len(self.modules))]
+        return LowRankStack([b for b, _ in pairs], [a for _, a in pairs])
 
     def tucker2(self) -> Tucker2:
         """The group as one decomposition in float64, exactly what the stored numbers say.

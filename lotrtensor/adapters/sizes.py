@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from lotrtensor.adapters.formats.tensors import FLOATS
+from lotrtensor.core.options import is_huge, shown
 from lotrtensor.errors import OptionError, RankError
 
 _UNITS = {
@@ -19,6 +20,13 @@ _UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
+
+
+_BUDGET = re.compile(r"\s*(\d{1,30}(?:\.\d{0,30})?)\s*([a-zA-Z%]*)\s*")
+
+
+MOST_PARAMETERS = 2.0**62
+"""What no adapter has, and what arrays of sizes still hold."""
 
 
 def check_dtype(dtype: np.dtype | str) -> np.dtype:
@@ -53,7 +61,7 @@ def budget_bytes(budget: int | str, source_bytes: int) -> int:
     found = budget_parameters(budget, 1, source_bytes)
     if str(budget).strip().upper().endswith("P"):
         raise RankError(
-            f"budget is {budget!r}; expected bytes such as 500KB, or a share such as 25%"
+            f"budget is {shown(budget)}; expected bytes such as 500KB, or a share such as 25%"
         )
     return found
 
@@ -85,11 +93,11 @@ def budget_parameters(
     >>> budget_parameters("1KiB", 2, 4096), budget_parameters("25%", 2, 4096)
     (512, 512)
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z%]*)\s*", str(budget))
+    match = None if is_huge(budget) else _BUDGET.fullmatch(str(budget))
     unit = match[2].upper() if match else None
     if match is None or unit not in (*_UNITS, "%", "P"):
         raise RankError(
-            f"budget is {budget!r}; expected bytes such as 500KB, a share such as 25%, or "
+            f"budget is {shown(budget)}; expected bytes such as 500KB, a share such as 25%, or "
             "parameters such as 20000p"
         )
     number = float(match[1])
@@ -101,7 +109,7 @@ def budget_parameters(
         parameters = number * _UNITS[unit] / itemsize
     if parameters < smallest:
         raise RankError(
-            f"budget is {budget!r}; the smallest result, of rank 1 throughout, needs {smallest} "
-            f"parameters, {smallest * itemsize} bytes"
+            f"budget is {shown(budget)}; the smallest result, of rank 1 throughout, needs "
+            f"{smallest} parameters, {smallest * itemsize} bytes"
         )
-    return int(parameters)
+    return int(min(parameters, MOST_PARAMETERS))

@@ -21,11 +21,17 @@ from lotrtensor.analysis.representations import (
     thinned,
 )
 from lotrtensor.analysis.rows import Analysis, Choice, GroupAnalysis, Kind, Target
-from lotrtensor.analysis.sharing import kind_overlaps, layer_label, module_rows, module_svds
+from lotrtensor.analysis.sharing import (
+    compared,
+    kind_overlaps,
+    layer_label,
+    module_rows,
+    module_svds,
+)
 from lotrtensor.analysis.steps import steps
 from lotrtensor.core.arrays import to_numpy
 from lotrtensor.core.fit.reduced_stack import ReducedStack
-from lotrtensor.core.options import check_number
+from lotrtensor.core.options import check_number, shown
 from lotrtensor.core.ranks.goal import Goal
 from lotrtensor.core.rates import rate_points
 from lotrtensor.core.slice_svd import SliceSvd
@@ -103,8 +109,10 @@ def analyze(
     choices += _measured(every, choices, job)
     advice = recommend(choices, lora.bytes)
     subspaces = [[leading_subspaces(svd) for svd in group] for group in svds]
+    kinds = compared(len(members))
     left, right = kind_overlaps(
-        [[layer_label(module.name) for module in group] for _, group in members], subspaces
+        [[layer_label(module.name) for module in members[g][1]] for g in kinds],
+        [subspaces[g] for g in kinds],
     )
     return Analysis(
         source_parameters=lora.parameters,
@@ -119,12 +127,13 @@ def analyze(
         groups=tuple(map(_group, members, reduced, svds, subspaces)),
         left_overlap=left,
         right_overlap=right,
+        compared=kinds,
     )
 
 
 def _check_shares(shares: Sequence[float]) -> list[float]:
     if not isinstance(shares, Sequence) or isinstance(shares, str | bytes):
-        raise OptionError(f"shares is {shares!r}; expected numbers, in percent of the bytes")
+        raise OptionError(f"shares is {shown(shares)}; expected numbers, in percent of the bytes")
     return [check_number(share, "a share") for share in shares]
 
 
@@ -222,6 +231,8 @@ def _group(
 ) -> GroupAnalysis:
     name, modules = member
     points = thinned(reduced.curve.parameters.tolist(), RATES)
+    numbers = compared(len(modules))
+    subspaces = [subspaces[k] for k in numbers]
     return GroupAnalysis(
         name=name,
         shape=modules[0].shape,
@@ -234,4 +245,5 @@ def _group(
         left_overlap=overlaps([space.left for space in subspaces]),
         right_overlap=overlaps([space.right for space in subspaces]),
         chance=(chance([s.left for s in subspaces]), chance([s.right for s in subspaces])),
+        compared=numbers,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import OptionError
 from lotrtensor.verbs._compare import lora_factors
 
-Factors = dict[str, LowRankStack]
+Factors = Mapping[str, LowRankStack]
 
 
 def similarity(adapters: Sequence[Adapter]) -> Similarity:

@@ -146,9 +146,10 @@ class GroupAnalysis(NamedTuple):
     """One group of modules that would share factors.
 
     ``rates`` is the efficient frontier, thinned out; ``left_values`` and ``right_values`` are the
-    singular values of the two unfoldings; ``left_overlap`` and ``right_overlap`` (K × K) tell how
-    far the leading column and row spaces of two layers agree, ``chance`` (left, right) what
-    unrelated spaces of those dimensions would show on average.
+    singular values of the two unfoldings; ``left_overlap`` and ``right_overlap`` tell how far the
+    leading column and row spaces of every two of the modules numbered ``compared`` agree,
+    ``chance`` (left, right) what unrelated spaces of those dimensions would show on average. All
+    modules are compared up to 128, and so many, evenly spaced, where there are more.
     """
 
     name: str
@@ -162,13 +163,15 @@ class GroupAnalysis(NamedTuple):
     left_overlap: np.ndarray
     right_overlap: np.ndarray
     chance: tuple[float, float]
+    compared: tuple[int, ...] = ()
 
 
 class Analysis(NamedTuple):
     """All choices of one adapter, what they are made of, and one sentence that names the best.
 
-    ``left_overlap`` and ``right_overlap`` (groups × groups) are means over the layers that both
-    groups have; NaN where the sides are unlike.
+    ``left_overlap`` and ``right_overlap`` are means over the layers that two groups both have, of
+    every two of the groups numbered ``compared``; NaN where the sides are unlike. All groups are
+    compared up to 128, as the modules of a group are.
 
     Examples
     --------
@@ -192,6 +195,7 @@ class Analysis(NamedTuple):
     groups: tuple[GroupAnalysis, ...]
     left_overlap: np.ndarray
     right_overlap: np.ndarray
+    compared: tuple[int, ...] = ()
 
 
 class Similarity(NamedTuple):

@@ -41,6 +41,21 @@ def module_rows(modules: Sequence[LoraModule], svds: Sequence[SliceSvd]) -> tupl
     )
 
 
+MOST = 128
+"""Modules, or groups, of which every two are compared: tables of more would be square in them."""
+
+
+def compared(count: int) -> tuple[int, ...]:
+    """Numbers of those that are compared with one another: all, or `MOST` evenly spaced.
+
+    >>> compared(3), len(compared(10_000)), compared(10_000)[-1]
+    ((0, 1, 2), 128, 9999)
+    """
+    if count <= MOST:
+        return tuple(range(count))
+    return tuple(int(k) for k in np.linspace(0, count - 1, MOST).round())
+
+
 def kind_overlaps(
     labels: Sequence[Sequence[str]], subspaces: Sequence[Sequence[Subspaces]]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -69,6 +84,7 @@ def _mean_overlaps(
             if basis.shape[1]:
                 at_layer.setdefault((label, basis.shape[0]), []).append((g, basis))
     for members in at_layer.values():
+        members = [members[k] for k in compared(len(members))]
         owners = np.array([g for g, _ in members])
         table = overlaps([basis for _, basis in members])
         np.add.at(sums, (owners[:, None], owners[None, :]), table)

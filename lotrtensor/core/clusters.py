@@ -11,7 +11,7 @@ from lotrtensor.core.fit.certificate import Tucker2Fit
 from lotrtensor.core.fit.tucker2_fit import Method, tucker2
 from lotrtensor.core.linalg import orthonormal_basis
 from lotrtensor.core.operands import Operand, as_stack
-from lotrtensor.core.options import check_integer
+from lotrtensor.core.options import check_integer, shown
 from lotrtensor.core.ranks.goal import Rank, check_rank
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
@@ -115,7 +115,9 @@ def cluster(
         )
     slices = stack.shape[0]
     if not isinstance(clusters, int | np.integer) or not 1 <= clusters <= slices:
-        raise RankError(f"clusters is {clusters!r}; expected between 1 and the {slices} slices")
+        raise RankError(
+            f"clusters is {shown(clusters)}; expected between 1 and the {slices} slices"
+        )
     restarts = check_integer(restarts, "restarts", 0)
     max_rounds = check_integer(max_rounds, "max_rounds", 0)
     seed = check_integer(seed, "seed", 0)

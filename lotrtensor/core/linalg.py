@@ -88,8 +88,9 @@ def gram_root(x: Array) -> Array:
     """
     xp = namespace(x)
     wide = as_accumulator(x)
-    if wide.dtype == x.dtype:
-        return np.linalg.qr(x, mode="r") if is_numpy_namespace(xp) else xp.linalg.qr(x)[1]
+    if wide.dtype == x.dtype or x.shape[-2] < x.shape[-1]:  # whose b × b matrix would be larger
+        root = np.linalg.qr(wide, mode="r") if is_numpy_namespace(xp) else xp.linalg.qr(wide)[1]
+        return xp.astype(root, x.dtype, copy=False)
     values2, vectors = xp.linalg.eigh(xp.matrix_transpose(wide) @ wide)
     values2 = xp.where(values2 > 0, values2, xp.zeros_like(values2))
     return xp.astype(xp.sqrt(values2)[..., :, None] * xp.matrix_transpose(vectors), x.dtype)

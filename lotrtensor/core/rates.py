@@ -13,7 +13,7 @@ from lotrtensor.core.fit.reduced_stack import ReducedStack
 from lotrtensor.core.fit.reduction import reduce_stack
 from lotrtensor.core.fit.tucker2_fit import Method, check_method
 from lotrtensor.core.operands import Operand, as_stack
-from lotrtensor.core.options import check_integer, check_number
+from lotrtensor.core.options import check_integer, check_number, shown
 from lotrtensor.core.ranks.curve import pair_at
 from lotrtensor.core.ranks.terms import rank_one_terms, truncation_error, uniform_ranks
 from lotrtensor.core.slice_svd import slice_svds
@@ -109,7 +109,7 @@ def rate_distortion(
 
 def _check_slice_ranks(slice_ranks: Sequence[int], slices: int) -> list[int]:
     if not isinstance(slice_ranks, Sequence) or len(slice_ranks) != slices:
-        raise OptionError(f"slice_ranks is {slice_ranks!r}; expected {slices}, one per slice")
+        raise OptionError(f"slice_ranks is {shown(slice_ranks)}; expected {slices}, one per slice")
     return [check_integer(r, f"rank of slice {k}", 1) for k, r in enumerate(slice_ranks)]
 
 

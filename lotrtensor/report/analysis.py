@@ -65,6 +65,7 @@ def _adapter(name: str, adapter: Adapter, analysis: Analysis) -> Document:
         "overlap": {
             "left": _matrix(analysis.left_overlap),
             "right": _matrix(analysis.right_overlap),
+            "groups": list(analysis.compared),
         },
     }
 
@@ -120,6 +121,7 @@ def _group(group: GroupAnalysis, itemsize: int) -> Document:
         "overlap": {
             "left": _matrix(group.left_overlap),
             "right": _matrix(group.right_overlap),
+            "modules": list(group.compared),
             "chance": list(group.chance),
         },
     }

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.core.rates import spectra
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.report.documents import Document
@@ -33,12 +34,18 @@ def add_spectra(document: Document, adapter: Adapter) -> None:
 
 def _stacks(document: Document, adapter: Adapter) -> list[LowRankStack]:
     if isinstance(adapter, LotrAdapter):
-        # Orthonormal factors turn the spectra of U G Vᵀ into those of the small cores.
-        cores = [group.tucker2().orthogonalised().core for group in adapter.groups]
-        return [LowRankStack(list(core), [np.eye(core.shape[2])] * len(core)) for core in cores]
+        return [_small(group) for group in adapter.groups]
     modules = lora_factors(adapter)
     pairs = [[modules[name].factors(0) for name in g["modules"]] for g in document["groups"]]
     return [LowRankStack([b for b, _ in group], [a for _, a in group]) for group in pairs]
+
+
+def _small(group: LotrGroup) -> LowRankStack:
+    if group.thin:
+        return group.low_rank()
+    # Orthonormal factors turn the spectra of U G Vᵀ into those of the small cores.
+    core = group.tucker2().orthogonalised().core
+    return LowRankStack(list(core), [np.eye(core.shape[2])] * len(core))
 
 
 def sparkline(values: Sequence[float], width: int = 10) -> str:

@@ -17,7 +17,6 @@ from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.names import NameIndex
 from lotrtensor.adapters.quantised import quantised_modules, refuse_quantised
-from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import FormatError
 
 Factors = Callable[[], tuple[np.ndarray, np.ndarray]]
@@ -70,19 +69,14 @@ def updates_of(adapter: Adapter) -> dict[str, Update]:
         modules = adapter.modules if isinstance(adapter, LoraAdapter) else adapter.updates()
         return {m.name: Update(m.shape, m.embedding, partial(_factors, m)) for m in modules}
     return {
-        name: Update(group.shape, group.embedding, partial(_slice_factors, tucker2, k))
+        name: Update(group.shape, group.embedding, partial(group.factors, k))
         for group in adapter.groups
-        for tucker2 in (group.tucker2(),)
         for k, name in enumerate(group.modules)
     }
 
 
 def _factors(module: LoraModule) -> tuple[np.ndarray, np.ndarray]:
     return module.B, module.A
-
-
-def _slice_factors(tucker2: Tucker2, k: int) -> tuple[np.ndarray, np.ndarray]:
-    return tucker2.left, tucker2.core[k] @ tucker2.right.T
 
 
 def _transposed(factors: Factors) -> tuple[np.ndarray, np.ndarray]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.modules import module_stack
+from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.adapters.modules import LotrGroup, module_stack
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import FormatError
@@ -95,19 +97,48 @@ def compare(a: Adapter, b: Adapter) -> Difference:
     return Difference(whole.relative, worst, tuple(rows))
 
 
-def lora_factors(adapter: Adapter) -> dict[str, LowRankStack]:
+class Factors(Mapping[str, LowRankStack]):
+    """Every module's ΔW as a stack of one slice of thin factors, made when it is asked for.
+
+    Parameters
+    ----------
+    makers : mapping of str to callable
+        What makes it, by the module's name.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], LowRankStack]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> LowRankStack:
+        """The ΔW of a module."""
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the modules."""
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        """Number of modules."""
+        return len(self._makers)
+
+
+def lora_factors(adapter: Adapter) -> Factors:
     """Every module's ΔW as a stack of one slice of thin factors, by module name."""
-    if isinstance(adapter, LoraAdapter):
-        return {m.name: module_stack([m]) for m in adapter.modules}
-    if isinstance(adapter, CompressedAdapter):
-        return {m.name: module_stack([m]) for m in adapter.updates()}
-    factors = {}
-    for group in adapter.groups:
-        stack = group.tucker2().to_low_rank()
-        for k, name in enumerate(group.modules):
-            left, right = stack.factors(k)
-            factors[name] = LowRankStack([left], [right])
-    return factors
+    if isinstance(adapter, LotrAdapter):
+        return Factors(
+            {
+                name: partial(_slice, group, k)
+                for group in adapter.groups
+                for k, name in enumerate(group.modules)
+            }
+        )
+    modules = adapter.modules if isinstance(adapter, LoraAdapter) else adapter.updates()
+    return Factors({m.name: partial(module_stack, [m]) for m in modules})
+
+
+def _slice(group: LotrGroup, k: int) -> LowRankStack:
+    b, a = group.factors(k)
+    return LowRankStack([b], [a])
 
 
 def _difference(name: str, a: LowRankStack | None, b: LowRankStack | None) -> SquaredError:

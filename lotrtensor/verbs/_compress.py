@@ -24,6 +24,7 @@ from lotrtensor.core.bits.stack import (
     StackInBits,
 )
 from lotrtensor.core.bits.stream import LARGEST_CODE
+from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank, make_goal
 from lotrtensor.errors import DataError, OptionError, RankError
 from lotrtensor.verbs._alternatives import PriceInBits, Prices, alternatives, prices_in_bits
@@ -108,7 +109,7 @@ def compress(
     (True, True)
     """
     if not isinstance(form, str) or form not in PARTS:
-        raise OptionError(f"form is {form!r}; expected 'auto', 'lotr' or 'lora'")
+        raise OptionError(f"form is {shown(form)}; expected 'auto', 'lotr' or 'lora'")
     check_adapter(adapter)
     width = None if isinstance(bits, str) and bits == "auto" else check_width(_number(bits))
     lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
@@ -285,7 +286,7 @@ class CompressionJob:
         smallest = self.smallest
         if budget < smallest.file_bytes:
             raise RankError(
-                f"budget is {asked!r}; the smallest file of this adapter takes "
+                f"budget is {shown(asked)}; the smallest file of this adapter takes "
                 f"{smallest.file_bytes} bytes, its config and index"
             )
         best, target, finer, before = smallest, float(budget), 0.0, 0.0

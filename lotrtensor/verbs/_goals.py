@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from lotrtensor.adapters.sizes import budget_parameters
-from lotrtensor.core.options import check_choice
+from lotrtensor.core.options import check_choice, shown
 from lotrtensor.core.ranks.goal import UNLIMITED, Goal, Rank, make_goal
 from lotrtensor.errors import OptionError, RankError
 from lotrtensor.verbs._sources import SourceGroup
@@ -71,8 +71,8 @@ def groups_goal(asked: Asked, sources: Sequence[SourceGroup], dtype: np.dtype) -
     limit = largest if isinstance(asked.rank, Sequence) else (max(largest), max(largest))
     if goal.rank and (goal.rank[0] > limit[0] or goal.rank[1] > limit[1]):
         raise RankError(
-            f"rank is {asked.rank}; no group needs more than (p, q) = {largest}: choose no more "
-            "than that"
+            f"rank is {shown(asked.rank)}; no group needs more than (p, q) = {largest}: choose no "
+            "more than that"
         )
     return goal
 
@@ -105,13 +105,13 @@ def lora_goal(
     rank = asked.rank
     if rank is not None and (not isinstance(rank, int | np.integer) or isinstance(rank, bool)):
         raise RankError(
-            f"rank is {rank!r}; expected one integer, for a LoRA has one rank per module"
+            f"rank is {shown(rank)}; expected one integer, for a LoRA has one rank per module"
         )
     name, most = max(largest.items(), key=lambda item: item[1])
     if rank is not None and rank > most:
         raise RankError(
-            f"rank is {rank}; the largest that a module can have is {most}, {name}'s: choose no "
-            "more than that"
+            f"rank is {shown(rank)}; the largest that a module can have is {most}, {name}'s: "
+            "choose no more than that"
         )
     return asked.goal(dtype.itemsize, source_bytes, sum(map(sum, shapes)), (most, most))
 

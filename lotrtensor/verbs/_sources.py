@@ -11,6 +11,7 @@ from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule, LotrGroup, module_stack
 from lotrtensor.core.clusters import cluster
+from lotrtensor.core.options import shown
 from lotrtensor.core.stacks.protocol import SliceStack
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import RankError
@@ -60,6 +61,8 @@ class SourceGroup:
     @property
     def max_rank(self) -> tuple[int, int]:
         """Largest left and right rank that the group can need."""
+        if self.kept is not None:
+            return self.kept.rank
         return self.stack.rank if isinstance(self.stack, Tucker2) else self.stack.max_rank
 
     @property
@@ -86,7 +89,7 @@ def source_group(name: str, modules: Sequence[LoraModule], dtype: np.dtype) -> S
         name=name,
         modules=tuple(module.name for module in modules),
         stack=stack,
-        slice_ranks=stack.ranks,
+        slice_ranks=tuple(min(r, *modules[0].shape) for r in stack.ranks),
         embedding=modules[0].embedding,
         parameters=parameters,
         bytes=sum(module.bytes_in(dtype) for module in modules),
@@ -95,8 +98,8 @@ def source_group(name: str, modules: Sequence[LoraModule], dtype: np.dtype) -> S
 
 def lotr_source(group: LotrGroup, dtype: np.dtype) -> SourceGroup:
     """Return a group of a LoTR; ``dtype`` is the type that it is stored in."""
-    found = group.tucker2()
-    (_, m, n), (p, q) = found.shape, found.rank
+    found = group.low_rank() if group.thin else group.tucker2()
+    (m, n), (p, q) = group.shape, group.rank
     return SourceGroup(
         name=group.name,
         modules=group.modules,
@@ -131,9 +134,9 @@ def split_groups(
         If ``clusters`` is no integer, or below 1.
     """
     if not isinstance(clusters, int | np.integer) or isinstance(clusters, bool):
-        raise RankError(f"cluster is {clusters!r}; expected an integer")
+        raise RankError(f"cluster is {shown(clusters)}; expected an integer")
     if clusters < 1:
-        raise RankError(f"cluster is {clusters}; expected at least 1")
+        raise RankError(f"cluster is {shown(clusters)}; expected at least 1")
     found: list[tuple[str, list[LoraModule]]] = []
     for name, modules in groups:
         parts = min(clusters, len(modules))

@@ -15,6 +15,7 @@ from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule, module_stack
 from lotrtensor.core.arrays import itemsize
 from lotrtensor.core.fit.truncate import truncate_to_goal
+from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Goal, Rank
 from lotrtensor.core.slice_svd import slice_svds
 from lotrtensor.core.stacks.low_rank import LowRankStack
@@ -131,8 +132,8 @@ def truncate(
     if isinstance(adapter, CompressedAdapter):
         if rank is not None:
             raise RankError(
-                f"rank is {rank!r}; the ranks of a compressed adapter follow from its size: give a "
-                "tolerance, an energy or a budget, or export it first"
+                f"rank is {shown(rank)}; the ranks of a compressed adapter follow from its size: "
+                "give a tolerance, an energy or a budget, or export it first"
             )
         return compress(
             adapter, budget=budget, tolerance=tolerance, energy=energy, progress=progress

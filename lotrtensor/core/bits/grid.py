@@ -20,6 +20,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 
 from lotrtensor.core.arrays import Array, namespace
+from lotrtensor.core.options import shown
 from lotrtensor.errors import RankError
 
 ROUNDING = 0.45
@@ -104,7 +105,7 @@ def check_width(bits: object) -> int:
         If it is no integer between 1 and `WIDEST`.
     """
     if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 1 <= bits <= WIDEST:
-        raise RankError(f"bits is {bits!r:.40}; expected an integer from 1 to {WIDEST}")
+        raise RankError(f"bits is {shown(bits)}; expected an integer from 1 to {WIDEST}")
     return int(bits)
 
 

@@ -15,7 +15,7 @@ from lotrtensor.core.fit.reduced_stack import ReducedStack
 from lotrtensor.core.fit.reduction import reduce_stack
 from lotrtensor.core.fit.solve import Solver
 from lotrtensor.core.operands import Operand, as_stack
-from lotrtensor.core.options import check_integer
+from lotrtensor.core.options import check_integer, shown
 from lotrtensor.core.ranks.allocation import allocate_parameters
 from lotrtensor.core.ranks.curve import pair_at
 from lotrtensor.core.ranks.goal import Goal, Rank, make_goal
@@ -201,7 +201,7 @@ def check_method(method: str) -> tuple[Kind, Solver]:
         If there is no such method.
     """
     if not isinstance(method, str) or method not in METHODS:
-        raise OptionError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+        raise OptionError(f"method is {shown(method)}; expected one of {', '.join(METHODS)}")
     return METHODS[method]
 
 
@@ -218,17 +218,19 @@ def slice_weights(stack: SliceStack, weights: Weights | None) -> np.ndarray | No
     slices = stack.shape[0]
     if isinstance(weights, str):
         if weights != "equal":
-            raise OptionError(f"weights is {weights!r}; expected numbers or 'equal'")
+            raise OptionError(f"weights is {shown(weights)}; expected numbers or 'equal'")
         norms = np.sqrt(to_numpy(stack.norms2()))
         return 1.0 / np.where(norms > 0, norms, 1.0)
     try:
         scales = np.asarray(weights, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise OptionError(
-            f"weights are {weights!r}; expected {slices} numbers or 'equal'"
+            f"weights are {shown(weights)}; expected {slices} numbers or 'equal'"
         ) from error
     if scales.shape != (slices,) or not (np.isfinite(scales).all() and (scales > 0).all()):
-        raise OptionError(f"weights are {weights!r}; expected {slices} positive finite numbers")
+        raise OptionError(
+            f"weights are {shown(weights)}; expected {slices} positive finite numbers"
+        )
     if not (scales.min() > 1e-100 and scales.max() < 1e100):
         raise OptionError(
             "weights are outside 1e-100 … 1e100, where their squares lose their range"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.curve import Frontier
 from lotrtensor.core.ranks.knapsack import cheapest_loss
 from lotrtensor.core.ranks.pareto import hull_steps
@@ -30,7 +31,7 @@ def allocate_parameters(curves: Sequence[Frontier], parameters: int) -> list[int
     if parameters < smallest:
         whose = f" of all {len(curves)} groups" if len(curves) > 1 else ""
         raise RankError(
-            f"parameters is {parameters}; the smallest decomposition{whose} needs {smallest}"
+            f"parameters is {shown(parameters)}; the smallest decomposition{whose} needs {smallest}"
         )
     prices = [curve.parameters.astype(np.float64) for curve in curves]
     return cheapest_loss(prices, [curve.error2 for curve in curves], parameters)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lotrtensor.core.options import shown
 from lotrtensor.errors import RankError
 
 Rank = int | tuple[int, int]
@@ -72,13 +73,13 @@ def make_goal(
         return Goal(rank=check_rank(rank, largest))
     name, value = given[0], options[given[0]]
     if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
-        raise RankError(f"{name} is {value!r}; expected a number")
-    if math.isnan(value):
+        raise RankError(f"{name} is {shown(value)}; expected a number")
+    if isinstance(value, float | np.floating) and math.isnan(value):
         raise RankError(f"{name} is not a number")
     if parameters is not None:
         return Goal(parameters=parameters)
     if not 0.0 < value < 1.0:
-        raise RankError(f"{name} is {value}; expected a number between 0 and 1")
+        raise RankError(f"{name} is {shown(value)}; expected a number between 0 and 1")
     return Goal(tolerance=float(value if energy is None else math.sqrt(1.0 - energy)))
 
 
@@ -93,12 +94,12 @@ def check_rank(rank: Rank, largest: tuple[int, int] = UNLIMITED) -> tuple[int, i
     pair = (rank, rank) if not isinstance(rank, Sequence) else tuple(rank)
     integers = all(isinstance(r, int | np.integer) and not isinstance(r, bool) for r in pair)
     if len(pair) != 2 or not integers:
-        raise RankError(f"rank is {rank!r}; expected an integer or a pair (p, q)")
+        raise RankError(f"rank is {shown(rank)}; expected an integer or a pair (p, q)")
     if min(pair) < 1:
-        raise RankError(f"rank is {rank}; expected at least 1")
+        raise RankError(f"rank is {shown(rank)}; expected at least 1")
     if pair[0] > largest[0] or pair[1] > largest[1]:
         raise RankError(
-            f"rank is (p, q) = ({pair[0]}, {pair[1]}); this stack has at most "
+            f"rank is (p, q) = {shown(pair)}; this stack has at most "
             f"({largest[0]}, {largest[1]}) independent directions: choose no more than that"
         )
     return int(pair[0]), int(pair[1])

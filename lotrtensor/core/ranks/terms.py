@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.knapsack import cheapest_loss
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.errors import RankError
@@ -20,7 +21,7 @@ def uniform_ranks(spectra: Sequence[np.ndarray], rank: int) -> list[int]:
         If ``rank`` is below 1.
     """
     if rank < 1:
-        raise RankError(f"rank is {rank}; expected at least 1")
+        raise RankError(f"rank is {shown(rank)}; expected at least 1")
     return [min(rank, len(values)) for values in spectra]
 
 

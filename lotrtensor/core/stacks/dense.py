@@ -19,7 +19,7 @@ from lotrtensor.core.arrays import (
     namespace,
 )
 from lotrtensor.core.linalg import largest_entry, norm2, squares_hold
-from lotrtensor.core.options import check_integer
+from lotrtensor.core.options import check_integer, shown
 from lotrtensor.core.stacks.algebra import LinearOperators
 from lotrtensor.core.stacks.protocol import (
     SliceStack,
@@ -75,7 +75,9 @@ class LazyStack(LinearOperators):
         try:
             slices, m, n = (check_integer(side, "a side of the shape", 1) for side in shape)
         except (TypeError, ValueError) as error:
-            raise ShapeError(f"shape is {shape!r}; expected (K, m, n), each at least 1") from error
+            raise ShapeError(
+                f"shape is {shown(shape)}; expected (K, m, n), each at least 1"
+            ) from error
         self.shape = (slices, m, n)
         sample = np.empty(0, dtype=np.float32) if like is None else like
         check_real_floating(sample, "like")

@@ -24,7 +24,7 @@ from lotrtensor.core.linalg import (
     orthonormal_basis,
     squares_hold,
 )
-from lotrtensor.core.options import check_integer
+from lotrtensor.core.options import check_integer, shown
 from lotrtensor.core.stacks.algebra import LinearOperators
 from lotrtensor.core.stacks.batches import batches, one_below_another, side_by_side
 from lotrtensor.core.stacks.factors import check_factors, listed
@@ -242,7 +242,7 @@ class LowRankStack(LinearOperators):
     def take(self, indices: Sequence[int]) -> LowRankStack:
         """Return the stack of the slices at ``indices``, in that order."""
         if not isinstance(indices, Sequence) or not indices:
-            raise OptionError(f"indices is {indices!r}; expected the numbers of slices")
+            raise OptionError(f"indices is {shown(indices)}; expected the numbers of slices")
         indices = [check_integer(k, "an index", 0, self.shape[0] - 1) for k in indices]
         pairs = [self.factors(k) for k in indices]
         left = self.xp.concat([b for b, _ in pairs], axis=1)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lotrtensor.core.arrays import Array
+from lotrtensor.core.options import shown
 from lotrtensor.errors import DataError, OptionError, ShapeError
 
 
@@ -159,7 +160,7 @@ def check_weights(weights: Sequence[float], slices: int) -> list[float]:
     except (TypeError, ValueError):
         found = [math.nan]
     if not all(map(math.isfinite, found)):
-        raise OptionError(f"weights is {weights!r}; expected {slices} finite numbers")
+        raise OptionError(f"weights is {shown(weights)}; expected {slices} finite numbers")
     if len(found) != slices:
         raise ShapeError(f"found {len(found)} weights; expected {slices}, one per slice")
     return found

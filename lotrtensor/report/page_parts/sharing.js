@@ -76,8 +76,8 @@ function overlapTable(caption, matrix, names) {
 
 function drawLayers(adapter, state) {
   const group = adapter.groups[state.group];
-  const names = group.modules.map((module) => module.layer || module.name);
   const { left, right, chance } = group.overlap;
+  const names = group.overlap.modules.map((k) => group.modules[k].layer || group.modules[k].name);
   const values = [...offDiagonal(left), ...offDiagonal(right)];
   const high = Math.max(0.1, ...values);
   byId("layers-chance").textContent = `Unrelated layers of this group would show about ${chance[0].toFixed(3)} (output) `
@@ -89,8 +89,8 @@ function drawLayers(adapter, state) {
 }
 
 function drawKinds(adapter) {
-  const names = adapter.groups.map((group) => group.name);
   const { left, right } = adapter.overlap;
+  const names = adapter.overlap.groups.map((g) => adapter.groups[g].name);
   const high = Math.max(0.1, ...offDiagonal(left), ...offDiagonal(right));
   for (const side of ["left", "right"]) byId("kinds-" + side).style.height = Math.max(18, 6 + 2.6 * names.length) + "rem";
   drawOverlap("kinds-left", "Overlap of output directions between kinds of modules.", left, names, high, "");
