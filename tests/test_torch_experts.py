@@ -245,10 +245,13 @@ def test_routing_sorts_and_restores():
     index = torch.tensor([[2, 0], [0, 1], [2, 1]])
     route = Routing.of(index, 4)
     assert route.experts.tolist() == [0, 0, 1, 1, 2, 2]
-    assert route.tokens.tolist() == [0, 1, 1, 2, 0, 2]
+    tokens = torch.tensor([10.0, 20.0, 30.0], dtype=torch.float64)[:, None]
+    assert route.spread(tokens)[:, 0].tolist() == [10, 20, 20, 30, 10, 30]
     assert route.ends.tolist() == [2, 4, 6, 6]
     rows = index.reshape(-1)[route.order].double()[:, None] + 1
-    assert route.restore(rows, 2)[:, 0].tolist() == [4.0, 3.0, 5.0]
+    assert route.collect(rows)[:, 0].tolist() == [4.0, 3.0, 5.0]
+    for function, like in ((route.spread, tokens), (route.collect, rows)):
+        torch.autograd.gradcheck(function, [like.clone().requires_grad_()])
 
 
 class Odd(torch.nn.Module):

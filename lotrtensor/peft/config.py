@@ -26,6 +26,7 @@ from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import FitRecord
 from lotrtensor.errors import OptionError
+from lotrtensor.torch.expert_slices import check_targets
 from lotrtensor.torch.groups import (
     DEFAULT_ALPHA,
     PAPER_ALPHA,
@@ -54,6 +55,10 @@ class LotrConfig(PeftConfig):
         Layers to adapt, as in LoRA: ends of paths, a regular expression, or ``"all-linear"``.
     exclude_modules : list of str or str, optional
         Layers to leave out.
+    target_parameters : list of str, optional
+        3-D parameters of fused experts to adapt, a matrix an expert, by the ends of their paths:
+        ``["experts.gate_up_proj", "experts.down_proj"]``. Experts of a layer share U and V. Without
+        ``target_modules`` nothing else is adapted.
     group_by : str
         Which layers share U and V: ``"type"``, ``"shape"`` or patterns such as
         ``"qv=query|value"``; see `lotrtensor.adapters.grouping.group_modules`.
@@ -98,6 +103,7 @@ trainable_token_indices : optional
     r: int | list[int] | tuple[int, int] = 8
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
     group_by: str = "type"
     lotr_alpha: float | None = None
     use_rslora: bool = False
@@ -123,6 +129,7 @@ trainable_token_indices : optional
         self.peft_type = MethodName(PEFT_TYPE)
         self._carried: dict[str, tuple[int, ...]] | None = None
         self._settled: dict[str, Any] = {}
+        self.keys: frozenset[str] = frozenset()  # modules that are replaced, set with the groups
         self._asked: list[str] | set[str] | str | None = None
         check_known(self.format_version, "the adapter")
         self.r = check_rank(self.r)
@@ -138,6 +145,8 @@ trainable_token_indices : optional
                 f"init_weights is False, which draws cores at random, and init is {self.init!r}, "
                 "which takes those of an adapter; leave one of them out"
             )
+        if self.target_parameters is not None:
+            self.target_parameters = check_targets(self.target_parameters)
         check_grouping(self.group_by)
         check_numbers(self.lotr_alpha, self.lotr_dropout, prefix="lotr_")
         if self.groups is not None:

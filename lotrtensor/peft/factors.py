@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from lotrtensor.errors import DataError
 from lotrtensor.peft.config import LotrConfig
+from lotrtensor.peft.experts import cores_by_name
 from lotrtensor.peft.layer import LotrLayer
 from lotrtensor.peft.planning import AdapterPlan
 from lotrtensor.peft.quantized import restore_order
+from lotrtensor.torch.expert_slices import ExpertSlice, Layer
 from lotrtensor.torch.factors import FactorTable, SharedFactors
 from lotrtensor.torch.init import base_weight, init_factors
 from lotrtensor.torch.linear import factor_options
@@ -24,7 +26,7 @@ from lotrtensor.torch.sources import from_numpy
 def make_table(
     config: LotrConfig,
     plan: AdapterPlan,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, Layer],
     shared: FactorTable | None,
     quantization: Mapping[str, Any],
 ) -> FactorTable:
@@ -36,8 +38,8 @@ def make_table(
         Its config.
     plan : AdapterPlan
         Its groups.
-    layers : mapping of str to nn.Module
-        Base layers of the model by path.
+    layers : mapping of str to nn.Module or ExpertSlice
+        Base layers and experts of the model by path.
     shared : FactorTable or None
         Table of the adapter whose factors are used instead of new ones.
     quantization : mapping
@@ -61,8 +63,10 @@ def make_table(
     return table
 
 
-def _dense(layer: nn.Module, quantization: Mapping[str, Any]) -> Tensor:
+def _dense(layer: Layer, quantization: Mapping[str, Any]) -> Tensor:
     """Return a base weight (m × n), dequantised."""
+    if isinstance(layer, ExpertSlice):
+        return layer.weight
     backend = resolve_quantization_backend(layer, **quantization)
     restore_order(layer)
     return backend.get_base_weight(layer) if backend else base_weight(layer)
@@ -91,13 +95,13 @@ def fill_adapter(
     model: nn.Module, table: FactorTable, adapter_name: str, groups: Iterable[GroupNumbers]
 ) -> None:
     """Write numbers into an adapter of ``model``; lower ranks are filled up with zeros."""
+    places = cores_by_name(model, adapter_name)
     for group in groups:
         factors = table.of(group.plan.name)
         _fill(factors.left, group.left)
         _fill(factors.right, group.right)
         for name, core in zip(group.plan.modules, group.cores, strict=True):
-            layer: Any = model.get_submodule(name)
-            _fill(layer.lotr_core[adapter_name], core)
+            _fill(places[name], core)
 
 
 def _fill(place: Tensor, numbers: Tensor) -> None:

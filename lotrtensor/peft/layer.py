@@ -52,6 +52,12 @@ class LotrLayer(Watched, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
+        self._hold_adapters()
+        shape = slot_of("the layer", self.get_base_layer()).shape
+        self.out_features, self.in_features = shape
+
+    def _hold_adapters(self) -> None:
+        """Make the places that adapters go to, empty."""
         self.lotr_core = nn.ParameterDict({})
         self.lotr_private_left = nn.ParameterDict({})
         self.lotr_private_right = nn.ParameterDict({})
@@ -62,8 +68,12 @@ class LotrLayer(Watched, BaseTunerLayer):
         self.lotr_trains_factors: dict[str, bool] = {}
         self._disable_adapters = False
         self.merged_adapters = []
-        shape = slot_of("the layer", self.get_base_layer()).shape
-        self.out_features, self.in_features = shape
+
+    @property
+    def base_parameter(self) -> Tensor:
+        """The weight that the update belongs to, as it is stored."""
+        weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
+        return weight
 
     def update_layer(
         self,
@@ -99,10 +109,7 @@ class LotrLayer(Watched, BaseTunerLayer):
             Whether nothing trains.
         """
         if factors is not None:
-            core = factors.left.new_zeros(factors.rank)
-            if not init_weights:
-                nn.init.kaiming_uniform_(core, a=math.sqrt(5))
-            self.lotr_core[adapter_name] = nn.Parameter(core)
+            self.lotr_core[adapter_name] = nn.Parameter(self._new_core(factors, init_weights))
             self.lotr_shared[adapter_name] = factors
         left, right = private_factors(self.get_base_layer(), private_rank, None)
         if left is not None and right is not None:
@@ -113,6 +120,12 @@ class LotrLayer(Watched, BaseTunerLayer):
         self.lotr_scale[adapter_name] = scale
         self.lotr_trains_factors[adapter_name] = trains_factors
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _new_core(self, factors: SharedFactors, init_weights: bool) -> Tensor:
+        core = factors.left.new_zeros(factors.rank)
+        if not init_weights:
+            nn.init.kaiming_uniform_(core, a=math.sqrt(5))
+        return core
 
     def tie_to(self, owner: LotrLayer, adapter_name: str, *, dropout: float = 0.0) -> None:
         """Take the update of another layer of the same weight, transposed where it is used so.

@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 from lotrtensor.errors import UnsupportedAdapterError
+from lotrtensor.peft.experts import ExpertsUpdate
 from lotrtensor.peft.layer import Embedding, LotrLayer
 from lotrtensor.torch.shared_weights import Users, weight_users
 from lotrtensor.torch.weight_reads import weight_reads
@@ -61,8 +62,11 @@ def _check_shared(
     name: str, fresh: list[str], layers: Mapping[str, LotrLayer], users: Users
 ) -> None:
     layer = layers[name]
-    for user in users[id(layer.get_base_layer().weight)]:
+    holder = name.rpartition(".")[0] if isinstance(layer, ExpertsUpdate) else None
+    for user in users[id(layer.base_parameter)]:
         plain = user.removesuffix(".base_layer")
+        if plain == holder != user:
+            continue
         other = layers.get(plain) if plain != user else None
         # What stands behind a trained copy takes no part while that is active.
         if user.endswith(".original_module") or (

@@ -24,23 +24,26 @@ from torch import Tensor, nn
 from lotrtensor.errors import LotrError
 from lotrtensor.peft import state as keys
 from lotrtensor.peft.config import LotrConfig, version_of, write_group
+from lotrtensor.peft.experts import Experts
 from lotrtensor.peft.factors import fill_adapter, make_table, source_groups
 from lotrtensor.peft.layer import Embedding, Linear, LotrLayer
 from lotrtensor.peft.merging import check_merge
 from lotrtensor.peft.planning import (
-    AdapterPlan,
     base_layers,
     check_carried,
     check_groups,
     check_names,
     check_sharing,
+    expert_targets,
     plan_adapter,
     refuse_injection,
 )
 from lotrtensor.peft.several import SeveralAdapters
 from lotrtensor.peft.tying import owners, tied_layers
 from lotrtensor.peft.undo import Snapshot
+from lotrtensor.torch.expert_slices import Layer
 from lotrtensor.torch.fastpath import leave_fast_path
+from lotrtensor.torch.groups import GroupPlan
 from lotrtensor.torch.init import INITS
 from lotrtensor.torch.shared_weights import replace_everywhere
 from lotrtensor.torch.watch import watch
@@ -164,8 +167,10 @@ class LotrModel(SeveralAdapters):
         if config.share_factors and config.groups is None:
             shared = self._lotr_plans[config.share_factors].groups
         plan = plan_adapter(config, layers, self._targets(model, config, layers), shared)
+        plan = plan.with_experts(layers)
         check_carried(config, model)
-        names = [name for group in plan.groups for name in group.modules]
+        adapted = [name for group in plan.groups for name in group.modules]
+        names = [name for name in adapted if isinstance(layers[name], nn.Module)]
         check_called(model, names)
         tied = {}
         if config.ensure_weight_tying:  # which may be meant for modules_to_save alone
@@ -179,6 +184,7 @@ class LotrModel(SeveralAdapters):
             self._lotr_plans[adapter_name] = plan
             config.groups = [write_group(group) for group in plan.groups]
             config.format_version = version_of(plan.groups)
+            config.keys = frozenset((*names, *plan.experts))
             config.init = config.init if config.init in INITS else "orthogonal"
             if config.share_factors:
                 config.train, config.share_factors = "cores", None
@@ -187,9 +193,11 @@ class LotrModel(SeveralAdapters):
         )
         if plan.source is not None:
             fill_adapter(model, self.factor_table(adapter_name), adapter_name, source_groups(plan))
-            self._lotr_plans[adapter_name] = AdapterPlan(plan.groups)
-        for name in names:
-            replace_everywhere(model, layers[name], model.get_submodule(name))
+            self._lotr_plans[adapter_name] = plan._replace(source=None)
+        for name in (*names, *plan.experts):
+            base = layers[name]
+            assert isinstance(base, nn.Module)
+            replace_everywhere(model, base, model.get_submodule(name))
         self._tie(adapter_name, tied)
         leave_fast_path(model, names)
 
@@ -197,16 +205,23 @@ class LotrModel(SeveralAdapters):
         return [config for name, config in self.peft_config.items() if name != adapter_name]
 
     def _targets(
-        self, model: nn.Module, config: LotrConfig, layers: Mapping[str, nn.Module]
+        self, model: nn.Module, config: LotrConfig, layers: Mapping[str, Layer]
     ) -> list[str]:
         if config.groups is not None or config.source or config.share_factors:
             return []
+        experts = expert_targets(config, layers)
+        if experts and config.target_modules is None:
+            config.target_modules = set()
         check_names(config, layers)
         self._prepare_adapter_config(config, self.get_model_config(model))
         # Name lists like "all-linear" are expanded in place; a copy keeps the user's word.
         named = tuners_utils._maybe_include_all_linear_layers(copy.copy(config), model)
-        found = [name for name in layers if self._check_target_module_exists(named, name)]
-        return owners(model, found) if config.ensure_weight_tying else found
+        found = [
+            name
+            for name, layer in layers.items()
+            if isinstance(layer, nn.Module) and self._check_target_module_exists(named, name)
+        ]
+        return [*(owners(model, found) if config.ensure_weight_tying else found), *experts]
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -214,11 +229,11 @@ class LotrModel(SeveralAdapters):
         excluded = isinstance(found, tuners_utils._ExcludedModule)
         if peft_config.groups is None or excluded:
             return found
-        return any(key in group["modules"] for group in peft_config.groups)
+        return key in peft_config.keys
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules is None and peft_config.groups is not None:
-            peft_config.target_modules = {m for g in peft_config.groups for m in g["modules"]}
+            peft_config.target_modules = set(peft_config.keys)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(
@@ -231,17 +246,14 @@ class LotrModel(SeveralAdapters):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        group = self._lotr_plans[adapter_name].group_of(current_key)
+        plan = self._lotr_plans[adapter_name]
+        if current_key in plan.experts:
+            self._adapt_experts(peft_config, adapter_name, target, target_name, parent, current_key)
+            return
+        group = plan.group_of(current_key)
         table = self.factor_table(adapter_name)
         factors = table.of(group.name) if min(group.rank) else None
-        options: dict[str, Any] = {
-            "scale": group.scale,
-            "private_rank": group.private.get(current_key, 0),
-            "dropout": peft_config.lotr_dropout,
-            "trains_factors": peft_config.train == "all",
-            "init_weights": peft_config.init_weights,
-            "inference_mode": peft_config.inference_mode,
-        }
+        options = _options(peft_config, group) | {"private_rank": group.private.get(current_key, 0)}
         if isinstance(target, LotrLayer):
             target.update_layer(adapter_name, factors, **options)
             return
@@ -251,6 +263,30 @@ class LotrModel(SeveralAdapters):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _adapt_experts(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        """Add an adapter to the fused parameters of one module."""
+        experts = target if isinstance(target, Experts) else Experts(target)
+        for parameter, group in self._lotr_plans[adapter_name].experts[current_key].items():
+            update = experts.update_of(parameter, adapter_name)
+            factors = self.factor_table(adapter_name).of(group.name)
+            update.update_layer(adapter_name, factors, **_options(peft_config, group))
+            if adapter_name not in self.active_adapters:
+                update.requires_grad_(False)
+        if experts is not target:
+            self._replace_module(parent, target_name, experts, target)
+
+    def _inject_parameters(self, peft_config: Any, *_: Any, **__: Any) -> list[str]:
+        """Nothing: experts are adapted as the modules that hold them."""
+        return list(peft_config.target_parameters)
 
     def _tie(self, adapter_name: str, tied: Mapping[str, str]) -> None:
         """Give every layer of ``tied`` the update of the layer whose weight it shares."""
@@ -317,12 +353,13 @@ class LotrModel(SeveralAdapters):
     ) -> Any:
         if merge:
             check_merge(self.model, adapter_names, safe=safe_merge)
-        layers = [module for module in self.model.modules() if isinstance(module, LotrLayer)]
+        kinds = Linear | Embedding | Experts
+        layers = [module for module in self.model.modules() if isinstance(module, kinds)]
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
         for layer in layers:
-            replace_everywhere(self.model, layer, layer.get_base_layer())  # type: ignore[arg-type]
+            replace_everywhere(self.model, layer, layer.get_base_layer())
         return model
 
     def _check_merge_allowed(self) -> None:
@@ -341,9 +378,10 @@ class LotrModel(SeveralAdapters):
         tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
         if tuner is not None and adapter_name in tuner._lotr_configs:
             config.settle(tuner._lotr_configs[adapter_name])
-        return super()._get_adapter_state_dict(
+        found = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        return keys.split_cores(found)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -361,7 +399,10 @@ class LotrModel(SeveralAdapters):
             expected = cls._expected(model, adapter_name)
             state_dict = keys.dequantise(state_dict, expected, f"adapter {adapter_name!r}")
             state_dict = keys.multiply_cores(state_dict)
-            keys.check_state(state_dict, {key: value.shape for key, value in expected.items()})
+            keys.check_state(
+                state_dict, {k: x.shape for k, x in keys.split_cores(expected).items()}
+            )
+            state_dict = keys.join_cores(state_dict, expected)
         except LotrError:
             if tuner is not None and adapter_name in tuner._lotr_pending:
                 tuner._take_out(adapter_name)
@@ -388,3 +429,14 @@ class LotrModel(SeveralAdapters):
             self.delete_adapter(adapter_name)
         else:
             before.restore()
+
+
+def _options(config: Any, group: GroupPlan) -> dict[str, Any]:
+    """Options of a layer's new adapter."""
+    return {
+        "scale": group.scale,
+        "dropout": config.lotr_dropout,
+        "trains_factors": config.train == "all",
+        "init_weights": config.init_weights,
+        "inference_mode": config.inference_mode,
+    }

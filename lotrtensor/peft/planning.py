@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,10 @@ from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.parts import group_parts
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 from lotrtensor.peft.config import LotrConfig
+from lotrtensor.peft.experts import Experts
 from lotrtensor.torch.apply import check_train
+from lotrtensor.torch.expert_slices import Layer, find_experts, with_slices
+from lotrtensor.torch.expert_stacks import expert_stacks
 from lotrtensor.torch.groups import GroupPlan, check_plans, check_rank, plan_groups, scale_of
 from lotrtensor.torch.init import INITS
 from lotrtensor.torch.sources import as_lotr
@@ -24,19 +28,37 @@ from lotrtensor.torch.state import parts_plans
 
 
 class AdapterPlan(NamedTuple):
-    """Groups of a new adapter, and the numbers it starts from if it does not start from zero."""
+    """Groups of a new adapter, and the numbers it starts from if it does not start from zero.
+
+    ``experts`` has the group of every fused parameter, by the path of its module and its name.
+    """
 
     groups: tuple[GroupPlan, ...]
     source: LotrAdapter | None = None
+    experts: Mapping[str, Mapping[str, GroupPlan]] = {}
 
     def group_of(self, module: str) -> GroupPlan:
         """Return the group that adapts ``module``."""
         return next(group for group in self.groups if module in group.modules)
 
+    def with_experts(self, layers: Mapping[str, Layer]) -> AdapterPlan:
+        """Return the plan with the fused parameters that its groups adapt.
+
+        Raises
+        ------
+        FormatError, ShapeError, UnsupportedAdapterError
+            As `lotrtensor.torch.expert_stacks.expert_stacks`.
+        """
+        paths = {id(layer): name for name, layer in layers.items()}
+        found: dict[str, dict[str, GroupPlan]] = {}
+        for (experts, parameter), group in expert_stacks(self.groups, layers).items():
+            found.setdefault(paths[id(experts)], {})[parameter] = group
+        return self._replace(experts=found)
+
 
 def plan_adapter(
     config: LotrConfig,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, Layer],
     targets: Iterable[str],
     shared: tuple[GroupPlan, ...] | None = None,
 ) -> AdapterPlan:
@@ -46,10 +68,10 @@ def plan_adapter(
     ----------
     config : LotrConfig
         Its config.
-    layers : mapping of str to nn.Module
-        Every base layer of the model by path.
+    layers : mapping of str to nn.Module or ExpertSlice
+        Every base layer and expert of the model by path.
     targets : iterable of str
-        Paths that ``target_modules`` matches.
+        Paths that ``target_modules`` and ``target_parameters`` match.
     shared : tuple of GroupPlan, optional
         Groups of the adapter whose factors are to be used.
 
@@ -83,19 +105,47 @@ def plan_adapter(
     return AdapterPlan(plans)
 
 
-def base_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of ``model`` by path, adapted ones as what they were before."""
-    layers: dict[str, nn.Module] = {}
+def base_layers(model: nn.Module) -> dict[str, Layer]:
+    """Return the modules and experts of ``model`` by path, adapted ones as they were before."""
+    layers: dict[str, Layer] = {}
     wrapped: list[str] = []
     for name, module in model.named_modules():
         if not name or any(name.startswith(prefix) for prefix in wrapped):
             continue
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer | Experts):
             wrapped.append(name + ".")
             layers[name] = module.get_base_layer()
         else:
             layers[name] = module
-    return layers
+    return with_slices(layers)
+
+
+def expert_targets(config: LotrConfig, layers: Mapping[str, Layer]) -> list[str]:
+    """Return the paths of the experts that ``target_parameters`` names.
+
+    Raises
+    ------
+    FormatError, ShapeError, UnsupportedAdapterError
+        If a name matches nothing, or no parameter that can be adapted; or if layers are chosen by
+        number as well, which parameters cannot be.
+    """
+    if config.target_parameters is None:
+        return []
+    if config.layers_to_transform is not None:
+        raise UnsupportedAdapterError(
+            "layers_to_transform does not choose among target_parameters; name the layers in "
+            "them: ['layers.0.mlp.experts.down_proj']"
+        )
+    modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
+    found = find_experts(modules, config.target_parameters)
+    return [n for n in found if not _is_excluded(n.rsplit(".", 2)[0], config.exclude_modules)]
+
+
+def _is_excluded(path: str, excluded: Iterable[str] | str | None) -> bool:
+    """Whether ``exclude_modules`` names a module: a regular expression, or ends of paths."""
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, path) is not None
+    return any(path == end or path.endswith(f".{end}") for end in excluded or ())
 
 
 def trained(group: GroupPlan) -> GroupPlan:
@@ -106,7 +156,7 @@ def trained(group: GroupPlan) -> GroupPlan:
     return replace(group, slice_ranks=ranks, fit=None)
 
 
-def _from_source(config: LotrConfig, layers: Mapping[str, nn.Module]) -> AdapterPlan:
+def _from_source(config: LotrConfig, layers: Mapping[str, Layer]) -> AdapterPlan:
     if not Path(str(config.source)).expanduser().is_dir():
         raise FormatError(
             f"init is {config.source!r}; expected {', '.join(map(repr, INITS))}, or the directory "

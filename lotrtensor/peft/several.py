@@ -9,8 +9,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from lotrtensor.errors import DataError
+from lotrtensor.errors import DataError, UnsupportedAdapterError
 from lotrtensor.peft.config import LotrConfig, version_of, write_group
+from lotrtensor.peft.experts import Experts
 from lotrtensor.peft.factors import fill_adapter, tie_equal
 from lotrtensor.peft.hooks import mixed_batch_hooks
 from lotrtensor.peft.layer import LotrLayer
@@ -162,6 +163,12 @@ class SeveralAdapters(BaseTuner):
         if self.training:
             raise DataError(
                 "Cannot pass `adapter_names` when the model is in training mode. Call eval() first."
+            )
+        experts = next((n for n, m in self.model.named_modules() if isinstance(m, Experts)), None)
+        if experts is not None:
+            raise UnsupportedAdapterError(
+                f"{experts} has fused experts, whose tokens do not tell which row of the batch "
+                "they are of; run the rows of each adapter by themselves (set_adapter)"
             )
         unknown = sorted(set(names) - set(self.lotr_factors) - {"__base__"})
         if unknown:

@@ -22,6 +22,7 @@ from lotrtensor.adapters.formats.native import (
 )
 from lotrtensor.adapters.parts import GroupParts, group_parts
 from lotrtensor.errors import FormatError
+from lotrtensor.torch.expert_slices import slice_name
 from lotrtensor.torch.factors import decode
 from lotrtensor.torch.numbers import cast
 
@@ -56,6 +57,44 @@ def multiply_cores(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif not key.endswith(CORE_RIGHT):
             dense[key] = value
     return dense
+
+
+def split_cores(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with every stack of cores as a core an expert, as a file has them.
+
+    Keys may have an adapter's name at their end.
+    """
+    found = {}
+    for key, value in state.items():
+        match = _STACK.fullmatch(key)
+        if match is None or value.ndim != 3:
+            found[key] = value
+            continue
+        for k, core in enumerate(value):
+            name = slice_name(match["experts"], k, match["parameter"])
+            found[name + match["core"]] = core
+    return found
+
+
+_STACK = re.compile(r"(?P<experts>.+)\.(?P<parameter>[^.]+)(?P<core>\.lotr_core(?:\.[^.]+)?)")
+
+
+def join_cores(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file's tensors with the cores of experts stacked: the inverse of `split_cores`.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        Tensors of the file, which are all there.
+    expected : mapping of str to Tensor
+        The model's parameters by the file's keys.
+    """
+    found = dict(state)
+    for key, place in expected.items():
+        own = list(split_cores({key: place}))
+        if own != [key]:
+            found[key] = torch.stack([found.pop(name) for name in own])
+    return found
 
 
 def dequantise(

@@ -16,6 +16,7 @@ from lotrtensor.core.fit.truncate import truncate_tucker2
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
 from lotrtensor.peft.config import LotrConfig, write_group
+from lotrtensor.peft.experts import cores_of
 from lotrtensor.peft.layer import Embedding, LotrLayer
 from lotrtensor.torch.groups import GroupPlan, check_rank
 from lotrtensor.torch.numbers import GroupNumbers
@@ -31,6 +32,13 @@ class _Cell:
     layers: dict[str, LotrLayer]
     adapters: dict[str, float]
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the slices: the layers, or every expert of them."""
+        adapter = next(iter(self.adapters))
+        found = (cores_of(path, layer, adapter) for path, layer in self.layers.items())
+        return tuple(name for cores in found for name, _ in cores)
+
     def terms(self) -> Iterator[Tucker2]:
         """Weighted slices of each adapter; those of adapters that share factors as one."""
         by_factors: dict[int, list[str]] = {}
@@ -40,8 +48,9 @@ class _Cell:
         for together in by_factors.values():
             factors = first.lotr_shared[together[0]]
             cores = [
-                torch.stack([self.adapters[a] * _scaled_core(layer, a) for a in together]).sum(0)
+                torch.stack([self.adapters[a] * core for a, core in own.items()]).sum(0)
                 for layer in self.layers.values()
+                for own in _scaled_cores(layer, together)
             ]
             yield Tucker2(_wide(factors.left), torch.stack(cores), _wide(factors.right))
 
@@ -97,11 +106,11 @@ def weighted_sum(
         whole2 += exact.norm2()
         plan = GroupPlan(
             name=cell.name,
-            modules=tuple(cell.layers),
+            modules=cell.modules,
             shape=(m, n),
             rank=stored.rank,
             scale=1.0,
-            slice_ranks=(min(stored.rank),) * len(cell.layers),
+            slice_ranks=(min(stored.rank),) * len(cell.modules),
             embedding=isinstance(next(iter(cell.layers.values())), Embedding),
         )
         groups.append(GroupNumbers(plan, stored.left, list(stored.core), stored.right))
@@ -114,7 +123,7 @@ def weighted_config(first: Any, groups: Sequence[GroupNumbers]) -> LotrConfig:
     ranks = [group.plan.rank for group in groups]
     config.r = (max(p for p, _ in ranks), max(q for _, q in ranks))
     config.groups = [write_group(group.plan) for group in groups]
-    config.target_modules = {name for group in groups for name in group.plan.modules}
+    config.target_modules = None  # the groups say it
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.train, config.init = "all", "orthogonal"
     return config
@@ -224,8 +233,11 @@ def _rounded(exact: Tucker2, rank: tuple[int, int]) -> Tucker2:
     return exact if pair == exact.rank else truncate_tucker2(exact, pair)
 
 
-def _scaled_core(layer: LotrLayer, adapter: str) -> Tensor:
-    return layer.lotr_scale[adapter] * _wide(layer.core(adapter))
+def _scaled_cores(layer: LotrLayer, adapters: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Iterate over the slices of a layer, one or its experts: a core in each adapter."""
+    own = {a: [layer.lotr_scale[a] * _wide(c) for _, c in cores_of("", layer, a)] for a in adapters}
+    for cores in zip(*own.values(), strict=True):
+        yield dict(zip(own, cores, strict=True))
 
 
 def _wide(x: Tensor) -> Tensor:

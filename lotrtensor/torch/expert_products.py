@@ -67,40 +67,41 @@ def experts_forward(
     Notes
     -----
     On the way up x V is computed once a token, and U once a pair of token and expert, as the
-    activation follows. On the way down a V is computed once a pair, and U once a token: the router
-    sums before it, unless the experts' outputs are normalised one by one.
+    activation follows. On the way down a V is computed once a pair, and U once a token: a pair's
+    weight is multiplied in before, and the sum over the experts of a token taken. Where the
+    experts' outputs are normalised one by one, U is computed once a pair there too.
     """
     up, down = adaptable(experts)
     route = Routing.of(index, len(getattr(experts, up)))
-    y = _frozen(experts, up, x[route.tokens], route)
+    y = _frozen(experts, up, route.spread(x), route)
     for term in terms.get(up, ()):
-        h = project(_input(x, term), term.right)[route.tokens]
+        h = route.spread(project(_input(x, term), term.right))
         y = add_rows(y, _cores(h, term, route), _wide(term), term.scale)
     a = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
-    z = _frozen(experts, down, a, route)
     own = weights.reshape(-1)[route.order].unsqueeze(-1)
-    late: list[tuple[Tensor, ExpertsTerm]] = []
-    normalised = bool(getattr(experts, "has_post_expert_norm", False))
+    if getattr(experts, "has_post_expert_norm", False):
+        z = _frozen(experts, down, a, route)
+        for term in terms.get(down, ()):
+            c = _cores(project(_input(a, term), term.right), term, route)
+            z = add_rows(z, c, _wide(term), term.scale)
+        return route.collect(experts.post_expert_norm(z) * own).to(x.dtype)
+    a = a * own.to(a.dtype)
+    out = route.collect(_frozen(experts, down, a, route, own))
     for term in terms.get(down, ()):
         c = _cores(project(_input(a, term), term.right), term, route)
-        if normalised:
-            z = add_rows(z, c, _wide(term), term.scale)
-        else:
-            late.append((route.restore(c * own.to(c.dtype), index.shape[-1]), term))
-    if normalised:
-        z = experts.post_expert_norm(z)
-    out = route.restore(z * own, index.shape[-1])
-    for c, term in late:
-        out = add_rows(out, c, _wide(term), term.scale)
+        out = add_rows(out, route.collect(c), _wide(term), term.scale)
     return out.to(x.dtype)
 
 
-def _frozen(experts: nn.Module, parameter: str, rows: Tensor, route: Routing) -> Tensor:
-    """Rows (S, n) times the frozen weight of their expert, and its bias."""
+def _frozen(
+    experts: nn.Module, parameter: str, rows: Tensor, route: Routing, own: Tensor | None = None
+) -> Tensor:
+    """Rows (S, n) times the frozen weight of their expert, and its bias times ``own`` (S, 1)."""
     weight = oriented(experts, parameter)
     y = grouped_product(rows.to(weight.dtype), weight.mT, route.ends)
     if getattr(experts, "has_bias", False):
-        y = y + getattr(experts, f"{parameter}_bias")[route.experts]
+        bias = getattr(experts, f"{parameter}_bias")[route.experts]
+        y = y + (bias if own is None else bias * own.to(bias.dtype))
     return y
 
 

@@ -93,15 +93,21 @@ def select_experts(model: nn.Module, target_parameters: Iterable[str]) -> dict[s
     ShapeError, UnsupportedAdapterError
         If a parameter is no 3-D parameter of experts that can be adapted; the message names it.
     """
+    return find_experts(dict(model.named_modules()), target_parameters)
+
+
+def find_experts(
+    modules: Mapping[str, nn.Module], target_parameters: Iterable[str]
+) -> dict[str, ExpertSlice]:
+    """Return what `select_experts` does, for the modules of a model by path."""
     found: dict[str, ExpertSlice] = {}
-    parameters = dict(_parameters(model))
+    parameters = dict(_parameters(modules))
     for end in check_targets(target_parameters):
         hits = {p: held for p, held in parameters.items() if p == end or p.endswith("." + end)}
         if not hits:
             raise FormatError(
                 f"target_parameters has {end!r}, which is not found among the {len(parameters)} "
-                f"parameters of {type(model).__name__}, such as "
-                f"{next(iter(parameters), '(none)')!r}"
+                f"parameters of the model, such as {next(iter(parameters), '(none)')!r}"
             )
         for path, (experts, parameter) in hits.items():
             check_experts(experts, path, parameter)
@@ -212,9 +218,9 @@ def check_experts(experts: nn.Module, path: str, parameter: str) -> None:
         )
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
     """Every parameter by path, with its module and its name in it."""
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield (f"{path}.{name}" if path else name), (module, name)

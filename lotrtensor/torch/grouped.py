@@ -18,8 +18,8 @@ class Routing(NamedTuple):
     ----------
     order : tensor (S,)
         Which pair of the router's, counted token by token, stands at each place.
-    tokens : tensor (S,)
-        Token of each pair.
+    places : tensor (t, k)
+        Where the pairs of each token stand: the inverse of ``order``.
     experts : tensor (S,)
         Expert of each pair, ascending.
     ends : tensor (K,)
@@ -27,7 +27,7 @@ class Routing(NamedTuple):
     """
 
     order: Tensor
-    tokens: Tensor
+    places: Tensor
     experts: Tensor
     ends: Tensor
 
@@ -37,13 +37,64 @@ class Routing(NamedTuple):
         experts, order = torch.sort(index.reshape(-1), stable=True)
         numbers = torch.arange(count, device=index.device, dtype=experts.dtype)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        return cls(order, order // index.shape[-1], experts, ends)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        return cls(order, places.view(index.shape), experts, ends)
 
-    def restore(self, rows: Tensor, choices: int) -> Tensor:
-        """Return rows (S, m) summed over the choices of each token, (t, m)."""
-        inverse = torch.empty_like(self.order)
-        inverse[self.order] = torch.arange(len(self.order), device=rows.device)
-        return rows[inverse].view(-1, choices, rows.shape[-1]).sum(dim=1)
+    def spread(self, x: Tensor) -> Tensor:
+        """Return the token's row of x (t, n) for every pair, (S, n)."""
+        if torch.compiler.is_compiling():
+            return _spread(x, self.order, self.places)
+        found: Tensor = _Spread.apply(x, self.order, self.places)  # type: ignore[no-untyped-call]
+        return found
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """Return the sum of the rows (S, n) of each token's pairs, (t, n)."""
+        if torch.compiler.is_compiling():
+            return rows[self.places].sum(dim=1)
+        found: Tensor = _Collect.apply(rows, self.order, self.places)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of tokens to rows of pairs.
+
+    Each of the two is the other's transpose, which autograd does not see: it would add up the
+    gradient row by row. A compiler fuses the plain operations and is left alone with them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(order, places)
+        return _spread(x, order, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        _, places = ctx.saved_tensors
+        return _collected(grad, places), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Rows of pairs summed to rows of tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(order, places)
+        return _collected(rows, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        order, places = ctx.saved_tensors
+        return _spread(grad, order, places), None, None
+
+
+def _spread(x: Tensor, order: Tensor, places: Tensor) -> Tensor:
+    return x[order // places.shape[1]]
+
+
+def _collected(rows: Tensor, places: Tensor) -> Tensor:
+    # Sums as it gathers: the gathered rows would be k times the result.
+    return torch.nn.functional.embedding_bag(places, rows, mode="sum")
 
 
 def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
