@@ -407,7 +407,7 @@ def test_other_versions(tmp_path: Path, version) -> None:
 def test_plain_numbers_that_do_not_fit(tmp_path: Path) -> None:
     loaded(tmp_path / "a").save_pretrained(tmp_path / "out")
     file = tmp_path / "out" / "adapter_model.safetensors"
-    tensors = safetensors.torch.load_file(file)
+    tensors = {k: v.clone() for k, v in safetensors.torch.load_file(file).items()}  # overwritten
     key = "base_model.model.layer.0.query.lotr_private_left"
     for change, words in (
         ({key: tensors[key][:, :1].clone()}, "private_left has shape"),
