@@ -9,6 +9,7 @@ from lotrtensor import (
     FormatError,
     merge,
 )
+from lotrtensor.adapters.formats import publish
 from tests.adapters_fixtures import (
     assert_refused,
     bert_pairs,
@@ -42,8 +43,8 @@ def test_the_output_appears_whole_or_not_at_all(tmp_path, monkeypatch, number, s
     if stands:
         write(out, model(seed=9))
     before = snapshot(tmp_path)
-    failing = nth_call(shutil.copyfile, number, OSError(28, "No space left on device"))
-    monkeypatch.setattr(shutil, "copyfile", failing)
+    failing = nth_call(shutil.copyfileobj, number, OSError(28, "No space left on device"))
+    monkeypatch.setattr(shutil, "copyfileobj", failing)
     with pytest.raises(FormatError, match="No space left"):
         merge(base_dir, adapter, out, force=True)
     assert snapshot(tmp_path) == before
@@ -74,6 +75,7 @@ def test_a_failed_rename_restores_what_stood_there(tmp_path, monkeypatch):
     write(out, model(seed=9))
     before = snapshot(tmp_path)
     path_type = type(out)
+    monkeypatch.setattr(publish, "renameat2", lambda *_: False)  # a system without an exchange
     failing = nth_call(path_type.rename, 2, OSError(5, "Input/output error"))
     monkeypatch.setattr(path_type, "rename", failing)
     with pytest.raises(FormatError, match="cannot be written"):

@@ -13,10 +13,11 @@ import pytest
 import lotrtensor as lt
 from adapters_fixtures import assert_refused, bert_pairs, lotr, nth_call, snapshot, write_lora
 from lotrtensor import FormatError
+from lotrtensor.adapters.formats import publish
 from lotrtensor.adapters.formats.directory import check_output, write_directory
 
 NEW = {"adapter_config.json": b"{}\n", "adapter_model.safetensors": bytes(range(256))}
-OLD = {"adapter_config.json": b'{"old": 1}', "adapter_model.safetensors": b"old", "notes": b"mine"}
+OLD = {"adapter_config.json": b'{"old": 1}', "adapter_model.safetensors": b"old"}
 
 
 def make_old(path):
@@ -170,6 +171,9 @@ def case(place, name, number, error, after):
     return pytest.param(place, name, number, error, after, id=label)
 
 
+SYSTEMS = {"exchange": publish.renameat2, "two renames": lambda *_: False}
+"""The kernel's own exchange, and a system that has none."""
+
 CASES = [case(*step, disk_full(), False) for step in STEPS]
 CASES += [
     case(*step, KeyboardInterrupt(), after)
@@ -180,9 +184,11 @@ CASES += [
 
 @pytest.mark.parametrize(("place", "name", "number", "error", "after"), CASES)
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "replace"])
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_a_failure_leaves_the_old_or_the_new_and_nothing_else(
-    tmp_path, monkeypatch, place, name, number, error, after, exists
+    tmp_path, monkeypatch, place, name, number, error, after, exists, system
 ):
+    monkeypatch.setattr(publish, "renameat2", SYSTEMS[system])
     out = tmp_path / "out"
     old = snapshot(make_old(out)) if exists else None
     broken = nth_call(getattr(place, name), number, error, after=after)
@@ -216,10 +222,10 @@ def test_adapters_are_saved_atomically(tmp_path, monkeypatch, error):
 
 def test_files_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
     events = []
-    fsync, rename = os.fsync, Path.rename
+    fsync, rename = os.fsync, publish.renameat2
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append("sync"), fsync(fd))[1])
     monkeypatch.setattr(
-        Path, "rename", lambda self, to: (events.append("rename"), rename(self, to))[1]
+        publish, "renameat2", lambda *args: (events.append("rename"), rename(*args))[1]
     )
     write_directory(tmp_path / "out", NEW)
     assert events == ["sync", "sync", "sync", "rename", "sync"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 import numpy as np
 import pytest
@@ -151,7 +151,7 @@ def test_a_file_is_replaced_by_force_alone_and_whole_or_not_at_all(tmp_path, mon
     before = snapshot(tmp_path)
     assert_refused(lotr("truncate", source, "-o", source, "--rank", 1), source, "--force")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", nth_call(Path.replace, 1, OSError(28, "No space left")))
+        patch.setattr(os, "fsync", nth_call(os.fsync, 1, OSError(28, "No space left")))
         found = lotr("truncate", source, "-o", source, "--rank", 1, "--force")
         assert_refused(found, source, "No space left")
     assert snapshot(tmp_path) == before

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, SINGLE_FILE, check_path
+from lotrtensor.adapters.formats.paths import children, is_dir, is_file
 from lotrtensor.adapters.formats.tensors import INDEX_NAME, WEIGHTS_NAME
 from lotrtensor.errors import FormatError, MissingPackageError, UnsupportedAdapterError
 
@@ -66,6 +67,11 @@ def parse_address(path: str | os.PathLike[str]) -> Address:
         raise FormatError(
             f"{os.fspath(path)} is no address on a hub; expected hf://owner/name, and @revision or "
             "/path/in/it after that"
+        )
+    parts = (match["path"] or "").split("/")
+    if any(part in (".", "..") or "\\" in part or "\0" in part for part in parts):
+        raise FormatError(
+            f"{os.fspath(path)} leads out of the repository; expected a path in it after the name"
         )
     revision = match["revision"]
     return Address(
@@ -189,10 +195,10 @@ def _first_line(error: Exception) -> str:
 
 def _check_complete(found: Path, address: Address, single: bool) -> None:
     if single:
-        if not found.is_file():
+        if not is_file(found):
             raise FormatError(f"{address}: the repository has no such file")
         return
-    names = [p.name for p in found.iterdir()] if found.is_dir() else []
+    names = [p.name for p in children(found)] if is_dir(found) else []
     if any(fnmatch(name, pattern) for name in names for pattern in _FILES[1:]):
         return
     if CONFIG_NAME in names:

@@ -49,8 +49,8 @@ def compress(
 
     Example: lotr compress my-lora -o small --budget 10%
     """
-    check_output(output, force=force)
     check_inputs_outside(output, adapter, in_place=True)
+    check_output(output, force=force)
     with progress_bar() as progress:
         found = compress_adapter(
             load(adapter),

@@ -68,8 +68,8 @@ def convert(
 
     Example: lotr convert my-lora -o my-lotr --rank 16
     """
-    check_output(output, force=force)
     check_inputs_outside(output, adapter, in_place=True)
+    check_output(output, force=force)
     if bits is not None and (dtype is not None or cluster is not None):
         raise OptionError(
             f"{'dtype' if cluster is None else 'cluster'} and bits given; expected one of them"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
 
-from lotrtensor.adapters.formats.directory import check_inputs_outside, check_lora_output
-from lotrtensor.adapters.formats.layout import output_format
+from lotrtensor.adapters.formats.directory import check_inputs_outside
+from lotrtensor.adapters.formats.layout import check_lora_output, output_format
 from lotrtensor.adapters.formats.native import PEFT_TYPE
+from lotrtensor.adapters.formats.publish import whole
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.sizes import check_dtype
@@ -60,8 +62,8 @@ def export(
 
     Example: lotr export image-lotr -o image-lora.safetensors --format kohya
     """
-    check_lora_output(output, force=force)
     check_inputs_outside(output, adapter, in_place=True)
+    check_lora_output(output, force=force)
     lotr = load(adapter)
     if isinstance(lotr, LoraAdapter) and lotr.config.get("peft_type") != PEFT_TYPE:
         raise UnsupportedAdapterError(f"{adapter} is a LoRA already; expected a LoTR adapter")
@@ -70,9 +72,10 @@ def export(
         lora = lotr.to_lora(rank)
         if dtype is not None:
             lora = replace(lora, dtype=check_dtype(dtype))
-        lora.save(output, file_format=file_format, force=force, pad=pad)
-        written = load(output)
-        difference = compare(lotr, written).relative_error
+        with whole(output, partial(check_lora_output, force=True), force=force) as place:
+            lora.save(place, file_format=file_format, pad=pad)
+            written = load(place)
+            difference = compare(lotr, written).relative_error
         document = inspect_document(written) | {"relative_error": difference}
     if json:
         print_json(document)

@@ -66,8 +66,8 @@ def extract(
 
     Example: lotr extract --base base-model --tuned tuned-model -o adapter --rank 16
     """
-    check_output(output, force=force)
     check_inputs_outside(output, base, tuned)
+    check_output(output, force=force)
     if form == "lora":
         output_format(output, {})
     with progress_bar() as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
@@ -9,10 +10,10 @@ import typer
 from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.formats.directory import (
     check_inputs_outside,
-    check_lora_output,
     check_output,
 )
-from lotrtensor.adapters.formats.layout import output_format
+from lotrtensor.adapters.formats.layout import check_lora_output, output_format
+from lotrtensor.adapters.formats.publish import whole
 from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.cli.common import (
@@ -66,8 +67,8 @@ def truncate(
 
     Example: lotr truncate my-lora -o small-lora --budget 25%
     """
-    check_lora_output(output, force=force)
     check_inputs_outside(output, adapter, in_place=True)
+    check_lora_output(output, force=force)
     source = load(adapter)
     if isinstance(source, LoraAdapter):
         output_format(output, source.config)
@@ -90,16 +91,17 @@ def truncate(
             allocation=allocation,
             progress=progress,
         )
-    if isinstance(found, LoraAdapter):
-        found.save(output, uniform=uniform, force=force)
-    else:
-        found.save(output, force=force)
-    written = load(output)
-    document = inspect_document(written) | {
-        "relative_error": compare(source, written).relative_error,
-        "source_parameters": source.parameters,
-        "source_bytes": source.bytes,
-    }
+    with whole(output, partial(check_lora_output, force=True), force=force) as place:
+        if isinstance(found, LoraAdapter):
+            found.save(place, uniform=uniform)
+        else:
+            found.save(place)
+        written = load(place)
+        document = inspect_document(written) | {
+            "relative_error": compare(source, written).relative_error,
+            "source_parameters": source.parameters,
+            "source_bytes": source.bytes,
+        }
     if json:
         print_json(document)
         return

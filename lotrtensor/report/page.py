@@ -9,10 +9,12 @@ import html
 import importlib.util
 import json
 import string
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 from lotrtensor.adapters.formats.directory import check_file_output, expand, write_file
+from lotrtensor.adapters.formats.paths import exists, open_regular
 from lotrtensor.errors import FormatError, LotrError
 from lotrtensor.report.documents import Document, finite
 
@@ -82,8 +84,11 @@ def check_page(path: Path, *, force: bool) -> None:
     """
     check_file_output(path, force=force)
     path = expand(path)
+    if not exists(path):
+        return
     try:
-        ours = not path.exists() or MARK.encode() in path.read_bytes()[:4096]
+        with open_regular(path) as file:
+            ours = MARK.encode() in file.read(4096)
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from error
     if not ours:
@@ -102,7 +107,9 @@ def write_page(path: Path, text: str, *, force: bool) -> None:
         If the output may not be replaced, or cannot be written; nothing has changed then.
     """
     check_page(path, force=force)
-    write_file(expand(path), text.encode(), force=force)
+    # A path that is no UTF-8 is in the title: what stands for its bytes is replaced.
+    content = text.encode(errors="replace")
+    write_file(expand(path), content, force=force, check=partial(check_page, force=True))
 
 
 def _part(name: str) -> str:

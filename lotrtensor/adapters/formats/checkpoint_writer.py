@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from lotrtensor.adapters.formats.checkpoint import SINGLE_NAME, WEIGHT_NAMES, Checkpoint
-from lotrtensor.adapters.formats.directory import (
-    check_inputs_outside,
-    expand,
-    replace_directory,
-)
+from lotrtensor.adapters.formats.directory import check_inputs_outside, expand
+from lotrtensor.adapters.formats.header import damaged
 from lotrtensor.adapters.formats.json_text import read_json
-from lotrtensor.adapters.formats.paths import children, is_dir, is_file
+from lotrtensor.adapters.formats.paths import (
+    children,
+    exists,
+    is_dir,
+    is_file,
+    open_regular,
+    unreadable,
+)
+from lotrtensor.adapters.formats.publish import absolute, publish, scratch, sync, unwritable
 from lotrtensor.errors import FormatError
 
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth"}
@@ -58,27 +64,30 @@ def rewrite_checkpoint(
     """
     check_checkpoint_output(output, force=force)
     check_inputs_outside(output, source.directory)
-    output = Path(os.path.abspath(expand(output)))  # noqa: PTH100 - Path.resolve would follow a link
+    output = absolute(expand(output))
     changed: dict[str, list[str]] = {stored.file: [] for stored in source.tensors.values()}
     for name in keys:
         changed[source.tensors[name].file].append(name)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-            fresh, old = Path(scratch) / "new", Path(scratch) / "old"
+    # A single file gets the name that is looked for in a directory.
+    kept = WEIGHT_NAMES if source.single else changed
+    shards = {shard: shard if shard in kept else SINGLE_NAME for shard in sorted(changed)}
+    beside = _files_beside(source)
+    check = partial(_check_own, names={*shards.values(), *beside})
+    if force and exists(output):
+        check(output)
+    with scratch(output) as folder:
+        fresh = folder / output.name
+        try:
             fresh.mkdir()
-            for path in _files_beside(source):
-                shutil.copy2(path, fresh / path.name)
-            for path in _module_directories(source):
-                shutil.copytree(path, fresh / path.name)
-            # A single file gets the name that is looked for in a directory.
-            kept = WEIGHT_NAMES if source.single else changed
-            for shard in sorted(changed):
-                target = fresh / (shard if shard in kept else SINGLE_NAME)
-                _rewrite_shard(source, shard, target, changed[shard], change)
-            replace_directory(fresh, output, old)
-    except OSError as error:
-        raise FormatError(f"{output} cannot be written: {error.strerror or error}") from error
+            for name, path in beside.items():
+                (fresh / name).parent.mkdir(exist_ok=True)
+                _copy(path, fresh / name)
+            for shard, name in shards.items():
+                _rewrite_shard(source, shard, fresh / name, changed[shard], change)
+            sync(fresh)
+        except OSError as error:
+            raise unwritable(output, error) from error
+        publish(fresh, output, check, force=force)
 
 
 def check_checkpoint_output(path: Path, *, force: bool) -> None:
@@ -90,11 +99,8 @@ def check_checkpoint_output(path: Path, *, force: bool) -> None:
         Before any work is done.
     """
     path = expand(path)
-    try:
-        if not path.exists() and not path.is_symlink():
-            return
-    except OSError as error:
-        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
+    if not os.path.lexists(path) and not exists(path):
+        return
     if not force:
         raise FormatError(f"{path} exists; choose another output or add --force to replace it")
     holds_weights = any(is_file(path / name) for name in WEIGHT_NAMES)
@@ -102,27 +108,79 @@ def check_checkpoint_output(path: Path, *, force: bool) -> None:
         raise FormatError(f"{path} exists and is no checkpoint directory; it is not replaced")
 
 
-def _files_beside(source: Checkpoint) -> list[Path]:
-    """Files that belong to the model and hold no weights; none beside a file named alone.
+def _check_own(path: Path, names: set[str]) -> None:
+    """Refuse to replace a checkpoint that holds more than what is written, and weights."""
+    check_checkpoint_output(path, force=True)
+    for place in _below(path):
+        name = str(place.relative_to(path))
+        if name not in names and not _WEIGHTS.fullmatch(name):
+            raise FormatError(
+                f"{path} holds {name}, which would be deleted; move it away or choose another "
+                "output"
+            )
 
-    An index is copied where it is the one that was read: another would speak of weights that are
-    not written.
+
+_WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)[^/]*\.safetensors(\.index\.json)?")
+
+
+def _below(directory: Path) -> Iterator[Path]:
+    """All that a directory holds, links not followed."""
+    for path in children(directory):
+        if path.is_symlink() or not is_dir(path):
+            yield path
+        else:
+            yield from _below(path)
+
+
+def _files_beside(source: Checkpoint) -> dict[str, Path]:
+    """Files that belong to the model and hold no weights, by their names in the output.
+
+    None beside a file that was named alone. An index is copied where it is the one that was read:
+    another would speak of weights that are not written. Of the subdirectories those are copied that
+    hold further modules of a sentence encoder: a pooling, a dense layer.
+
+    Raises
+    ------
+    FormatError
+        If one is a link to somewhere else: that file would be given away with the model.
     """
     if source.single:
-        return []
-    return [
-        path
+        return {}
+    found = {
+        path.name: path
         for path in children(source.directory)
-        if is_file(path)
-        and path.suffix not in {".safetensors", *_OTHER_WEIGHTS}
+        if path.suffix not in {".safetensors", *_OTHER_WEIGHTS}
         and (path.name == source.index or not path.name.endswith(".index.json"))
-    ]
+        and is_file(path)
+    }
+    for directory in _module_directories(source):
+        _check_inside(directory, source.directory)
+        inner = (path for path in _below(directory) if is_file(path) or path.is_symlink())
+        found |= {str(path.relative_to(source.directory)): path for path in inner}
+    for path in found.values():
+        _check_inside(path, source.directory)
+    return found
+
+
+def _check_inside(path: Path, directory: Path) -> None:
+    """Refuse what a link leads out of the checkpoint; into a hub's own cache it may."""
+    try:
+        target, home = path.resolve(), directory.resolve()
+    except (OSError, RuntimeError) as error:
+        raise unreadable(path, error) from error
+    blobs = home.parent.parent / "blobs"
+    cached = home.parent.name == "snapshots" and target.parent == blobs.resolve()
+    if not (target.is_relative_to(home) or cached):
+        raise FormatError(
+            f"{path} is a link out of {directory}, whose content would go into the output; remove "
+            "it, or put a copy in its place"
+        )
 
 
 def _module_directories(source: Checkpoint) -> list[Path]:
-    """Subdirectories that hold further modules of a sentence encoder: a pooling, a dense layer."""
+    """Subdirectories that hold further modules of a sentence encoder."""
     listing = source.directory / "modules.json"
-    if source.single or not is_file(listing):
+    if not is_file(listing):
         return []
     modules = read_json(listing)
     try:
@@ -136,6 +194,13 @@ def _module_directories(source: Checkpoint) -> list[Path]:
     ]
 
 
+def _copy(source: Path, target: Path) -> None:
+    """Copy a regular file, its times and permissions."""
+    with open_regular(source) as file, target.open("wb") as copied:
+        shutil.copyfileobj(file, copied)
+    shutil.copystat(source, target)
+
+
 def _rewrite_shard(
     source: Checkpoint,
     shard: str,
@@ -143,7 +208,11 @@ def _rewrite_shard(
     keys: Iterable[str],
     change: Callable[[str], np.ndarray],
 ) -> None:
-    shutil.copyfile(source.directory / shard, path)
+    with open_regular(source.directory / shard) as file, path.open("wb") as copied:
+        shutil.copyfileobj(file, copied, 2**18)
+    stops = [stored.stop for stored in source.tensors.values() if stored.file == shard]
+    if path.stat().st_size < max(stops):
+        raise damaged(source.directory / shard, "it has become shorter")
     with path.open("r+b") as file:
         for key in keys:
             file.seek(source.tensors[key].start)

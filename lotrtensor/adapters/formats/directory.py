@@ -1,14 +1,22 @@
-"""An output appears whole or not at all: written beside, synced, renamed."""
+"""Outputs: what may be replaced, and files and directories written whole or not at all."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
+from lotrtensor.adapters.formats.paths import children, exists, is_dir, is_file, unreadable
+from lotrtensor.adapters.formats.publish import (
+    absolute,
+    publish,
+    scratch,
+    sync,
+    unwritable,
+    write_synced,
+)
 from lotrtensor.errors import FormatError, OptionError
 
 CONFIG_NAME = "adapter_config.json"
@@ -42,9 +50,16 @@ def check_path(path: str | os.PathLike[str]) -> str:
         If it is neither text nor a path, or is empty, or no file system has such a name.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
-    if not isinstance(text, str) or not text or "\0" in text:
+    if not isinstance(text, str) or not text or "\0" in text or not _encodable(text):
         raise OptionError(f"the path is {path!r}; expected the path of a file or directory")
     return text
+
+
+def _encodable(text: str) -> bool:
+    try:
+        return bool(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
 
 
 def check_output(path: Path, *, force: bool) -> None:
@@ -63,16 +78,33 @@ def check_output(path: Path, *, force: bool) -> None:
         )
     if not _stands(path, force=force):
         return
-    replaceable = (
-        path.is_dir()
-        and not path.is_symlink()
-        and ((path / CONFIG_NAME).is_file() or not any(path.iterdir()))
-    )
-    if not replaceable:
+    if path.is_symlink() or not is_dir(path):
+        raise _no_adapter(path)
+    names = [child.name for child in children(path)]
+    if not names:
+        return
+    if not is_file(path / CONFIG_NAME):
+        raise _no_adapter(path)
+    foreign = next((name for name in names if not _OWN.fullmatch(name)), None)
+    if foreign is not None:
         raise FormatError(
-            f"{path} exists and is not an adapter directory (no {CONFIG_NAME}); it is not "
-            "replaced: choose another output"
+            f"{path} holds {foreign}, which is no part of an adapter and would be deleted; move it "
+            "away or choose another output"
         )
+
+
+_OWN = re.compile(
+    r"adapter_config\.json|adapter_model(-\d+-of-\d+)?\.safetensors|"
+    r"adapter_model\.safetensors\.index\.json"
+)
+"""Names of the files that an adapter directory is made of."""
+
+
+def _no_adapter(path: Path) -> FormatError:
+    return FormatError(
+        f"{path} exists and is not an adapter directory (no {CONFIG_NAME}); it is not "
+        "replaced: choose another output"
+    )
 
 
 def check_file_output(path: Path, *, force: bool) -> None:
@@ -84,20 +116,8 @@ def check_file_output(path: Path, *, force: bool) -> None:
         If ``path`` exists and ``force`` is not given, or if it is no regular file.
     """
     path = expand(path)
-    if _stands(path, force=force) and (path.is_symlink() or not path.is_file()):
+    if _stands(path, force=force) and (path.is_symlink() or not is_file(path)):
         raise FormatError(f"{path} exists and is no file; it is not replaced")
-
-
-def check_lora_output(path: Path, *, force: bool) -> None:
-    """Refuse an output that exists: a directory, or a file if it ends in ``.safetensors``.
-
-    Raises
-    ------
-    FormatError
-        As `check_output` and `check_file_output` do.
-    """
-    check = check_file_output if path.suffix == SINGLE_FILE else check_output
-    check(path, force=force)
 
 
 def check_inputs_outside(
@@ -119,46 +139,74 @@ def check_inputs_outside(
     FormatError
         Naming the input.
     """
-    resolved = expand(output).resolve()
+    resolved = _resolved(output)
     for path in inputs:
-        found = expand(path).resolve()
+        found = _resolved(path)
         if found.is_relative_to(resolved) and not (in_place and found == resolved):
             raise FormatError(
                 f"{output} holds {path}, which replacing it would delete; choose another output"
             )
 
 
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    try:
+        return expand(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
+        raise unreadable(expand(path), error) from error
+
+
 def _stands(path: Path, *, force: bool) -> bool:
     try:
-        if not path.exists() and not path.is_symlink():
-            return False
-    except OSError as error:
-        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
-    if not force:
+        stands = os.path.lexists(path) or exists(path)
+    except ValueError as error:
+        raise unwritable(path, error) from error
+    if stands and not force:
         raise FormatError(f"{path} exists; choose another output or add --force to replace it")
-    return True
+    return stands
 
 
-def write_file(path: Path, content: bytes, *, force: bool = False) -> None:
+def write_file(
+    path: Path,
+    content: bytes,
+    *,
+    force: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
     """Write ``content`` as the file ``path``, atomically; its parents are made where missing.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    content : bytes
+        What it holds.
+    force : bool
+        Replace a file that stands there.
+    check : callable, optional
+        Refuses a file that may not be replaced.
 
     Raises
     ------
     FormatError
         If the output may not be replaced, or cannot be written; nothing has changed then.
     """
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve would follow a link
+    path = absolute(path)
+
+    def replaceable(place: Path) -> None:
+        check_file_output(place, force=True)
+        if check is not None:
+            check(place)
+
     check_file_output(path, force=force)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            fresh = Path(scratch) / "new"
-            _write_synced(fresh, content)
-            fresh.replace(path)
-        with contextlib.suppress(OSError):  # the new file stands; only its durability is open
-            _sync(path.parent)
-    except OSError as error:
-        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
+    if force and exists(path):
+        replaceable(path)
+    with scratch(path) as folder:
+        fresh = folder / path.name
+        try:
+            write_synced(fresh, content)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        publish(fresh, path, replaceable, force=force)
 
 
 def write_directory(path: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
@@ -178,49 +226,15 @@ def write_directory(path: Path, files: Mapping[str, bytes], *, force: bool = Fal
     FormatError
         If the output may not be replaced, or cannot be written; nothing has changed then.
     """
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve would follow a link
+    path = absolute(path)
     check_output(path, force=force)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            fresh, old = Path(scratch) / "new", Path(scratch) / "old"
+    with scratch(path) as folder:
+        fresh = folder / path.name
+        try:
             fresh.mkdir()
             for name, content in files.items():
-                _write_synced(fresh / name, content)
-            _sync(fresh)
-            replace_directory(fresh, path, old)
-            shutil.rmtree(old, ignore_errors=True)  # interrupted here, the context still clears it
-    except OSError as error:
-        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def replace_directory(fresh: Path, path: Path, old: Path) -> None:
-    """Rename ``fresh`` to ``path``; what stood there goes to ``old``, and back if that fails.
-
-    A signal between the two renames must not lose both, hence every exception is caught.
-    """
-    try:
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
-    with contextlib.suppress(OSError):  # the new directory stands; only its durability is open
-        _sync(path.parent)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+                write_synced(fresh / name, content)
+            sync(fresh)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        publish(fresh, path, partial(check_output, force=True), force=force)

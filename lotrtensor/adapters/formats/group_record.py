@@ -131,7 +131,7 @@ def _names(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and bool(value)
-        and all(isinstance(name, str) for name in value)
+        and all(isinstance(name, str) and name for name in value)
         and len(set(value)) == len(value)
     )
 

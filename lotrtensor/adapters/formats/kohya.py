@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ from lotrtensor.adapters.formats.image_names import (
     split_key,
 )
 from lotrtensor.adapters.formats.json_text import parse_json
-from lotrtensor.adapters.formats.layout import LAYOUT, Layout, read_layout
+from lotrtensor.adapters.formats.layout import LAYOUT, Layout, check_lora_file, read_layout
 from lotrtensor.adapters.formats.lora_config import Scales, check_plain
 from lotrtensor.adapters.formats.peft import KERNELS, LoraContent
 from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME, Tensors, file_bytes, read_file
@@ -167,7 +168,8 @@ def write_single_file(
         tensors[name + down_end] = rounded(down, dtype, name + down_end)
         tensors[name + up_end] = rounded(up, dtype, name + up_end)
     metadata = _metadata(layout, {module.rank for module in modules}, tensors)
-    write_file(path, file_bytes(tensors, metadata), force=force)
+    check = partial(check_lora_file, force=True)
+    write_file(path, file_bytes(tensors, metadata), force=force, check=check)
 
 
 _Pairs = dict[str, dict[int, Factor]]

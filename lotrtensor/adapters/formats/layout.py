@@ -7,8 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lotrtensor.adapters.formats.directory import SINGLE_FILE
-from lotrtensor.adapters.formats.image_names import KOHYA, STYLES
+from lotrtensor.adapters.formats.directory import (
+    SINGLE_FILE,
+    check_file_output,
+    check_output,
+    expand,
+)
+from lotrtensor.adapters.formats.header import read_header
+from lotrtensor.adapters.formats.image_names import ALPHA, KOHYA, STYLES, is_difference, split_key
+from lotrtensor.adapters.formats.paths import exists
 from lotrtensor.core.options import check_choice
 from lotrtensor.errors import FormatError
 
@@ -40,6 +47,46 @@ class Layout:
     def style_of(self, module: str) -> str:
         """Return the style of a module's keys."""
         return self.styles.get(module, self.style)
+
+
+def check_lora_output(path: Path, *, force: bool) -> None:
+    """Refuse an output that exists: a directory, or a file if it ends in ``.safetensors``.
+
+    Raises
+    ------
+    FormatError
+        As `check_output` and `check_lora_file` do.
+    """
+    check = check_lora_file if path.suffix == SINGLE_FILE else check_output
+    check(path, force=force)
+
+
+def check_lora_file(path: Path, *, force: bool) -> None:
+    """Refuse an output file that exists, or that ``force`` would replace though it is no LoRA.
+
+    Raises
+    ------
+    FormatError
+        Before any work is done.
+    """
+    check_file_output(path, force=force)
+    path = expand(path)
+    if not exists(path):
+        return
+    try:
+        keys = list(read_header(path))
+    except FormatError:
+        keys = [""]
+    other = next((key for key in keys if not _is_lora_key(key)), None)
+    if other is not None:
+        raise FormatError(
+            f"{path} is no LoRA of an image model{f' (it holds {other})' if other else ''}; it is "
+            "not replaced: choose another output"
+        )
+
+
+def _is_lora_key(key: str) -> bool:
+    return split_key(key) is not None or is_difference(key) or key.endswith(ALPHA)
 
 
 def output_format(path: Path, config: Mapping[str, Any], file_format: str | None = None) -> str:
