@@ -18,7 +18,6 @@ import pytest
 import lotrtensor as lt
 from adapters_fixtures import (
     PREFIX,
-    assert_refused,
     bert_pairs,
     dense_lora,
     dense_lotr,
@@ -418,22 +417,7 @@ def test_a_reader_that_goes_away(lora):
     assert "Traceback" not in error
 
 
-# --- wrong things in the right place --------------------------------------------------------------
-
-
-def test_what_is_no_adapter_is_told_apart(workshop, monkeypatch):
-    monkeypatch.chdir(workshop)
-    (workshop / "base-model" / "config.json").write_text("{}")
-    for path, words in (
-        ("nowhere", ["does not exist"]),
-        ("my-lora/adapter_config.json", ["is a file", "directory"]),
-        ("my-lora/adapter_model.safetensors", ["part of the adapter my-lora"]),
-        ("base-model", ["checkpoint of a whole model", "lotr extract"]),
-        ("base-model/model.safetensors", ["no LoRA tensors", "lotr extract"]),
-        (".", ["no adapter_config.json", "image.safetensors"]),
-    ):
-        assert_refused(lotr("inspect", path), path, *words)
-
+# --- interrupted --------------------------------------------------------------------------------
 
 INTERRUPT = """
 import os, signal

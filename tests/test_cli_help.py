@@ -17,6 +17,7 @@ import safetensors.numpy
 
 import lotrtensor as lt
 from adapters_fixtures import (
+    assert_refused,
     dense_lora,
     lotr,
     lotr_process,
@@ -124,3 +125,17 @@ def test_completion_is_shown_and_installed(tmp_path, monkeypatch):
         if option == "--show-completion":
             assert b"_LOTR_COMPLETE=complete_bash" in done.stdout
     assert "_LOTR_COMPLETE" in (tmp_path / ".bash_completions" / "lotr.sh").read_text()
+
+
+def test_what_is_no_adapter_is_told_apart(workshop, monkeypatch):
+    monkeypatch.chdir(workshop)
+    (workshop / "base-model" / "config.json").write_text("{}")
+    for path, words in (
+        ("nowhere", ["does not exist"]),
+        ("my-lora/adapter_config.json", ["is a file", "directory"]),
+        ("my-lora/adapter_model.safetensors", ["part of the adapter my-lora"]),
+        ("base-model", ["checkpoint of a whole model", "lotr extract"]),
+        ("base-model/model.safetensors", ["no LoRA tensors", "lotr extract"]),
+        (".", ["no adapter_config.json", "image.safetensors"]),
+    ):
+        assert_refused(lotr("inspect", path), path, *words)

@@ -180,7 +180,7 @@ def test_what_appears_meanwhile_is_untouched(tmp_path, monkeypatch, make, system
     for out, call in (
         ("a", lambda path: adapter.save(path, force=force)),
         ("b", lambda path: lt.merge(base, merged, path, force=force)),
-        ("c.safetensors", lambda path: image.save(path, form="kohya", force=force)),
+        ("c.safetensors", lambda path: image.save(path, file_format="kohya", force=force)),
     ):
         with pytest.raises(lt.FormatError):
             call(tmp_path / out)
@@ -255,10 +255,10 @@ def test_force_replaces_no_file_but_a_lora(tmp_path):
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(content)
         with pytest.raises(lt.FormatError, match="not replaced"):
-            image.save(path, form="kohya", force=True)
+            image.save(path, file_format="kohya", force=True)
         assert path.read_bytes() == content
-    image.save(tmp_path / "lora.safetensors", form="kohya")
-    image.save(tmp_path / "lora.safetensors", form="kohya", force=True)
+    image.save(tmp_path / "lora.safetensors", file_format="kohya")
+    image.save(tmp_path / "lora.safetensors", file_format="kohya", force=True)
 
 
 @pytest.mark.parametrize("path", ["a\0b", "\ud800", "x" * 300 + "/y"])
