@@ -398,6 +398,8 @@ def test_a_home_directory(lora, tmp_path, monkeypatch):
     assert lotr("convert", lora, "-o", "~/out", "--rank", 2).code == 0
     assert lotr("inspect", "~/out").code == 0
     assert lotr("export", "~/out", "-o", "~/back").code == 0
+    assert lotr("truncate", "~/back", "-o", "~/small", "--rank", 1).code == 0
+    assert {path.name for path in tmp_path.iterdir()} >= {"out", "back", "small"}
     found = lotr("convert", lora, "-o", "~/out", "--rank", 2)
     assert found.code == 1
     assert "exists" in found.err

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lotrtensor.adapters.formats.directory import check_inputs_outside
+from lotrtensor.adapters.formats.directory import check_inputs_outside, expand
 from lotrtensor.adapters.formats.layout import check_lora_output, output_format
 from lotrtensor.adapters.formats.native import PEFT_TYPE
 from lotrtensor.adapters.formats.publish import whole
@@ -72,7 +72,7 @@ def export(
         lora = lotr.to_lora(rank)
         if dtype is not None:
             lora = replace(lora, dtype=check_dtype(dtype))
-        with whole(output, partial(check_lora_output, force=True), force=force) as place:
+        with whole(expand(output), partial(check_lora_output, force=True), force=force) as place:
             lora.save(place, file_format=file_format, pad=pad)
             written = load(place)
             difference = compare(lotr, written).relative_error

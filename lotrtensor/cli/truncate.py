@@ -11,6 +11,7 @@ from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.formats.directory import (
     check_inputs_outside,
     check_output,
+    expand,
 )
 from lotrtensor.adapters.formats.layout import check_lora_output, output_format
 from lotrtensor.adapters.formats.publish import whole
@@ -91,7 +92,7 @@ def truncate(
             allocation=allocation,
             progress=progress,
         )
-    with whole(output, partial(check_lora_output, force=True), force=force) as place:
+    with whole(expand(output), partial(check_lora_output, force=True), force=force) as place:
         if isinstance(found, LoraAdapter):
             found.save(place, uniform=uniform)
         else:
