@@ -3,6 +3,9 @@
 The base package needs NumPy and SciPy only; it imports no deep-learning framework.
 """
 
+import lotrtensor.interrupts  # noqa: F401 - before all that takes time to import
+
+# isort: split
 from importlib.metadata import version
 
 from lotrtensor.adapters.compressed import CompressedAdapter, CompressedSummary

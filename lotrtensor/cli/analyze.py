@@ -11,6 +11,7 @@ from lotrtensor.adapters.loading import load
 from lotrtensor.analysis import analyze as analyze_adapter
 from lotrtensor.analysis import similarity
 from lotrtensor.cli.common import Json, output_console, print_json, progress_bar
+from lotrtensor.errors import printable
 from lotrtensor.report.analysis import analysis_document
 from lotrtensor.report.page import check_page, page, plotly_source, write_page
 from lotrtensor.report.tables import analysis_table, similarity_table
@@ -58,8 +59,8 @@ def analyze(
     console = output_console()
     for entry in document["adapters"]:
         console.print(analysis_table(entry))
-        console.print(entry["recommendation"], markup=False)
+        console.print(printable(entry["recommendation"]), markup=False)
     if document["similarity"]:
         console.print(similarity_table(document["similarity"]))
     if output is not None:
-        console.print(f"{output}: open it in a browser", markup=False)
+        console.print(f"{printable(output)}: open it in a browser", markup=False)

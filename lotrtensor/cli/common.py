@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,6 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from lotrtensor.report.documents import Document, dumps
+from lotrtensor.report.names import plain_console, shown_name
 from lotrtensor.verbs._fit_groups import Progress as ProgressHook
 
 # A string that is completed like a path: a Path would turn hf://owner/name into hf:/owner/name.
@@ -59,8 +59,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an adapter that st
 
 def output_console() -> Console:
     """Console for results; wide enough for any table where it is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    console = plain_console()
+    return console if console.is_terminal else plain_console(width=160)
 
 
 def print_json(document: Document) -> None:
@@ -86,12 +86,12 @@ def progress_bar(description: str = "reading") -> Iterator[ProgressHook]:
         *(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
         *(_Rate(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
     )
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     bar = Progress(*columns, console=console, transient=True)
     task = bar.add_task(description, total=None)
 
     def hook(name: str, done: int, total: int) -> None:
-        bar.update(task, description=escape(name), completed=done, total=total)
+        bar.update(task, description=shown_name(name), completed=done, total=total)
 
     timer = threading.Timer(1.0, bar.start)
     timer.daemon = True

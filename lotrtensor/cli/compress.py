@@ -19,6 +19,7 @@ from lotrtensor.cli.common import (
     print_json,
     progress_bar,
 )
+from lotrtensor.errors import printable
 from lotrtensor.report.documents import compressed_document
 from lotrtensor.report.tables import alternative_lines, compressed_table, file_line
 from lotrtensor.verbs._compress import compress as compress_adapter
@@ -69,6 +70,6 @@ def compress(
         return
     console = output_console()
     console.print(compressed_table(document))
-    console.print(f"{output}: {file_line(document)}", markup=False)
+    console.print(f"{printable(output)}: {file_line(document)}", markup=False)
     for line in alternative_lines(document):
         console.print(line, markup=False)

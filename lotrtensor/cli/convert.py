@@ -23,7 +23,7 @@ from lotrtensor.cli.common import (
     print_json,
     progress_bar,
 )
-from lotrtensor.errors import OptionError
+from lotrtensor.errors import OptionError, printable
 from lotrtensor.report.documents import compressed_document, lotr_document
 from lotrtensor.report.tables import compressed_table, file_line, lotr_table, size_line
 from lotrtensor.verbs._compress import compress as compress_adapter
@@ -100,4 +100,4 @@ def convert(
     console = output_console()
     console.print(lotr_table(document) if whole else compressed_table(document))
     line = size_line(document) if whole else file_line(document)
-    console.print(f"{output}: {line}", markup=False)
+    console.print(f"{printable(output)}: {line}", markup=False)

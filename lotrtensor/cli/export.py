@@ -24,7 +24,7 @@ from lotrtensor.cli.common import (
     print_json,
     progress_bar,
 )
-from lotrtensor.errors import UnsupportedAdapterError
+from lotrtensor.errors import UnsupportedAdapterError, printable
 from lotrtensor.report.documents import inspect_document
 from lotrtensor.report.tables import error, lora_table, size_line
 from lotrtensor.verbs._compare import compare
@@ -82,7 +82,8 @@ def export(
         return
     console = output_console()
     console.print(lora_table(document))
-    console.print(f"{output}: {size_line(document)}", markup=False)
+    console.print(f"{printable(output)}: {size_line(document)}", markup=False)
     console.print(
-        f"relative difference to {adapter}: {error(document['relative_error'])}", markup=False
+        f"relative difference to {printable(adapter)}: {error(document['relative_error'])}",
+        markup=False,
     )

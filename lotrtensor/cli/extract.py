@@ -22,6 +22,7 @@ from lotrtensor.cli.common import (
     print_json,
     progress_bar,
 )
+from lotrtensor.errors import printable
 from lotrtensor.report.documents import inspect_document, lotr_document
 from lotrtensor.report.tables import error, lora_table, lotr_table, size_line
 from lotrtensor.verbs._extract import extract as extract_adapter
@@ -111,6 +112,6 @@ def extract(
         return
     console.print(table)
     line = size_line({key: document[key] for key in ("parameters", "bytes")})
-    console.print(f"{output}: {line}", markup=False)
+    console.print(f"{printable(output)}: {line}", markup=False)
     if isinstance(found, LoraAdapter):
         console.print(f"relative error: {error(document['relative_error'])}")

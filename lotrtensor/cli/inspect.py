@@ -8,6 +8,7 @@ import typer
 
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import AdapterPath, Json, output_console, print_json, progress_bar
+from lotrtensor.errors import printable
 from lotrtensor.report.documents import inspect_document
 from lotrtensor.report.spectra import add_spectra, spectra_table
 from lotrtensor.report.tables import adapter_table, size_line
@@ -36,8 +37,10 @@ def inspect(
     console.print(spectra_table(document))
     console.print(f"{size_line(document)}, {document['dtype']}")
     if document["file_style"]:
-        console.print(f"single file of an image model, {document['file_style']} keys")
+        style = printable(document["file_style"])
+        console.print(f"single file of an image model, {style} keys", markup=False)
     if document["base_model"]:
-        console.print(f"base model: {document['base_model']}", markup=False)
+        console.print(f"base model: {printable(document['base_model'])}", markup=False)
     if document["carried_tensors"]:
-        console.print(f"carried unchanged: {', '.join(document['carried_tensors'])}", markup=False)
+        carried = ", ".join(map(printable, document["carried_tensors"]))
+        console.print(f"carried unchanged: {carried}", markup=False)

@@ -19,6 +19,7 @@ from lotrtensor.cli.common import (
     output_console,
     print_json,
 )
+from lotrtensor.errors import printable
 from lotrtensor.verbs._merge import merge as merge_adapter
 
 
@@ -40,4 +41,4 @@ def merge(
     if json:
         print_json({"changed": list(changed)})
         return
-    output_console().print(f"{output}: {len(changed)} weights changed", markup=False)
+    output_console().print(f"{printable(output)}: {len(changed)} weights changed", markup=False)

@@ -29,7 +29,7 @@ from lotrtensor.cli.common import (
     print_json,
     progress_bar,
 )
-from lotrtensor.errors import RankError
+from lotrtensor.errors import RankError, printable
 from lotrtensor.report.documents import inspect_document
 from lotrtensor.report.tables import (
     compressed_table,
@@ -109,8 +109,8 @@ def truncate(
     console = output_console()
     if isinstance(found, CompressedAdapter):
         console.print(compressed_table(document))
-        console.print(f"{output}: {file_line(document)}", markup=False)
+        console.print(f"{printable(output)}: {file_line(document)}", markup=False)
     else:
         console.print(lora_table(document) if document["type"] == "LORA" else lotr_table(document))
-        console.print(f"{output}: {size_line(document)}", markup=False)
+        console.print(f"{printable(output)}: {size_line(document)}", markup=False)
     console.print(f"relative error: {error(document['relative_error'])}")

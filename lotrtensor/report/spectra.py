@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from lotrtensor.adapters.loading import Adapter
@@ -15,6 +14,7 @@ from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.core.rates import spectra
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.report.documents import Document
+from lotrtensor.report.names import shown_name
 from lotrtensor.verbs._compare import lora_factors
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -86,7 +86,7 @@ def spectra_table(document: Document) -> Table:
         left, right = (group["singular_values"][side] for side in ("left", "right"))
         ranks = [(rank_of_share(left, share), rank_of_share(right, share)) for share in SHARES]
         table.add_row(
-            escape(group["name"]),
+            shown_name(group["name"]),
             f"[cyan]{sparkline(left)}[/]",
             f"[cyan]{sparkline(right)}[/]",
             *("{}, {}".format(*pair) for pair in ranks),

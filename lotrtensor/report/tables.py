@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from lotrtensor.report.documents import Document
+from lotrtensor.report.names import shown_name
 
 
 def size(count: int) -> str:
@@ -44,7 +44,7 @@ def lotr_table(document: Document) -> Table:
     )
     for group in document["groups"]:
         table.add_row(
-            escape(group["name"]),
+            shown_name(group["name"]),
             str(len(group["modules"])),
             "{} × {}".format(*group["shape"]),
             "{}, {}".format(*group["ranks"]),
@@ -69,7 +69,7 @@ def compressed_table(document: Document) -> Table:
         ranks = group["private_ranks"]
         lowest, highest = min(ranks), max(ranks)
         table.add_row(
-            escape(group["name"]),
+            shown_name(group["name"]),
             str(len(group["modules"])),
             "{} × {}".format(*group["shape"]),
             "{}, {}".format(*group["shared_ranks"]) if any(group["shared_ranks"]) else "–",
@@ -115,7 +115,7 @@ def lora_table(document: Document) -> Table:
     )
     for group in document["groups"]:
         table.add_row(
-            escape(group["name"]),
+            shown_name(group["name"]),
             str(len(group["modules"])),
             "{} × {}".format(*group["shape"]),
             ", ".join(map(str, group["lora_ranks"])),
@@ -142,7 +142,7 @@ def difference_table(document: Document, limit: int = 10) -> Table:
         title += f", the {limit} largest of {len(rows)} modules"
     table = _table(title, "module", "difference")
     for row in rows[:limit]:
-        table.add_row(escape(row["name"]), error(row["relative_error"]))
+        table.add_row(shown_name(row["name"]), error(row["relative_error"]))
     return table
 
 
@@ -158,7 +158,7 @@ def analysis_table(document: Document) -> Table:
     headers = [
         f"{size(int(budget * document['source_bytes']))} ({budget:.0%})" for budget in budgets
     ]
-    table = _table(f"{escape(document['name'])}: relative error at a size", "form", *headers)
+    table = _table(f"{shown_name(document['name'])}: relative error at a size", "form", *headers)
     for kind, name in {c["kind"]: c["representation"] for c in choices}.items():
         cells = []
         for budget in budgets:
@@ -171,7 +171,7 @@ def analysis_table(document: Document) -> Table:
 
 def similarity_table(document: Document) -> Table:
     """Cosines between the updates of several adapters."""
-    names = [escape(name) for name in document["adapters"]]
+    names = [shown_name(name) for name in document["adapters"]]
     table = _table("cosine of the updates ΔW", "adapter", *names)
     for name, row in zip(names, document["cosine"], strict=True):
         table.add_row(name, *("–" if value is None else f"{value:.3f}" for value in row))
