@@ -24,7 +24,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.parts import lowered
 from lotrtensor.core.bits.stream import entropy_bits
-from lotrtensor.core.options import check_flag, shown
+from lotrtensor.core.options import check_flag, is_count, shown
 from lotrtensor.errors import RankError
 
 
@@ -183,7 +183,7 @@ class CompressedAdapter:
         RankError
             If ``rank`` is below 1.
         """
-        if rank is not None and (not isinstance(rank, int | np.integer) or rank < 1):
+        if rank is not None and not is_count(rank):
             raise RankError(f"rank is {shown(rank)}; expected an integer of at least 1")
         before = {
             name: own

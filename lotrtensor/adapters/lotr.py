@@ -16,7 +16,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule, LotrGroup
 from lotrtensor.adapters.parts import lowered
 from lotrtensor.core.balanced import balanced_factors
-from lotrtensor.core.options import check_flag, shown
+from lotrtensor.core.options import check_flag, is_count, shown
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.errors import RankError
 
@@ -160,7 +160,7 @@ class LotrAdapter:
         RankError
             If ``rank`` is below 1.
         """
-        if rank is not None and (not isinstance(rank, int | np.integer) or rank < 1):
+        if rank is not None and not is_count(rank):
             raise RankError(f"rank is {shown(rank)}; expected an integer of at least 1")
         modules = []
         for group in self.groups:

@@ -48,6 +48,33 @@ def is_bfloat16(x: Array) -> bool:
     return str(x.dtype).rpartition(".")[2] == "bfloat16"
 
 
+def check_plain(x: Array, name: str) -> None:
+    """Refuse, by name, what passes for an array of numbers and is none.
+
+    Raises
+    ------
+    DataError
+        A masked array, a matrix whose product is another one, a tensor without numbers or with
+        zeros left out, a value inside ``jax.jit``.
+    """
+    namespace(x)
+    kinds = {kind.__name__ for kind in type(x).__mro__}
+    if kinds & {"MaskedArray", "matrix"}:
+        way = "filled(0)" if "MaskedArray" in kinds else "numpy.asarray"
+        raise DataError(f"{name} is a {type(x).__name__}; expected a plain array: use {way}")
+    if "Tracer" in kinds:
+        raise DataError(f"{name} has no numbers inside jax.jit; decompose outside of it")
+    layout = str(getattr(x, "layout", "torch.strided"))
+    for word, is_so in (
+        ("on the meta device", getattr(x, "is_meta", False)),
+        ("nested", getattr(x, "is_nested", False)),
+        ("quantised", getattr(x, "is_quantized", False)),
+        ("sparse", is_torch_namespace(namespace(x)) and layout != "torch.strided"),
+    ):
+        if is_so:
+            raise DataError(f"{name} is {word}; expected a dense tensor that holds its numbers")
+
+
 def check_real_floating(x: Array, name: str) -> None:
     """Refuse integer, boolean and complex arrays by name.
 
@@ -56,8 +83,13 @@ def check_real_floating(x: Array, name: str) -> None:
     DataError
         Integers would be truncated and complex factors conjugated silently.
     """
+    check_plain(x, name)
     xp = namespace(x)
-    if not (is_bfloat16(x) or xp.isdtype(x.dtype, "real floating")):
+    try:
+        known = is_bfloat16(x) or xp.isdtype(x.dtype, "real floating")
+    except TypeError:  # a type from outside of the library
+        known = False
+    if not known:
         raise DataError(
             f"{name} has dtype {x.dtype}; expected real floating point: convert it first, "
             "for example with astype(float)"

@@ -21,6 +21,15 @@ def is_huge(value: object) -> bool:
     return isinstance(value, int) and abs(value) >= 10**30
 
 
+def is_count(value: object) -> bool:
+    """Whether a value is an integer of at least 1.
+
+    >>> is_count(3), is_count(0), is_count(True), is_count(1.0)
+    (True, False, False, False)
+    """
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
+
+
 def shown(value: object) -> str:
     """Return a value as a message shows it: any value, and not too much of it.
 

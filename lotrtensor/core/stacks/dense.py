@@ -14,6 +14,7 @@ from lotrtensor.core.arrays import (
     as_accumulator,
     as_working,
     check_finite,
+    check_plain,
     check_real_floating,
     constant,
     namespace,
@@ -254,7 +255,7 @@ class DenseStack(LazyStack):
     """
 
     def __init__(self, slices: Array) -> None:
-        namespace(slices)
+        check_plain(slices, "slices")
         slices = constant(slices)
         if slices.ndim != 3 or size(slices) == 0:
             raise ShapeError(

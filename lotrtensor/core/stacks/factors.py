@@ -6,14 +6,18 @@ from collections.abc import Sequence
 
 from array_api_compat import device
 
-from lotrtensor.core.arrays import Array, check_real_floating, constant, namespace
+from lotrtensor.core.arrays import Array, check_plain, check_real_floating, constant, namespace
 from lotrtensor.errors import ShapeError
 
 
 def listed(factors: Sequence[Array] | Array, name: str) -> list[Array]:
     """The factors one by one: of a sequence, or of an array (K, ., .)."""
     if isinstance(factors, Sequence):
+        for k, x in enumerate(factors):
+            check_plain(x, f"{name} of slice {k}")
         return [constant(x) for x in factors]
+    if hasattr(factors, "dtype"):
+        check_plain(factors, name)
     if getattr(factors, "ndim", 0) != 3:
         shape = tuple(getattr(factors, "shape", ()))
         raise ShapeError(f"{name} has shape {shape}; expected (K, ., .) or a sequence of matrices")
