@@ -47,6 +47,7 @@ from lotrtensor.verbs._compress import compress
 from lotrtensor.verbs._convert import convert
 from lotrtensor.verbs._extract import extract, extraction_error
 from lotrtensor.verbs._merge import merge
+from lotrtensor.verbs._shared_outer import shared_outer
 from lotrtensor.verbs._truncate import truncate
 
 __version__ = version("lotrtensor")
@@ -101,6 +102,7 @@ __all__ = [
     "norm",
     "principal_angles",
     "rate_distortion",
+    "shared_outer",
     "similarity",
     "subspace_overlap",
     "truncate",

@@ -47,6 +47,11 @@ def workshop(tmp_path_factory):
     safetensors.numpy.save_file(image, path / "image.safetensors")
     lt.convert(lt.load(source), rank=3).save(path / "my-lotr")
     lt.convert(lt.load(path / "image.safetensors"), rank=3).save(path / "image-lotr")
+    names = [f"model.layers.0.mlp.experts.{e}.down_proj" for e in range(3)]
+    pairs = [(rng.normal(size=(8, 2)), rng.normal(size=(2, 6))) for _ in names]
+    experts = tuple(lt.LoraModule(n, *pair) for n, pair in zip(names, pairs, strict=True))
+    moe = lt.LoraAdapter(experts, {"target_parameters": ["experts.down_proj"]}, np.dtype("f4"))
+    lt.convert(moe, rank=4).save(path / "moe-lotr")
     base, tuned = {}, {}
     for name, delta in dense_lora(source, 2.0).items():
         base[f"{name}.weight"] = rng.normal(size=delta.shape).astype("float32")

@@ -61,6 +61,7 @@ VALUES = {
     "modules_to_save": ["classifier"],
     "revision": "main",
     "target_modules": ["query", "value", "dense"],
+    "target_parameters": ["experts.down_proj"],
     "task_type": "FEATURE_EXTRACTION",
     "trainable_token_indices": {"embed": [1, 2]},
 }

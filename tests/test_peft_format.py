@@ -422,7 +422,6 @@ def test_a_variant_tensor_inside_a_saved_module_is_refused(tmp_path):
     [
         ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
         ({"use_qalora": True}, "QALoRA"),
         ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
         ({"use_bdlora": {"nblocks": 2}}, "block-diagonal"),

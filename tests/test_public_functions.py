@@ -20,6 +20,15 @@ MODULES = tuple(
     for k, (b, a) in enumerate(zip(CASE.B, CASE.A, strict=True))
 )
 ADAPTER = lt.LoraAdapter(MODULES, {}, np.dtype(np.float64))
+EXPERTS = lt.LoraAdapter(
+    tuple(
+        lt.LoraModule(f"mlp.experts.{k}.up_proj", m.B, m.A)
+        for k, m in enumerate(MODULES)
+        if m.shape == MODULES[0].shape
+    ),
+    {},
+    np.dtype(np.float64),
+)
 LOTR = lt.convert(ADAPTER, rank=2)
 SMALL = lt.compress(ADAPTER, tolerance=0.5)
 TUCKER2 = lt.tucker2(STACK, 3).tucker2
@@ -68,6 +77,7 @@ RIGHT = {
     lt.convert: {"adapter": ADAPTER, "rank": 2},
     lt.compress: {"adapter": ADAPTER, "tolerance": 0.3},
     lt.truncate: {"adapter": ADAPTER, "rank": 1},
+    lt.shared_outer: {"adapter": EXPERTS, "rank": 1},
     lt.compare: {"a": ADAPTER, "b": ADAPTER},
     lt.analyze: {"adapter": ADAPTER},
     lt.similarity: {"adapters": [ADAPTER]},

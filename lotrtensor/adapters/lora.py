@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lotrtensor.adapters.formats.directory import SINGLE_FILE, expand
+from lotrtensor.adapters.formats.experts import ExpertsLayout
 from lotrtensor.adapters.formats.kohya import read_single_file, write_single_file
 from lotrtensor.adapters.formats.layout import output_format
 from lotrtensor.adapters.formats.paths import is_file
@@ -70,6 +71,7 @@ class LoraAdapter:
         uniform: bool = True,
         pad: bool = False,
         force: bool = False,
+        experts: ExpertsLayout | None = None,
     ) -> None:
         """Write a portable PEFT LoRA directory, or a single ``.safetensors`` file; atomically.
 
@@ -90,12 +92,21 @@ class LoraAdapter:
             Raise r to the next of vLLM's sizes: 8, 16, 32, 64, 128, 256, 320, 512.
         force : bool
             Replace an adapter that stands there.
+        experts : str, optional
+            How experts (``experts.0.down_proj``) are laid out in a directory: ``"parameters"``,
+            stacked for PEFT's ``target_parameters``; ``"modules"``, one by one;
+            ``"shared-outer"``, stacked with one side shared, of what `lotrtensor.shared_outer`
+            returns. Not given, as the adapter's ``target_parameters`` say.
 
         Raises
         ------
         FormatError
             If ``path`` exists and ``force`` is not given, cannot be written, or does not suit the
-            format.
+            format; or if experts are missing for a layout that stacks them.
+        UnsupportedAdapterError
+            If experts differ in the side that the layout shares.
+        OptionError
+            If ``experts`` is no layout.
         RankError
             If ``pad`` is given and the rank exceeds vLLM's largest.
         """
@@ -104,7 +115,9 @@ class LoraAdapter:
         content = (self.modules, self.config, self.dtype, self.extras)
         file_format = output_format(path, self.config, file_format)
         if file_format == "peft":
-            write_lora(path, content, uniform=uniform, pad=pad, force=force)
+            write_lora(path, content, uniform=uniform, pad=pad, force=force, experts=experts)
+        elif experts is not None:
+            raise FormatError(f"{path}: experts are laid out in PEFT directories alone")
         elif pad:
             raise FormatError(f"{path}: padding is for vLLM, which reads PEFT directories alone")
         else:

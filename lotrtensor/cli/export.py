@@ -28,6 +28,7 @@ from lotrtensor.errors import UnsupportedAdapterError, printable
 from lotrtensor.report.documents import inspect_document
 from lotrtensor.report.tables import error, lora_table, size_line
 from lotrtensor.verbs._compare import compare
+from lotrtensor.verbs._shared_outer import shared_outer
 
 
 def export(
@@ -46,6 +47,13 @@ def export(
             help="A PEFT directory, or kohya's single file; what the LoRA was before if not given.",
         ),
     ] = None,
+    experts: Annotated[
+        Literal["parameters", "modules", "shared-outer"] | None,
+        typer.Option(
+            help="Layout of experts: PEFT's target_parameters, a module each, or stacks that "
+            "share one side; what the adapter's target_parameters say if not given.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="Type to store: float32, float16, bfloat16, float8_e4m3fn, …"),
@@ -61,19 +69,26 @@ def export(
     Example: lotr export my-lotr -o my-lora
 
     Example: lotr export image-lotr -o image-lora.safetensors --format kohya
+
+    With --experts a LoRA is taken as well: its experts are laid out anew, and brought to a shared
+    side of --rank first where they are to share one.
+
+    Example: lotr export moe-lotr -o moe-lora --experts shared-outer
     """
     check_inputs_outside(output, adapter, in_place=True)
     check_lora_output(output, force=force)
     lotr = load(adapter)
-    if isinstance(lotr, LoraAdapter) and lotr.config.get("peft_type") != PEFT_TYPE:
+    is_lora = isinstance(lotr, LoraAdapter) and lotr.config.get("peft_type") != PEFT_TYPE
+    if is_lora and experts is None:
         raise UnsupportedAdapterError(f"{adapter} is a LoRA already; expected a LoTR adapter")
     output_format(output, lotr.config, file_format)
     with progress_bar("exporting"):
-        lora = lotr.to_lora(rank)
+        shared = experts == "shared-outer"
+        lora = shared_outer(lotr, rank) if shared else lotr.to_lora(rank)
         if dtype is not None:
             lora = replace(lora, dtype=check_dtype(dtype))
         with whole(expand(output), partial(check_lora_output, force=True), force=force) as place:
-            lora.save(place, file_format=file_format, pad=pad)
+            lora.save(place, file_format=file_format, pad=pad, experts=experts)
             written = load(place)
             difference = compare(lotr, written).relative_error
         document = inspect_document(written) | {"relative_error": difference}

@@ -39,6 +39,7 @@ from lotrtensor.torch.init import INITS
 
 SETTLED_FIELDS = (
     *("groups", "format_version", "init", "train", "share_factors", "target_modules"),
+    "target_parameters",
 )
 """What a model decides when it makes the adapter."""
 

@@ -184,6 +184,11 @@ class LotrModel(SeveralAdapters):
             self._lotr_plans[adapter_name] = plan
             config.groups = [write_group(group) for group in plan.groups]
             config.format_version = version_of(plan.groups)
+            if plan.experts and config.target_parameters is None:
+                stacks = ((path, name) for path, own in plan.experts.items() for name in own)
+                config.target_parameters = sorted(f"{path}.{name}" for path, name in stacks)
+            if config.target_modules is None:
+                config.target_modules = set(names)
             config.keys = frozenset((*names, *plan.experts))
             config.init = config.init if config.init in INITS else "orthogonal"
             if config.share_factors:
@@ -233,7 +238,7 @@ class LotrModel(SeveralAdapters):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules is None and peft_config.groups is not None:
-            peft_config.target_modules = set(peft_config.keys)
+            peft_config.target_modules = set()  # the groups say it
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(

@@ -52,6 +52,10 @@ def to_adapter(
     if not isinstance(config, Mapping | None):
         raise OptionError(f"config is {config!r}; expected a mapping of fields")
     table, layers = factor_table(model), dict(lotr_layers(model))
+    config = dict(config or {})
+    stacks = sorted(path for path, x in layers.items() if isinstance(x, LotrExpertsUpdate))
+    if stacks:  # which tells them from experts that are modules of their own
+        config.setdefault("target_parameters", stacks)
     if any(layer.factors is None or layer.private_rank for layer in layers.values()):
         modules = tuple(m for name, layer in layers.items() for m in _as_lora(name, layer))
         kinds = [p.dtype for layer in layers.values() for p in layer.parameters(recurse=False)]

@@ -88,6 +88,7 @@ FIELDS: Mapping[str, Field] = {
     "modules_to_save": Field("carried", *_texts),
     "revision": Field("carried", _text, "a string"),
     "target_modules": Field("carried", *_targets),
+    "target_parameters": Field("carried", _list_of(_text), "a list of parameter names"),
     "task_type": Field("carried", _text, "a string"),
     "trainable_token_indices": Field(
         "carried", _any_of(_indices, _table_of(_indices)), "indices of tokens"
@@ -98,7 +99,6 @@ FIELDS: Mapping[str, Field] = {
     "kasa_config": Field("refused", *_anything, "KaSA"),
     "lora_bias": Field("refused", *_switch, "lora_bias"),
     "monteclora_config": Field("refused", *_anything, "MonteCLoRA"),
-    "target_parameters": Field("refused", *_texts, "target_parameters"),
     "use_bdlora": Field("refused", *_anything, "block-diagonal LoRA"),
     "use_dora": Field("refused", *_switch, "DoRA"),
     "use_qalora": Field("refused", *_switch, "QALoRA"),
@@ -128,11 +128,6 @@ OWN_FIELDS = {name for name, field in FIELDS.items() if field.role == "honoured"
 # Initialisations that change the base weights: ΔW counts from another base than the user's.
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
-_WAYS_OUT = {
-    "target_parameters": "; train the experts' LoRA on modules, or keep it in PEFT: parameters "
-    "that are no modules of their own are not read",
-}
-
 
 def check_plain(config: Mapping[str, Any], where: Path) -> None:
     """Refuse a LoRA config whose update is no plain BA, and warn of fields that are not known.
@@ -149,7 +144,7 @@ def check_plain(config: Mapping[str, Any], where: Path) -> None:
         if field.role == "refused" and config.get(name):
             raise UnsupportedAdapterError(
                 f"{where} uses {field.method} ({name} = {config[name]!r}); only plain LoRA, "
-                f"ΔW = s · B · A, has a LoTR form{_WAYS_OUT.get(name, '')}"
+                "ΔW = s · B · A, has a LoTR form"
             )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
@@ -206,6 +201,10 @@ class Scales:
         }
         self._values = {field: list((config.get(field) or {}).values()) for field in self._patterns}
 
+    def rank(self, names: tuple[str, ...]) -> Any:
+        """Return the rank that the config gives a module, by its paths; as it stands there."""
+        return self._value(names, "rank_pattern", self._config.get("r", 8))
+
     def of(self, names: tuple[str, ...], key: str, rank: int) -> float:
         """Return the scale of a module, after checking its rank against the config.
 
@@ -223,7 +222,7 @@ class Scales:
         FormatError
             If the config gives another rank, or an alpha that is no number of ordinary size.
         """
-        wanted = self._value(names, "rank_pattern", self._config.get("r", 8))
+        wanted = self.rank(names)
         alpha = self._value(names, "alpha_pattern", self._config.get("lora_alpha", 8))
         if not _number(alpha) or not abs(alpha) < 1e30:
             raise FormatError(

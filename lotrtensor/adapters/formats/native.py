@@ -23,6 +23,7 @@ import numpy as np
 
 from lotrtensor.adapters.formats.carried import PREFIX, split_extras
 from lotrtensor.adapters.formats.directory import write_directory
+from lotrtensor.adapters.formats.experts import TARGETS, fused_parameters
 from lotrtensor.adapters.formats.group_record import GroupRecord
 from lotrtensor.adapters.formats.layout import LAYOUT, read_layout
 from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
@@ -151,7 +152,9 @@ def write_lotr(directory: Path, content: LotrContent, *, force: bool = False) ->
         entries.append(_record(group).to_json())
     config = {key: source_config[key] for key in COMMON_FIELDS if key in source_config}
     config |= {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION, "groups": entries}
-    config.setdefault("target_modules", sorted(m for group in groups for m in group.modules))
+    names = [module for group in groups for module in group.modules]
+    fused = fused_parameters(names, config.get(TARGETS))
+    config.setdefault("target_modules", sorted(name for name in names if name not in fused))
     write_directory(directory, adapter_files(config, tensors), force=force)
 
 

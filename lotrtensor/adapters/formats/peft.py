@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,14 @@ import numpy as np
 
 from lotrtensor.adapters.formats.carried import PREFIX, split_extras
 from lotrtensor.adapters.formats.directory import write_directory
+from lotrtensor.adapters.formats.experts import (
+    TARGETS,
+    ExpertsLayout,
+    fused_parameters,
+    parameter_path,
+    split_experts,
+    stack_experts,
+)
 from lotrtensor.adapters.formats.factors import (
     Factor,
     as_matrices,
@@ -30,6 +38,7 @@ from lotrtensor.adapters.formats.wrappers import unwrapped, without_wrappers
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.rounding import rounded
+from lotrtensor.core.options import check_choice
 from lotrtensor.errors import FormatError, RankError, UnsupportedAdapterError
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -81,6 +90,7 @@ def read_lora(directory: Path) -> LoraContent:
     pairs, extras = _split(tensors, plain, config, directory)
     modules, kernels, dtypes = [], {}, set()
     scales = Scales(config, directory)
+    pairs, targets = split_experts(pairs, config, scales, directory)
     for name in sorted(pairs, key=layer_order):
         module, kernel = _read_module(name, pairs[name], scales, directory)
         modules.append(module)
@@ -90,6 +100,8 @@ def read_lora(directory: Path) -> LoraContent:
     config = _plain_names(config, [module.name for module in modules])
     if kernels:
         config[KERNELS] = kernels
+    if targets:
+        config[TARGETS] = targets
     return tuple(modules), config, widest(dtypes), extras
 
 
@@ -100,6 +112,7 @@ def write_lora(
     uniform: bool = True,
     pad: bool = False,
     force: bool = False,
+    experts: ExpertsLayout | None = None,
 ) -> None:
     """Write a LoRA directory in the form that PEFT, vLLM, SGLang and llama.cpp read alike.
 
@@ -107,6 +120,9 @@ def write_lora(
     is 1 and baked into B; no rsLoRA, no rank or alpha patterns. With ``pad`` the rank is the next
     of the sizes that vLLM accepts. With ``uniform`` false every module keeps its own rank, told by
     rank and alpha patterns: smaller, and read by PEFT alone.
+
+    ``experts`` is the layout of experts. Not given, those that ``target_parameters`` of the config
+    names are stacked as PEFT has them, and others are a module each.
 
     Raises
     ------
@@ -121,8 +137,21 @@ def write_lora(
         rank = _vllm_rank(rank)
     tensors: Tensors = dict(extras)
     kernels = source_config.get(KERNELS, {})
-    patterns = {}
+    patterns: dict[str, int] = {}
+    fused = experts_of(modules, source_config, experts, directory)
+    ranks = {path: 0 for path in fused.values()}
     for module in modules:
+        if module.name in fused:
+            path = fused[module.name]
+            ranks[path] = rank if uniform else max(ranks[path], module.rank)
+    patterns |= {"^" + re.escape(path): r for path, r in ranks.items() if r != rank}
+    stacked = [module for module in modules if module.name in fused]
+    layout = experts or "parameters"
+    for key, tensor in stack_experts(stacked, ranks, layout, directory).items():
+        tensors[PREFIX + key] = rounded(tensor, dtype, PREFIX + key)
+    for module in modules:
+        if module.name in fused:
+            continue
         zeros = (0, rank - module.rank if uniform else 0)
         if not uniform and module.rank != rank:
             # PEFT matches a pattern to the end of a path: anchored, it means this module alone.
@@ -134,9 +163,15 @@ def write_lora(
         for side, factor in (("A", a), ("B", b)):
             key = f"{PREFIX}{module.name}.{stem}{side}{tail}"
             tensors[key] = rounded(factor, dtype, key)
-    dropped = OWN_FIELDS | {KERNELS}
+    dropped = OWN_FIELDS | {KERNELS} | (set() if layout == "parameters" else {TARGETS})
     config = {key: value for key, value in source_config.items() if key not in dropped}
-    config.setdefault("target_modules", sorted({m.name for m in modules}))
+    plain = sorted({m.name for m in modules if m.name not in fused})
+    config.setdefault("target_modules", plain)
+    if fused and layout == "parameters":
+        config[TARGETS] = source_config.get(TARGETS) or sorted(set(fused.values()))
+    elif fused and isinstance(config["target_modules"], list):
+        leaves = {path.rpartition(".")[2] for path in fused.values()}
+        config["target_modules"] = sorted({*config["target_modules"], *leaves})
     if str(config.get("bias")).endswith("_only"):  # each method has its own word for its layers'
         config["bias"] = "lora_only"
     config |= {
@@ -150,6 +185,36 @@ def write_lora(
         "init_lora_weights": True,
     }
     write_directory(directory, adapter_files(config, tensors), force=force)
+
+
+def experts_of(
+    modules: Sequence[LoraModule],
+    config: Mapping[str, Any],
+    layout: ExpertsLayout | None,
+    where: object,
+) -> dict[str, str]:
+    """Return the modules that a layout stacks, and the parameter that each belongs to.
+
+    Raises
+    ------
+    OptionError
+        If the layout is not known.
+    FormatError
+        If it stacks experts, and the adapter has none.
+    """
+    if layout is None:
+        return fused_parameters((m.name for m in modules), config.get(TARGETS))
+    check_choice(layout, "experts", ("parameters", "modules", "shared-outer"))
+    if layout == "modules":
+        return {}
+    paths = {m.name: parameter_path(m.name) for m in modules if "experts" in m.name.split(".")}
+    found = {name: path for name, path in paths.items() if path}
+    if not found:
+        raise FormatError(
+            f"{where}: no module of this adapter is an expert (experts.0.down_proj, say), so that "
+            f"there is nothing to lay out as {layout}; leave the option away"
+        )
+    return found
 
 
 def _vllm_rank(rank: int) -> int:
@@ -233,5 +298,7 @@ def _read_module(
     check_pair(b, a, directory)
     # In a model that was wrapped, the config's patterns speak of the wrapped path.
     trained = a.key.removeprefix(PREFIX).rpartition(".lora_")[0]
-    scale = scales.of((name, trained), a.key, a.tensor.shape[0])
+    parameter = parameter_path(name)
+    names = (name, trained, *([parameter] if parameter else []))
+    scale = scales.of(names, a.key, a.tensor.shape[0])
     return scaled_module(name, b, a, scale, directory, embedding), kernel
