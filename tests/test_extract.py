@@ -305,7 +305,7 @@ def test_other_shapes_are_not_called_resized(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "parts"),
     [
-        ("mlp.experts.gate_up_proj", r"1 tensors.*gate_up_proj \(2 × 3 × 4\).*no LoTR form"),
+        ("mlp.mixture.gate_up", r"1 tensors.*gate_up \(2 × 3 × 4\).*no LoTR form"),
         ("conv.weight", r"conv\.weight"),
         (None, "same weights"),
     ],

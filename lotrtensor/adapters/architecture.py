@@ -82,6 +82,16 @@ class Architecture:
         return {path: _kind(module) for path, module in modules if hasattr(module, "weight")}
 
     @cached_property
+    def turned_experts(self) -> dict[str, bool]:
+        """Whether fused experts are stored in × out, by the path of their module."""
+        modules = self._model.named_modules(remove_duplicate=False)
+        return {
+            path: bool(module.is_transposed)
+            for path, module in modules
+            if hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+        }
+
+    @cached_property
     def ties(self) -> dict[str, frozenset[str]]:
         """Every parameter that shares its numbers with others, and the names of them all."""
         groups: dict[str, set[str]] = {}

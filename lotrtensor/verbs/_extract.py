@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -162,7 +162,8 @@ def extract(
         updates = _updates(sources, goal, progress)
         return LoraAdapter(lower_ranks(updates, goal, store, allocation), config, store, extras)
     groups = fit_groups(sources, groups_goal(asked, sources, store), store, progress)
-    changed = tuple(_changed(group) for group in groups if group.fit and group.fit.norm)
+    found = (_changed(group, weights.parameters) for group in groups)
+    changed = tuple(group for group in found if group.fit and group.fit.norm)
     if not changed:
         raise DataError(f"{tuned} differs from {base} by too little to be squared; scale both up")
     return LotrAdapter(changed, config, store, extras)
@@ -290,10 +291,10 @@ def _error2(source: SourceGroup, b: np.ndarray, a: np.ndarray) -> float:
     return float(error_norms2(source.stack, found)[0])
 
 
-def _changed(group: LotrGroup) -> LotrGroup:
-    """Leave out the modules whose update is zero."""
-    cores = group.tucker2().core
-    kept = [k for k in range(len(group.modules)) if cores[k].any()]
+def _changed(group: LotrGroup, parameters: Mapping[str, str]) -> LotrGroup:
+    """Leave out the modules whose update is zero; but no expert of a fused parameter."""
+    cores, names = group.tucker2().core, group.modules
+    kept = [k for k, name in enumerate(names) if name in parameters or cores[k].any()]
     return replace(
         group,
         modules=tuple(group.modules[k] for k in kept),

@@ -10,6 +10,7 @@ import numpy as np
 
 from lotrtensor.adapters.architecture import Architecture, read_architecture
 from lotrtensor.adapters.deltas import with_tied
+from lotrtensor.adapters.expert_weights import ExpertWeights, expert_weights
 from lotrtensor.adapters.formats.checkpoint import Checkpoint, open_checkpoint
 from lotrtensor.adapters.formats.checkpoint_writer import rewrite_checkpoint
 from lotrtensor.adapters.formats.directory import expand
@@ -21,6 +22,7 @@ from lotrtensor.core.linalg import norm2
 from lotrtensor.core.options import check_flag
 from lotrtensor.errors import DataError, FormatError, LotrWarning, UnsupportedAdapterError
 from lotrtensor.verbs._changes import Change, Update, carried_changes, updates_of
+from lotrtensor.verbs._fitted_experts import fit_experts
 from lotrtensor.verbs._tied import check_tied
 
 
@@ -105,8 +107,11 @@ def merge(
     if architecture is not None:
         source = source.renamed(architecture.rename)
         source = with_tied(source, architecture.ties)
+    experts = expert_weights(source, architecture)
+    source = experts.checkpoint
+    updates = fit_experts(updates, source)
     names = _find_names(source, updates, architecture)
-    changes = _laid_on(source, updates, names, architecture, adapter.config, fan_in_fan_out)
+    changes = _laid_on(experts, updates, names, architecture, adapter.config, fan_in_fan_out)
     rename = architecture.rename if architecture is not None else str
     carried, notes = carried_changes(source, adapter.extras, changes, rename)
     changes |= carried
@@ -180,7 +185,7 @@ def _find_names(
 
 
 def _laid_on(
-    source: Checkpoint,
+    experts: ExpertWeights,
     updates: Mapping[str, Update],
     names: Mapping[str, str],
     architecture: Architecture | None,
@@ -188,15 +193,22 @@ def _laid_on(
     fan_in_fan_out: bool | str | None,
 ) -> dict[str, Change]:
     """Updates as they are added to the stored weights, each turned where its weight is."""
+    source = experts.checkpoint
     # PEFT writes one flag for all modules of an adapter: a hint, where nothing else is known.
     said = bool(config.get("fan_in_fan_out")) if fan_in_fan_out is None else fan_in_fan_out
-    layers = Layers(source, architecture, said)
-    seen: dict[str, bool] = {}
+    layers = Layers(source, architecture, said, seen=experts.layouts)
+    seen: dict[str, bool] = dict(experts.layouts)
     for module, update in updates.items():
         name = names[module].removesuffix(WEIGHT)
         stored, (m, n) = source.tensors[names[module]].shape, update.shape
         if len(stored) != 2:
             raise _unlike(source, names[module], update, update.embedding)
+        if name in experts.parameters and name not in experts.layouts and m != n:
+            if stored not in ((m, n), (n, m)):
+                raise _unlike(source, names[module], update, False)
+            seen[name] = stored == (n, m)
+            continue
+        experts.check_known(name, fan_in_fan_out)
         turned = update.embedding or (m != n and layers.in_by_out(name))
         if stored == (m, n) and turned and not update.embedding and layers.known(name) is None:
             turned = False  # the flag, or a pattern for all, is not meant for this one

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lotrtensor.adapters.architecture import Architecture, Kind, read_architecture
 from lotrtensor.adapters.deltas import Deltas, Resized, compare_checkpoints, with_tied
+from lotrtensor.adapters.expert_weights import expert_weights
 from lotrtensor.adapters.formats.carried import PREFIX
 from lotrtensor.adapters.formats.checkpoint import Checkpoint, open_checkpoint
 from lotrtensor.adapters.formats.directory import expand
@@ -34,11 +36,14 @@ class TunedWeights:
         What every module that differs is.
     kept : frozenset of str
         Those that an adapter carries in full, since an update would change nothing there.
+    parameters : mapping of str to str
+        The fused parameter of every module that is an expert of one.
     """
 
     deltas: Deltas
     kinds: dict[str, Kind]
     kept: frozenset[str]
+    parameters: Mapping[str, str]
 
     def slots(self) -> list[Slot]:
         """Modules that get an update, in the order of their layers."""
@@ -71,12 +76,14 @@ class TunedWeights:
 
     def config(self, base: str) -> dict[str, Any]:
         """Fields of the adapter's config: the base model and what is adapted in it."""
-        adapted = sorted(self.kinds.keys() - self.kept)
+        adapted = sorted(self.kinds.keys() - self.kept - self.parameters.keys())
         config: dict[str, Any] = {
             "base_model_name_or_path": base,
             "fan_in_fan_out": any(self.kinds[name] == "conv1d" for name in adapted),
             "target_modules": self._targets(adapted),
         }
+        fused = {self.parameters[name] for name in self.kinds if name in self.parameters}
+        config |= {"target_parameters": sorted(fused)} if fused else {}
         return config | ({"modules_to_save": sorted(self.kept)} if self.kept else {})
 
     def _targets(self, adapted: list[str]) -> list[str] | str:
@@ -121,16 +128,22 @@ def tuned_weights(
         before, after = (side.renamed(architecture.rename) for side in (before, after))
         _tell_untied(before, after, architecture)
         before, after = (with_tied(side, architecture.ties) for side in (before, after))
-    deltas = compare_checkpoints(before, after, modules, resized)
+    experts = expert_weights(before, architecture)
+    fused = experts.parameters
+    after = expert_weights(after, architecture).checkpoint
+    deltas = compare_checkpoints(experts.checkpoint, after, modules, resized)
     if not deltas.names:
         raise deltas.nothing()
+    deltas = _with_whole_parameters(deltas, fused)
     if deltas.others:
         _warn(
             f"{len(deltas.others)} tensors differ, or are in one checkpoint only, and are not part "
             f"of the adapter, such as {deltas.others[0]}"
         )
-    layers = Layers(deltas.base, architecture, fan_in_fan_out, embeddings)
+    layers = Layers(deltas.base, architecture, fan_in_fan_out, embeddings, experts.layouts)
     names = [name.removesuffix(WEIGHT) for name in deltas.names]
+    for name in names:
+        experts.check_known(name, fan_in_fan_out)
     kinds = {name: layers.kind(name) for name in names}
     kept = _uncalled(kinds, architecture)
     if len(kept) == len(kinds):
@@ -138,7 +151,20 @@ def tuned_weights(
             f"{tuned} differs from {base} in weights alone that are used without their layer being "
             f"called, such as {min(kept)}; an adapter would change nothing there"
         )
-    return TunedWeights(deltas, kinds, kept)
+    return TunedWeights(deltas, kinds, kept, fused)
+
+
+def _with_whole_parameters(deltas: Deltas, parameters: Mapping[str, str]) -> Deltas:
+    """Return deltas with all experts of a fused parameter of which one differs."""
+    found = {parameters.get(name.removesuffix(WEIGHT)) for name in deltas.names} - {None}
+    whole = [name + WEIGHT for name, parameter in parameters.items() if parameter in found]
+    missing = [name for name in whole if name not in deltas.tuned.tensors]
+    if missing:
+        raise FormatError(
+            f"{deltas.tuned.directory} has no {missing[0].removesuffix(WEIGHT)}, which "
+            f"{deltas.base.directory} has; they belong to different models"
+        )
+    return replace(deltas, names=tuple(dict.fromkeys((*deltas.names, *whole))))
 
 
 def _uncalled(kinds: dict[str, Kind], architecture: Architecture | None) -> frozenset[str]:

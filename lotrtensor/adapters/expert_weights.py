@@ -1,0 +1,114 @@
+"""Fused experts of a checkpoint: every expert of a 3-D tensor as a weight of its own.
+
+An expert is a range of bytes of the tensor, so that it is read, compared and written alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lotrtensor.adapters.architecture import Architecture
+from lotrtensor.adapters.formats.checkpoint import FLOAT_TYPES, Checkpoint
+from lotrtensor.adapters.formats.experts import DOWN
+from lotrtensor.adapters.layers import WEIGHT
+from lotrtensor.errors import FormatError
+
+_FUSED = re.compile(r"(?:.*\.)?experts\.[^.]*[^.\d][^.]*")
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights:
+    """A checkpoint whose fused experts are weights, and what is known of them.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint
+        With ``<experts>.<e>.<parameter>.weight`` in the place of ``<experts>.<parameter>``.
+    parameters : mapping of str to str
+        The parameter that every expert, by its path, is a slice of.
+    layouts : mapping of str to bool
+        Whether an expert is stored in × out, where that is known.
+    """
+
+    checkpoint: Checkpoint
+    parameters: Mapping[str, str]
+    layouts: Mapping[str, bool]
+
+    def check_known(self, module: str, pattern: object) -> None:
+        """Refuse an expert of which nothing tells how it is stored.
+
+        Parameters
+        ----------
+        module : str
+            Path of the expert.
+        pattern : object
+            What the user says of modules in × out, which tells.
+
+        Raises
+        ------
+        FormatError
+            Naming the parameter, and the option that tells.
+        """
+        if module in self.parameters and module not in self.layouts and not pattern:
+            name = self.parameters[module]
+            size = " × ".join(map(str, self.checkpoint.tensors[module + WEIGHT].shape))
+            raise FormatError(
+                f"{self.checkpoint.place(module + WEIGHT)}: nothing tells whether the experts of "
+                f"{name}, {size} each, are stored out × in or in × out; name the modules that are "
+                "in × out with --fan-in-fan-out PATTERN (fan_in_fan_out), '^$' if there are none"
+            )
+
+
+def expert_weights(checkpoint: Checkpoint, architecture: Architecture | None) -> ExpertWeights:
+    """Return a checkpoint with every fused expert as a weight of its own.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Its tensors under today's names.
+    architecture : Architecture or None
+        Its class, where it is known.
+    """
+    tensors, parameters, layouts = {}, {}, {}
+    for name, stored in checkpoint.tensors.items():
+        count = stored.shape[0] if len(stored.shape) == 3 else 0
+        if not count or stored.dtype not in FLOAT_TYPES or not _FUSED.fullmatch(name):
+            tensors[name] = stored
+            continue
+        holder, _, parameter = name.rpartition(".")
+        size = (stored.stop - stored.start) // count
+        layout = _layout(checkpoint, name, architecture)
+        for k in range(count):
+            start = stored.start + k * size
+            module = f"{holder}.{k}.{parameter}"
+            tensors[module + WEIGHT] = stored._replace(
+                shape=stored.shape[1:], start=start, stop=start + size
+            )
+            parameters[module] = name
+            if layout is not None:
+                layouts[module] = layout
+    return ExpertWeights(replace(checkpoint, tensors=tensors), parameters, layouts)
+
+
+def _layout(checkpoint: Checkpoint, name: str, architecture: Architecture | None) -> bool | None:
+    """Whether a parameter is stored in × out: by its class, its bias, or its counterpart."""
+    holder, _, parameter = name.rpartition(".")
+    known = architecture.turned_experts.get(holder) if architecture is not None else None
+    if known is not None:
+        return known
+    _, rows, columns = checkpoint.tensors[name].shape
+    bias = checkpoint.tensors.get(f"{name}_bias")
+    if bias is not None and rows != columns and bias.shape[-1] in (rows, columns):
+        return bias.shape[-1] == columns
+    gated = parameter == "gate_up_proj"
+    other = checkpoint.tensors.get(f"{holder}.{DOWN[0] if gated else 'gate_up_proj'}")
+    if other is None or len(other.shape) != 3 or not (gated or parameter in DOWN):
+        return None
+    up, down = ((rows, columns), other.shape[1:]) if gated else (other.shape[1:], (rows, columns))
+    fits = [
+        in_up == out_down and out_up == 2 * in_down
+        for (out_up, in_up), (out_down, in_down) in ((up, down), (up[::-1], down[::-1]))
+    ]
+    return fits[1] if fits[0] != fits[1] else None
