@@ -42,6 +42,10 @@ from lotrtensor.errors import (
     ShapeError,
     UnsupportedAdapterError,
 )
+from lotrtensor.packs._pack import pack
+from lotrtensor.packs._refit import refit
+from lotrtensor.packs.members import Cell, Member
+from lotrtensor.packs.pack import Pack, PackRow, VerifiedRow
 from lotrtensor.verbs._compare import Difference, ModuleDifference, compare
 from lotrtensor.verbs._compress import compress
 from lotrtensor.verbs._convert import convert
@@ -55,6 +59,7 @@ __version__ = version("lotrtensor")
 __all__ = [
     "Alternative",
     "Analysis",
+    "Cell",
     "Choice",
     "Clustering",
     "CompressedAdapter",
@@ -75,9 +80,12 @@ __all__ = [
     "LotrGroup",
     "LotrWarning",
     "LowRankStack",
+    "Member",
     "MissingPackageError",
     "ModuleDifference",
     "OptionError",
+    "Pack",
+    "PackRow",
     "RankError",
     "RatePoint",
     "ShapeError",
@@ -87,6 +95,7 @@ __all__ = [
     "Tucker2",
     "Tucker2Fit",
     "UnsupportedAdapterError",
+    "VerifiedRow",
     "analyze",
     "as_stack",
     "cluster",
@@ -100,8 +109,10 @@ __all__ = [
     "load",
     "merge",
     "norm",
+    "pack",
     "principal_angles",
     "rate_distortion",
+    "refit",
     "shared_outer",
     "similarity",
     "subspace_overlap",

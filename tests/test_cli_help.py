@@ -46,6 +46,11 @@ def workshop(tmp_path_factory):
         image[f"{stem}.lora_up.weight"] = rng.normal(size=(8, 2)).astype("float32")
     safetensors.numpy.save_file(image, path / "image.safetensors")
     lt.convert(lt.load(source), rank=3).save(path / "my-lotr")
+    tuned_names = ("tuned-1", "tuned-2", "tuned-3", "my-tuned")
+    for name in tuned_names:
+        own = {k: (b + 0.1 * rng.normal(size=b.shape), a) for k, (b, a) in pairs.items()}
+        write_lora(path / name, own)
+    lt.pack([path / name for name in tuned_names[:3]], path / "a-pack", tolerance=0.3)
     lt.convert(lt.load(path / "image.safetensors"), rank=3).save(path / "image-lotr")
     names = [f"model.layers.0.mlp.experts.{e}.down_proj" for e in range(3)]
     pairs = [(rng.normal(size=(8, 2)), rng.normal(size=(2, 6))) for _ in names]

@@ -1,7 +1,9 @@
 """What a user passes: a public function gives a result or one of our errors."""
 
 import inspect
+import tempfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +100,7 @@ RIGHT = {
 }
 """Functions of values, and arguments that they take."""
 
+PACK = lt.pack({"a": ADAPTER}, Path(tempfile.mkdtemp()) / "pack", tolerance=0.5)
 BASE, TUNED = model(layers=1), tune(model(layers=1))
 CHECKPOINTS = {"base": "base", "tuned": "tuned"}
 RIGHT_FILES = {
@@ -111,6 +114,8 @@ RIGHT_FILES = {
     lt.extract: CHECKPOINTS | {"rank": 1},
     lt.extraction_error: CHECKPOINTS | {"adapter": ADAPTER},
     lt.merge: {"base": "base", "adapter": ADAPTER, "output": "out"},
+    lt.pack: {"adapters": {"a": ADAPTER}, "path": "out", "tolerance": 0.3},
+    lt.refit: {"pack": PACK, "originals": {"a": ADAPTER}},
 }
 """Functions of files, and arguments that they take in the directory that `files` fills."""
 

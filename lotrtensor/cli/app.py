@@ -21,6 +21,7 @@ from lotrtensor.cli import (
     extract,
     inspect,
     merge,
+    packs,
     truncate,
     verify,
 )
@@ -46,6 +47,12 @@ for command in (
     verify.verify,
     extract.extract,
     merge.merge,
+    packs.pack,
+    packs.add,
+    packs.remove,
+    packs.refit,
+    packs.unpack,
+    packs.check,
     demo.demo,
 ):
     app.command()(command)

@@ -8,7 +8,9 @@ import typer
 
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import AdapterPath, Json, output_console, print_json, progress_bar
+from lotrtensor.cli.packs import holds_pack, show_pack
 from lotrtensor.errors import printable
+from lotrtensor.packs.pack import Pack
 from lotrtensor.report.documents import inspect_document
 from lotrtensor.report.spectra import add_spectra, spectra_table
 from lotrtensor.report.tables import adapter_table, size_line
@@ -21,10 +23,15 @@ def inspect(
     ] = "type",
     json: Json = False,
 ) -> None:
-    """Show what an adapter holds: groups, shapes, ranks, errors, sizes, singular values.
+    """Show what an adapter holds: groups, shapes, ranks, errors, sizes, singular values; or a pack.
 
     Example: lotr inspect my-adapter
+
+    Example: lotr inspect a-pack
     """
+    if holds_pack(adapter):
+        show_pack(Pack(adapter), json=json)
+        return
     with progress_bar():
         source = load(adapter)
         document = inspect_document(source, group_by)

@@ -8,26 +8,45 @@ import typer
 
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import Json, output_console, print_json, progress_bar
+from lotrtensor.cli.packs import holds_pack, named
+from lotrtensor.errors import FormatError
+from lotrtensor.packs.pack import Pack, VerifiedRow
 from lotrtensor.report.documents import difference_document
+from lotrtensor.report.packs import verified_document, verified_table
 from lotrtensor.report.tables import difference_table, error
 from lotrtensor.verbs._compare import compare
 
 
 def verify(
     a: Annotated[
-        str, typer.Argument(metavar="A", path_type=str, help="The reference, LoRA or LoTR.")
+        str,
+        typer.Argument(metavar="A", path_type=str, help="The reference, LoRA or LoTR; or a pack."),
     ],
     b: Annotated[
-        str, typer.Argument(metavar="B", path_type=str, help="The other one, LoRA or LoTR.")
+        list[str],
+        typer.Argument(
+            metavar="B...",
+            path_type=str,
+            help="The other one; or originals of a pack's.",
+        ),
     ],
     json: Json = False,
 ) -> None:
-    """Compare the weight updates of two adapters, module by module.
+    """Compare the weight updates of two adapters, module by module; or of a pack and its originals.
 
     Example: lotr verify my-lora my-lotr
+
+    Example: lotr verify a-pack tuned-1 tuned-2
     """
+    if holds_pack(a):
+        _verify_pack(a, b, json=json)
+        return
+    if len(b) != 1:
+        raise FormatError(
+            f"{a} is no pack, and is compared with one adapter; found {len(b)} of them"
+        )
     with progress_bar("comparing"):
-        document = difference_document(compare(load(a), load(b)))
+        document = difference_document(compare(load(a), load(b[0])))
     if json:
         print_json(document)
         return
@@ -37,3 +56,18 @@ def verify(
         f"relative difference {error(document['relative_error'])}, "
         f"largest of a module {error(document['max_slice_error'])}"
     )
+
+
+def _verify_pack(path: str, originals: list[str], *, json: bool) -> None:
+    pack = Pack(path)
+    rows: list[VerifiedRow] = []
+    with progress_bar("comparing") as progress:
+        sources = named(originals)
+        for done, (name, source) in enumerate(sources.items()):
+            progress(name, done, len(sources))
+            rows += pack.verify({name: load(str(source))})
+    document = verified_document(rows)
+    if json:
+        print_json(document)
+        return
+    output_console().print(verified_table(document))

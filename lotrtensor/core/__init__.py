@@ -4,6 +4,7 @@ Nothing here knows of files, layers or adapters.
 """
 
 from lotrtensor.core.algorithms import hooi, hosvd, st_hosvd
+from lotrtensor.core.bits.basis import QuantisedBasis
 from lotrtensor.core.bits.shared import QuantisedTucker2
 from lotrtensor.core.bits.stack import QuantisedStack
 from lotrtensor.core.bits.terms import QuantisedTerms
@@ -16,6 +17,7 @@ from lotrtensor.core.stacks.protocol import Sweep
 __all__ = [
     "Hooi",
     "Hosvd",
+    "QuantisedBasis",
     "QuantisedStack",
     "QuantisedTerms",
     "QuantisedTucker2",

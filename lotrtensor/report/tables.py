@@ -24,13 +24,18 @@ def error(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _table(title: str, *columns: str) -> Table:
+_NAMES = ("group", "module", "adapter", "form", "stored")
+"""Columns that hold words."""
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """An empty table with its style."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for column in columns:
         # Folded, not cut: what tells two groups apart is often the end of their names.
         table.add_column(
             column,
-            justify="left" if column in ("group", "module", "adapter", "form") else "right",
+            justify="left" if column in _NAMES else "right",
             overflow="fold",
         )
     return table
@@ -38,7 +43,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def lotr_table(document: Document) -> Table:
     """Groups of a LoTR adapter, their ranks, errors and sizes, and all together."""
-    table = _table(
+    table = new_table(
         "LoTR: ΔW = U · G · Vᵀ, U and V shared by a group",
         *("group", "slices", "shape", "ranks p, q", "error", "lower bound", "parameters"),
     )
@@ -61,7 +66,7 @@ def lotr_table(document: Document) -> Table:
 
 def compressed_table(document: Document) -> Table:
     """Groups of a compressed adapter: ranks of both parts, mean bits of a number, errors."""
-    table = _table(
+    table = new_table(
         "compressed: ΔW = U · G · Vᵀ + P · Qᵀ, shared and private, in bits",
         *("group", "slices", "shape", "shared p, q", "private", "numbers", "bits", "error"),
     )
@@ -109,7 +114,7 @@ def alternative_lines(document: Document) -> list[str]:
 
 def lora_table(document: Document) -> Table:
     """Groups of a LoRA adapter as they would share factors, and their sizes."""
-    table = _table(
+    table = new_table(
         "LoRA: ΔW = B · A for every module",
         *("group", "slices", "shape", "LoRA rank", "parameters"),
     )
@@ -140,7 +145,7 @@ def difference_table(document: Document, limit: int = 10) -> Table:
     title = "‖ΔW_A − ΔW_B‖ / ‖ΔW_A‖"
     if len(rows) > limit:
         title += f", the {limit} largest of {len(rows)} modules"
-    table = _table(title, "module", "difference")
+    table = new_table(title, "module", "difference")
     for row in rows[:limit]:
         table.add_row(shown_name(row["name"]), error(row["relative_error"]))
     return table
@@ -158,7 +163,7 @@ def analysis_table(document: Document) -> Table:
     headers = [
         f"{size(int(budget * document['source_bytes']))} ({budget:.0%})" for budget in budgets
     ]
-    table = _table(f"{shown_name(document['name'])}: relative error at a size", "form", *headers)
+    table = new_table(f"{shown_name(document['name'])}: relative error at a size", "form", *headers)
     for kind, name in {c["kind"]: c["representation"] for c in choices}.items():
         cells = []
         for budget in budgets:
@@ -172,7 +177,7 @@ def analysis_table(document: Document) -> Table:
 def similarity_table(document: Document) -> Table:
     """Cosines between the updates of several adapters."""
     names = [shown_name(name) for name in document["adapters"]]
-    table = _table("cosine of the updates ΔW", "adapter", *names)
+    table = new_table("cosine of the updates ΔW", "adapter", *names)
     for name, row in zip(names, document["cosine"], strict=True):
         table.add_row(name, *("–" if value is None else f"{value:.3f}" for value in row))
     return table

@@ -85,22 +85,7 @@ def write_compressed(directory: Path, content: CompressedContent, *, force: bool
 def compressed_files(content: CompressedContent) -> dict[str, bytes]:
     """Return the two files of a compressed adapter; equal adapters are equal files."""
     groups, source_config, source, extras = content
-    tensors: Tensors = dict(extras)
-    columns = [column for group in groups for column in _columns(group.stack)]
-    kinds = stream.kinds_of(columns)
-    places = [place for group in groups for place in _places(group.stack)]
-    told = np.concatenate([_told_kinds(group.stack) for group in groups])
-    codes = stream.pack(columns, kinds) + stream.pack(places, told)
-    values = [terms.values for group in groups for terms in group.stack.private]
-    tensors[CODES] = np.frombuffer(codes, np.uint8)
-    tensors[KINDS] = kinds
-    tensors[VALUES] = np.concatenate(values).astype(groups[0].stack.value_dtype)
-    index = {
-        "source": [source.dtype.name, source.parameters, source.bytes],
-        "groups": [_record(group) for group in groups],
-    }
-    text = json.dumps(index, separators=(",", ":"), sort_keys=True).encode()
-    tensors[GROUPS] = np.frombuffer(zlib.compress(text, 9), np.uint8)
+    tensors = dict(extras) | coded_tensors(groups, source)
     # Which modules are adapted, the groups say.
     config = {
         key: source_config[key]
@@ -113,6 +98,31 @@ def compressed_files(content: CompressedContent) -> dict[str, bytes]:
         CONFIG_NAME: json.dumps(config, separators=(",", ":"), sort_keys=True).encode(),
         WEIGHTS_NAME: file_bytes(tensors, {}),
     }
+
+
+def coded_tensors(
+    groups: Sequence[CompressedGroup],
+    source: SourceRecord,
+    beside: Mapping[str, Any] | None = None,
+) -> Tensors:
+    """Return groups as the four tensors that `take_groups` reads; ``beside`` goes to the index."""
+    tensors: Tensors = {}
+    columns = [column for group in groups for column in _columns(group.stack)]
+    kinds = stream.kinds_of(columns)
+    places = [place for group in groups for place in _places(group.stack)]
+    told = np.concatenate([_told_kinds(group.stack) for group in groups])
+    codes = stream.pack(columns, kinds) + stream.pack(places, told)
+    values = [terms.values for group in groups for terms in group.stack.private]
+    tensors[CODES] = np.frombuffer(codes, np.uint8)
+    tensors[KINDS] = kinds
+    tensors[VALUES] = np.concatenate(values).astype(groups[0].stack.value_dtype)
+    index = dict(beside or {}) | {
+        "source": [source.dtype.name, source.parameters, source.bytes],
+        "groups": [_record(group) for group in groups],
+    }
+    text = json.dumps(index, separators=(",", ":"), sort_keys=True).encode()
+    tensors[GROUPS] = np.frombuffer(zlib.compress(text, 9), np.uint8)
+    return tensors
 
 
 def read_compressed(directory: Path) -> CompressedContent:

@@ -18,9 +18,11 @@ import numpy as np
 
 from lotrtensor.core.bits.grid import round_to_grid
 from lotrtensor.core.bits.shared import core_kinds
+from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.bits.terms import QuantisedTerms, lost2, quantise_slice, unit_columns
 from lotrtensor.core.slice_svd import slice_svds
 from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.errors import RankError
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +129,19 @@ def code_slice(
     -------
     CodedSlice
         Its ``lost2`` is ‖B A − U (w Ḡ + Δ codes) Vᵀ − P Qᵀ‖² of what is stored.
+
+    Raises
+    ------
+    RankError
+        If the step is so fine that a code does not fit into 16 bits.
     """
     b, a = b.astype(np.float64), a.astype(np.float64)
-    codes = round_to_grid(basis.solve(b, a) - weight * basis.mean_core, step).astype(np.int16)
+    rounded = round_to_grid(basis.solve(b, a) - weight * basis.mean_core, step)
+    if float(np.max(np.abs(rounded))) > LARGEST_CODE:
+        raise RankError(
+            f"a step of {step:.3g} is too fine for codes of 16 bits; expected a larger one"
+        )
+    codes = rounded.astype(np.int16)
     left, right = basis.slice_factors(basis.core(codes, step, weight))
     rest = LowRankStack([np.hstack([b, left])], [np.vstack([a, -right])])
     svd = slice_svds(rest)[0]

@@ -1,0 +1,1 @@
+"""Packs: collections of adapters that share bases, on disk."""

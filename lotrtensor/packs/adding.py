@@ -1,0 +1,99 @@
+"""One more adapter for a pack that stands: coded with its bases, or by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from lotrtensor.adapters.formats.tensors import Tensors
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.core.bits.terms import slope
+from lotrtensor.core.ranks.goal import make_goal
+from lotrtensor.errors import FormatError
+from lotrtensor.packs.coding import cells_by_module, member_to_tensors
+from lotrtensor.packs.encoding import alone, norm_of, on_bases
+from lotrtensor.packs.files import Index
+from lotrtensor.packs.members import Cell, Member
+from lotrtensor.packs.spool import Source, as_lora
+from lotrtensor.packs.tasks import member_bytes
+from lotrtensor.verbs._compress import Form
+
+
+class NewMember(NamedTuple):
+    """An adapter as tensors of a shard: their bytes, its error, whether it uses the bases."""
+
+    tensors: Tensors
+    bytes: int
+    error: float
+    uses_bases: bool
+
+
+def encode_new(
+    source: Source,
+    name: str,
+    cells: Sequence[Cell],
+    index: Index,
+    shapes: Mapping[str, tuple[int, int]],
+    tolerance: float | None,
+) -> NewMember:
+    """Encode an adapter for a pack.
+
+    Parameters
+    ----------
+    source : path or adapter
+        The adapter.
+    name : str
+        Its name.
+    cells : sequence of Cell
+        The pack's bases.
+    index : Index
+        The pack's index, whose goal holds where no tolerance is given.
+    shapes : mapping of str to (int, int)
+        Shapes of modules that are known.
+    tolerance : float or None
+        Relative error that is not exceeded.
+
+    Raises
+    ------
+    FormatError
+        If a module has another shape in the pack.
+    """
+    lora = as_lora(source, name)
+    for module in lora.modules:
+        known = shapes.get(module.name, module.shape)
+        if known != module.shape:
+            raise FormatError(
+                f"{module.name} is {known[0]} × {known[1]} in the pack and {module.shape[0]} × "
+                f"{module.shape[1]} in {name}; they belong to different base models"
+            )
+    if tolerance is not None:
+        make_goal(None, tolerance, None, None)
+    else:
+        tolerance = index.goal.get("tolerance")
+    step, norm = index.goal.get("step", 0.01), norm_of(lora)
+    form: Form = "auto" if index.share in ("auto", "layers") else "lora"
+    by_module = cells_by_module(cells)
+    found = []
+    if any(module.name in by_module for module in lora.modules):
+        if tolerance is not None:
+            step = cells[0].basis.step
+        member = on_bases(lora, _used(lora, by_module), norm, tolerance=tolerance, step=step)
+        found.append(_new(member, cells, uses_bases=True))
+    if not found or index.share == "auto":
+        own = alone(lora, form, tolerance=tolerance, step=step * norm or 1.0)
+        found.append(_new(own, (), uses_bases=False))
+
+    def cost(new: NewMember) -> float:
+        return new.bytes + (0.0 if tolerance else new.error**2 / (8 * slope(step)))
+
+    return min(found, key=cost)
+
+
+def _used(lora: LoraAdapter, cells: Mapping[str, Cell]) -> dict[str, Cell]:
+    return {m.name: cells[m.name] for m in lora.modules if m.name in cells}
+
+
+def _new(member: Member, cells: Sequence[Cell], *, uses_bases: bool) -> NewMember:
+    tensors = member_to_tensors(member, cells)
+    error = float(f"{member.relative_error:.6g}")
+    return NewMember(tensors, member_bytes(tensors), error, uses_bases)

@@ -1,0 +1,407 @@
+"""A build: from adapters to the shards of a pack, cell by cell and adapter by adapter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lotrtensor.adapters.formats.tensors import Tensors, read_file
+from lotrtensor.adapters.sizes import budget_bytes
+from lotrtensor.core.bits.terms import slope
+from lotrtensor.errors import FormatError, LotrError, LotrWarning, RankError
+from lotrtensor.packs import tasks
+from lotrtensor.packs.coding import cells_to_tensors
+from lotrtensor.packs.files import (
+    ADAPTER_SHARD,
+    BUILD,
+    CELL_SHARD,
+    Entry,
+    Index,
+    Shard,
+    clear_build,
+    pack_bytes,
+    write_shard,
+)
+from lotrtensor.packs.members import Cell
+from lotrtensor.packs.plan import PlannedCell, plan_cells, write_plan
+from lotrtensor.packs.spool import Source, Spooled, fingerprint, read_spooled, spool, write_once
+from lotrtensor.packs.tasks import STEPS, Encoded, Priced
+from lotrtensor.verbs._compress import MARGIN, NUDGE, SPARE, Form
+from lotrtensor.verbs._fit_groups import Progress
+
+SHARES = ("auto", "adapters", "layers", "both", "none")
+"""What adapters of a pack may share."""
+
+SHARD_MEMBERS, SHARD_BYTES, SHARD_CODES = 16, 2**28, 2**24
+"""Adapters and bytes of a shard of adapters, codes of a shard of cells, at most."""
+
+FINER = 0.9
+"""Step of the bases beside the one at which adapters on average have the error that is asked for:
+so that few of them need private terms to make good the rounding of the bases."""
+
+SIZES = 6
+"""Packs made on the way to a budget; two or three do where prices are right."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be packed, and how; see `lotrtensor.pack`."""
+
+    names: tuple[str, ...]
+    sources: tuple[Source, ...]
+    tolerance: float | None
+    budget: int | str | None
+    share: str
+    executor: Executor
+    skip_bad: bool = False
+    progress: Progress | None = None
+
+    @property
+    def form(self) -> Form:
+        """What an adapter is made of where it is stored alone."""
+        return "auto" if self.share in ("auto", "layers") else "lora"
+
+
+@dataclass
+class Draft:
+    """Cells and members of a pack, still in files of the build."""
+
+    step: float
+    cells: list[tuple[int, str]]
+    members: dict[int, Encoded]
+    on_bases: set[int] = field(default_factory=set)
+
+
+def build(path: Path, request: Request, before: Index) -> Index:
+    """Make the shards of a pack beside those of ``before``, and return its index, unpublished.
+
+    Parameters
+    ----------
+    path : Path
+        The directory of the pack, locked.
+    request : Request
+        What is to be packed.
+    before : Index
+        What stands there; its numbers are not used again.
+    """
+    folder = path / BUILD
+    options = [request.tolerance, request.budget, request.share, STEPS]
+    mark = fingerprint(request.names, request.sources, options)
+    noted = folder / "job.txt"
+    if not noted.is_file() or noted.read_text("utf-8") != mark:
+        clear_build(path)
+        folder.mkdir()
+        write_once(noted, mark.encode())
+    try:
+        return _Builder(path, request, before).run()
+    except LotrError as error:
+        if not isinstance(error.__cause__, BrokenExecutor):
+            clear_build(path)  # the same request would fail again
+        raise
+
+
+class _Builder:
+    """One build: what the pieces of work find, and what is decided between them."""
+
+    def __init__(self, path: Path, request: Request, before: Index) -> None:
+        self.path, self.request, self.before = path, request, before
+        self.folder = str(path / BUILD)
+        self.adapters: dict[int, Spooled] = {}
+        self.cells: list[PlannedCell] = []
+        self.prices: list[Priced] = []
+
+    def run(self) -> Index:
+        """All of it."""
+        self._spool()
+        self.cells = plan_cells(self.adapters)
+        write_plan(self.folder, self.cells)
+        request = self.request
+        fine = 0.5 * request.tolerance if request.tolerance else 1e-4
+        source = sum(adapter.bytes for adapter in self.adapters.values())
+        budget = None if request.budget is None else budget_bytes(request.budget, source)
+        most = math.inf if budget is None else float(budget)
+        work = [(self.folder, i, fine, most) for i in range(len(self.cells))]
+        self.prices = self._all("pricing", tasks.price_cell, work)
+        if budget is None:
+            assert request.tolerance is not None
+            step = FINER * self._step_for(request.tolerance)
+            draft = self._draft(step, request.tolerance)
+            return self._write(draft, {"tolerance": request.tolerance})
+        return self._within(budget)
+
+    def _spool(self) -> None:
+        request, bad = self.request, []
+        pairs = list(zip(request.names, request.sources, strict=True))
+        work = [(self.folder, i, name, source) for i, (name, source) in enumerate(pairs)]
+        for i, error in enumerate(self._all("reading", _spool_or_error, work)):
+            if error is None:
+                self.adapters[i] = read_spooled(self.folder, i)
+            elif request.skip_bad:
+                bad.append(f"{request.names[i]} is left out: {error}")
+            else:
+                raise error
+        for text in bad:
+            warnings.warn(text, LotrWarning, stacklevel=2)
+        if not self.adapters:
+            raise FormatError("no adapter is left to pack; expected at least one that can be read")
+
+    def _all(self, what: str, work: Callable[..., Any], each: Sequence[tuple[Any, ...]]) -> Any:
+        """Results of all pieces of one kind, in their order."""
+        executor, progress = self.request.executor, self.request.progress
+        pieces = [executor.submit(work, *arguments) for arguments in each]
+        try:
+            found = []
+            for done, piece in enumerate(pieces):
+                if progress:
+                    progress(what, done, len(pieces))
+                found.append(piece.result())
+        except BrokenExecutor as error:
+            raise FormatError(
+                f"a worker ended before its work was done ({error}); run the same command again, "
+                "which goes on from there"
+            ) from error
+        finally:
+            for piece in pieces:
+                piece.cancel()
+        return found
+
+    def _table(self, scope: str) -> list[int]:
+        return [i for i, cell in enumerate(self.cells) if cell.scope == scope]
+
+    def _totals(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of all codes and squared relative error of an adapter, at `STEPS`."""
+        count = sum(1 for adapter in self.adapters.values() if adapter.norm) or 1
+        bits, lost2 = np.zeros(len(STEPS)), np.zeros(len(STEPS))
+        for i in self._table("adapters"):
+            rows = np.array(self.prices[i].rows or [[0.0] * 5])
+            rows = np.vstack([rows, np.repeat(rows[-1:], len(STEPS) - len(rows), axis=0)])
+            first = 0 if self.request.share in ("none", "layers") else 2
+            bits, lost2 = bits + rows[:, first], lost2 + rows[:, first + 1]
+        return bits / 8, lost2 / count
+
+    def _step_for(self, tolerance: float) -> float:
+        """The step at which the relative error of adapters is a tolerance, as priced."""
+        _, lost2 = self._totals()
+        return _crossing(np.maximum(lost2, 1e-30), tolerance**2)
+
+    def _within(self, budget: int) -> Index:
+        """The pack of the least error found within a size."""
+        best: tuple[float, Draft] | None = None
+        sizes = np.maximum(self._totals()[0], 1e-3)
+        target, smallest, coarser = float(budget), math.inf, 0.0
+        for _ in range(SIZES):
+            step = _crossing(sizes[::-1], max(target, 1e-3), STEPS[::-1])
+            step = max(step, coarser)
+            draft = self._draft(step, None)
+            size = self._size(draft)
+            error2 = sum(own.error**2 for own in draft.members.values())
+            smallest = min(smallest, size)
+            if size <= budget and (best is None or error2 < best[0]):
+                best = error2, draft
+            finest = size <= budget and step <= STEPS[-1]
+            if SPARE * budget <= size <= budget or finest or step >= STEPS[0]:
+                break
+            if size > budget:
+                coarser = max(coarser, NUDGE * step)
+            # Headers and records take room that prices do not know of.
+            priced = float(np.exp(np.interp(math.log(step), np.log(STEPS[::-1]),
+                                            np.log(sizes[::-1]))))  # fmt: skip
+            target = priced + MARGIN * budget - size
+        if best is None:
+            raise RankError(
+                f"budget is {budget} bytes; the smallest pack that was found takes {smallest:.0f}"
+            )
+        return self._write(best[1], {"step": best[1].step})
+
+    def _draft(self, step: float, tolerance: float | None) -> Draft:
+        """Fit the cells at a step and encode every adapter, in the cheaper of two ways."""
+        request, numbers = self.request, list(self.adapters)
+        cells = self._fit(step, "")
+        if cells and tolerance is not None:
+            cells = self._fit(step, self._weights(cells, step, tolerance))
+        alone: dict[int, Encoded] = {}
+        if not cells or request.share == "auto":
+            alone = self._encode("alone", [], step, tolerance)
+        if not cells:
+            return Draft(step, [], alone)
+        shared = self._encode("encoding", cells, step, tolerance)
+        if request.share != "auto":
+            return Draft(step, cells, shared, set(numbers))
+
+        def cost(own: Encoded) -> float:
+            # At one error bytes compare by themselves, at one step with what they take off it.
+            return own.bytes + (0.0 if tolerance else own.error**2 / (8 * slope(step)))
+
+        gains = {n: cost(alone[n]) - cost(shared[n]) for n in numbers}
+        if sum(max(gain, 0.0) for gain in gains.values()) <= self._cells_bytes(cells):
+            return Draft(step, [], alone)
+        better = {n for n in numbers if gains[n] > 0}
+        members = {n: shared[n] if n in better else alone[n] for n in numbers}
+        return Draft(step, cells, members, better)
+
+    def _fit(self, step: float, weights: str) -> list[tuple[int, str]]:
+        """The bases that are worth their bits: numbers of their cells, and files."""
+        chosen = self._chosen(step)
+        work = [(self.folder, i, step, weights) for i in chosen]
+        files = self._all("sharing", tasks.fit_cell, work)
+        return [(i, file) for i, file in zip(chosen, files, strict=True) if file]
+
+    def _encode(
+        self, what: str, cells: list[tuple[int, str]], step: float, tolerance: float | None
+    ) -> dict[int, Encoded]:
+        form = self.request.form
+        work = [(self.folder, n, cells, step, tolerance, form) for n in self.adapters]
+        return dict(zip(self.adapters, self._all(what, tasks.encode, work), strict=True))
+
+    def _weights(self, cells: list[tuple[int, str]], step: float, tolerance: float) -> str:
+        """Weights of adapters by what the bases lose of them: one error is asked of all.
+
+        What a basis leaves of an adapter, its private part would have to hold, column by column.
+        """
+        found = self._encode("weighing", cells, step, None)
+        errors = {n: own.error / tolerance for n, own in found.items()}
+        return tasks.write_weights(
+            self.folder, {n: min(max(error, 0.5), 2.0) for n, error in errors.items()}
+        )
+
+    def _chosen(self, step: float) -> list[int]:
+        """The cells that are made: of single modules or of whole kinds, kind by kind."""
+        share = self.request.share
+        if share in ("none", "layers"):
+            return []
+        if share in ("adapters", "both"):
+            both = set() if share == "adapters" else set(self._table("both"))
+            kinds = {self.cells[i].kind for i in both}
+            rest = [i for i in self._table("adapters") if self.cells[i].kind not in kinds]
+            return sorted([*both, *(i for i in rest if self.prices[i].rows)])
+        place = int(np.argmin(np.abs(np.log(np.array(STEPS) / step))))
+        found = []
+        for kind in dict.fromkeys(cell.kind for cell in self.cells):
+            totals: dict[str, tuple[float, list[int]]] = {}
+            for scope in ("adapters", "both"):
+                own = [i for i in self._table(scope) if self.cells[i].kind == kind]
+                rows = [self.prices[i].rows for i in own if self.prices[i].rows]
+                if rows and all(len(row) > place for row in rows):
+                    price = sum(row[place][4] for row in rows)
+                    totals[scope] = price, [i for i in own if self.prices[i].rows]
+            if totals:
+                found += min(totals.values())[1]
+        return sorted(found)
+
+    def _cells_tensors(self, cells: Sequence[tuple[int, str]]) -> list[Tensors]:
+        """Tensors of the shards of cells."""
+        found: list[Tensors] = []
+        shard: list[Cell] = []
+        room = SHARD_CODES
+        for cell in tasks.CellFiles(self.folder, cells).in_order():
+            size = cell.basis.left.size + cell.basis.right.size
+            if shard and size > room:
+                found.append(cells_to_tensors(shard))
+                shard, room = [], SHARD_CODES
+            shard.append(cell)
+            room -= size
+        return [*found, cells_to_tensors(shard)] if shard else found
+
+    def _cells_bytes(self, cells: Sequence[tuple[int, str]]) -> int:
+        return sum(
+            tasks.tensor_bytes(key, tensor)
+            for tensors in self._cells_tensors(cells)
+            for key, tensor in tensors.items()
+        )
+
+    def _size(self, draft: Draft) -> int:
+        """Bytes of a pack's files, without tensors that are carried along."""
+        shards = -(-len(draft.members) // SHARD_MEMBERS)
+        some = Shard(f"{ADAPTER_SHARD}-00000.safetensors", 0, "")
+        index = self._index(draft, [some.file] * len(draft.members), {})
+        index = replace(index, shards=(some,))
+        own = sum(member.bytes for member in draft.members.values())
+        return pack_bytes(index) + 40 * shards + own + self._cells_bytes(draft.cells)
+
+    def _write(self, draft: Draft, goal: Mapping[str, float]) -> Index:
+        """Write the shards, and return the index."""
+        cells, shards, places = [], [], []
+        following = self.before.next
+        for tensors in self._cells_tensors(draft.cells):
+            cells.append(write_shard(self.path, CELL_SHARD, following, tensors))
+            following += 1
+        numbers = list(draft.members)
+        first, room = following, SHARD_BYTES
+        waiting: Tensors = {}
+        names: list[int] = []
+
+        def flush() -> None:
+            nonlocal first, waiting, room, names
+            if names:
+                shard = write_shard(self.path, ADAPTER_SHARD, first, waiting)
+                shards.append(shard)
+                places.extend([shard.file] * len(names))
+                first, waiting, room, names = first + 1, {}, SHARD_BYTES, []
+
+        for i, number in enumerate(numbers):
+            tensors, _ = read_file(Path(self.folder) / draft.members[number].file)
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            if names and (len(names) == SHARD_MEMBERS or size > room):
+                flush()
+            waiting |= {f"{self.before.next + i}.{key}": x for key, x in tensors.items()}
+            names.append(number)
+            room -= size
+        flush()
+        index = self._index(draft, places, goal)
+        return replace(
+            index,
+            cells=tuple(cells),
+            shards=tuple(shards),
+            next=max(first, self.before.next + len(numbers)),
+        )
+
+    def _index(self, draft: Draft, files: Sequence[str], goal: Mapping[str, float]) -> Index:
+        means = self._mean_errors()
+        entries = {
+            self.adapters[number].name: Entry(
+                shard=file,
+                number=self.before.next + i,
+                relative_error=float(f"{draft.members[number].error:.6g}"),
+                mean_error=float(f"{means[number]:.6g}"),
+                bytes=draft.members[number].bytes,
+                uses_bases=number in draft.on_bases,
+            )
+            for i, (number, file) in enumerate(zip(draft.members, files, strict=True))
+        }
+        return Index(adapters=entries, goal=goal, share=self.request.share)
+
+    def _mean_errors(self) -> dict[int, float]:
+        """Relative error of the mean of all adapters, each brought to norm 1, taken for each."""
+        lost2 = dict.fromkeys(self.adapters, 0.0)
+        for i in self._table("adapters"):
+            for (number, _), own in zip(
+                self.cells[i].members, self.prices[i].distances2, strict=True
+            ):
+                lost2[number] += own
+        return {number: math.sqrt(value) for number, value in lost2.items()}
+
+
+def _spool_or_error(build: str, number: int, name: str, source: Source) -> LotrError | None:
+    try:
+        spool(build, number, name, source)
+    except LotrError as error:
+        return error
+    return None
+
+
+def _crossing(values: np.ndarray, target: float, steps: Sequence[float] = STEPS) -> float:
+    """The step at which values that fall along ``steps`` come down to a target."""
+    below = np.nonzero(values <= target)[0]
+    if not len(below) or below[0] == 0:
+        return float(steps[int(below[0])] if len(below) else steps[-1])
+    i = int(below[0])
+    ends = np.log(values[[i - 1, i]])
+    share = (math.log(target) - ends[0]) / (ends[1] - ends[0]) if ends[0] != ends[1] else 1.0
+    return float(steps[i - 1] * (steps[i] / steps[i - 1]) ** share)

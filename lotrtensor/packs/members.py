@@ -1,0 +1,115 @@
+"""What a pack is made of in memory: cells that adapters share, and what is each one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lotrtensor.adapters.compressed import CompressedAdapter
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.parts import lowered
+from lotrtensor.core.bits.basis import QuantisedBasis
+from lotrtensor.errors import RankError
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """Modules of one shape whose updates, in all adapters, share a basis.
+
+    Attributes
+    ----------
+    modules : tuple of str
+        Paths of the modules: one, or those of all layers.
+    shape : (int, int)
+        Shape (m, n) of ΔW.
+    basis : QuantisedBasis
+        U, V and the mean core.
+
+    Examples
+    --------
+    >>> import lotrtensor as lt
+    >>> lt.Cell.__dataclass_fields__.keys() >= {"modules", "shape", "basis"}
+    True
+    """
+
+    modules: tuple[str, ...]
+    shape: tuple[int, int]
+    basis: QuantisedBasis
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """An adapter of a pack: ΔW = U (w Ḡ + step · codes) Vᵀ + P Qᵀ for every module.
+
+    Attributes
+    ----------
+    own : CompressedAdapter
+        The private parts, P Qᵀ; all of the adapter where it uses no basis.
+    cores : mapping of str to ndarray (p, q)
+        Codes of the cores, by module; empty where it uses no basis.
+    weight : float
+        Weight w of the mean cores: the norm of the adapter.
+    step : float
+        Step of the cores.
+    cells : mapping of str to Cell
+        The cell of every module in ``cores``.
+
+    Examples
+    --------
+    >>> import lotrtensor as lt
+    >>> lt.Member.__dataclass_fields__.keys() >= {"own", "cores", "weight", "step"}
+    True
+    """
+
+    own: CompressedAdapter
+    cores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    weight: float = 0.0
+    step: float = 1.0
+    cells: Mapping[str, Cell] = field(default_factory=dict)
+
+    @property
+    def relative_error(self) -> float:
+        """Relative Frobenius error of the whole adapter, as stored."""
+        return self.own.relative_error
+
+    def updates(self) -> tuple[LoraModule, ...]:
+        """Return every ΔW as thin factors in float64, exactly what is stored."""
+        modules = []
+        for module in self.own.updates():
+            if module.name in self.cores:
+                basis = self.cells[module.name].basis
+                core = basis.core(self.cores[module.name], self.step, self.weight)
+                b, a = basis.slice_factors(core)
+                b, a = np.hstack([b, module.B]), np.vstack([a, module.A])
+                module = LoraModule(module.name, b, a, module.embedding)
+            modules.append(module)
+        return tuple(modules)
+
+    def to_lora(self, rank: int | None = None) -> LoraAdapter:
+        """Return the adapter as a LoRA, in the type that it had before.
+
+        Parameters
+        ----------
+        rank : int, optional
+            Largest LoRA rank of a module. Not given, each module keeps at most the rank that it
+            had before.
+
+        Raises
+        ------
+        RankError
+            If ``rank`` is below 1.
+        """
+        if not self.cores:
+            return self.own.to_lora(rank)
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise RankError(f"rank is {rank!r}; expected an integer of at least 1")
+        before = {
+            name: own
+            for group in self.own.groups
+            for name, own in zip(group.modules, group.slice_ranks, strict=True)
+        }
+        modules = tuple(lowered(m, min(before[m.name], rank or m.rank)) for m in self.updates())
+        return LoraAdapter(modules, self.own.config, self.own.dtype, self.own.extras)

@@ -1,0 +1,322 @@
+"""Pack: a collection of adapters on disk, of which one is read without the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
+
+from lotrtensor.adapters.formats.directory import expand
+from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.core.squared_error import SquaredError
+from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.packs.adding import encode_new
+from lotrtensor.packs.files import (
+    ADAPTER_SHARD,
+    Entry,
+    Index,
+    check_digest,
+    locked,
+    pack_bytes,
+    plain_names,
+    publish,
+    read_index,
+    write_shard,
+)
+from lotrtensor.packs.members import Cell, Member
+from lotrtensor.packs.reading import entry_of, read_cells, read_member
+from lotrtensor.packs.spool import Source
+from lotrtensor.verbs._compare import compare, lora_factors
+
+
+class PackRow(NamedTuple):
+    """What a pack says of an adapter.
+
+    ``relative_error`` is that of what is stored, ``mean_error`` that of the mean of the adapters
+    that were packed together; ``bytes`` is its own share of the files. ``uses_bases`` is False for
+    an adapter that the shared bases do not suit: it is stored by itself, as `compress` would.
+
+    Examples
+    --------
+    >>> import lotrtensor as lt
+    >>> lt.PackRow("a", 0.1, 0.4, 900, True).relative_error
+    0.1
+    """
+
+    name: str
+    relative_error: float
+    mean_error: float | None
+    bytes: int
+    uses_bases: bool
+
+
+class VerifiedRow(NamedTuple):
+    """An adapter of a pack beside the original: measured error, that of the mean alone, bytes.
+
+    ``mean_error`` is measured on the mean that the bases hold, U Ḡ Vᵀ; None where the adapter uses
+    none.
+
+    Examples
+    --------
+    >>> import lotrtensor as lt
+    >>> lt.VerifiedRow("a", 0.1, 0.4, 900, 8000).mean_error
+    0.4
+    """
+
+    name: str
+    relative_error: float
+    mean_error: float | None
+    bytes: int
+    source_bytes: int
+
+
+class Pack:
+    """A pack of adapters in a directory; see `lotrtensor.pack`, which makes one.
+
+    Parameters
+    ----------
+    path : path-like
+        The directory.
+
+    Raises
+    ------
+    FormatError
+        If it is no pack, not finished, damaged, or of a newer version.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, lotrtensor as lt
+    >>> rng = np.random.default_rng(0)
+    >>> B, A = rng.normal(size=(40, 4)), rng.normal(size=(4, 40))
+    >>> def tuned(noise):
+    ...     own = B + noise * rng.normal(size=(40, 4))
+    ...     return lt.LoraAdapter((lt.LoraModule("layers.0.q", own, A),), {}, np.dtype("float32"))
+    >>> folder = tempfile.mkdtemp()
+    >>> made = lt.pack({"a": tuned(0.1), "b": tuned(0.1)}, folder + "/pack", tolerance=0.2)
+    >>> found = lt.Pack(folder + "/pack")
+    >>> found.names, all(row.relative_error <= 0.2 for row in found.rows)
+    (('a', 'b'), True)
+    >>> found.add("c", tuned(0.2)).name, found.remove("a"), found.names
+    ('c', None, ('b', 'c'))
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = expand(path)
+        self._index = read_index(self.path)
+
+    @property
+    def share(self) -> str:
+        """What was asked to be shared; see `lotrtensor.pack`."""
+        return self._index.share
+
+    @property
+    def goal(self) -> Mapping[str, float]:
+        """``tolerance``, or ``step`` of a pack that was made for a size."""
+        return self._index.goal
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files beside the index."""
+        return tuple(self._index.files)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the adapters."""
+        return tuple(self._index.adapters)
+
+    @property
+    def rows(self) -> tuple[PackRow, ...]:
+        """What the index says of every adapter."""
+        return tuple(map(self.row, self.names))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files, tensors that adapters carry along included."""
+        return pack_bytes(self._index)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the files that hold the bases."""
+        return sum(shard.bytes for shard in self._index.cells)
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """The bases that adapters share."""
+        return read_cells(self.path, self._index)
+
+    def row(self, name: str) -> PackRow:
+        """Return what the index says of one adapter.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+
+        Raises
+        ------
+        FormatError
+            If there is none of that name.
+        """
+        e = entry_of(self.path, self._index, name)
+        return PackRow(name, e.relative_error, e.mean_error, e.bytes, e.uses_bases)
+
+    def member(self, name: str) -> Member:
+        """Return one adapter as it is stored: bases, cores and private parts.
+
+        The bases and its own tensors are read, and nothing of the others.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+
+        Raises
+        ------
+        FormatError
+            If there is none of that name, or its files are damaged.
+        """
+        cells = self.cells if self.row(name).uses_bases else ()
+        return read_member(self.path, self._index, name, cells)
+
+    def unpack(self, name: str, rank: int | None = None) -> LoraAdapter:
+        """Return one adapter as a LoRA, in the type that it had before it was packed.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+        rank : int, optional
+            Largest LoRA rank of a module; the original one if not given.
+
+        Raises
+        ------
+        FormatError
+            As `member` does.
+        RankError
+            If ``rank`` is below 1.
+        """
+        return self.member(name).to_lora(rank)
+
+    def add(self, name: str, adapter: Source, *, tolerance: float | None = None) -> PackRow:
+        """Add an adapter: a new file beside the others, none of which is written again.
+
+        It is coded on the bases that are there, with private parts for what they leave of it, or by
+        itself where that takes fewer bytes.
+
+        Parameters
+        ----------
+        name : str
+            Its name in the pack.
+        adapter : path or adapter
+            The adapter.
+        tolerance : float, optional
+            Relative error that is not exceeded; what the pack was made with if not given.
+
+        Raises
+        ------
+        FormatError
+            If the name is taken, the adapter belongs to another base model, or another process
+            writes.
+        """
+        with locked(self.path):
+            index = read_index(self.path)
+            plain_names([*index.adapters, name])
+            self._set(index)
+            found = encode_new(adapter, name, self.cells, index, self._shapes(), tolerance)
+            number = index.next
+            prefixed = {f"{number}.{key}": tensor for key, tensor in found.tensors.items()}
+            shard = write_shard(self.path, ADAPTER_SHARD, number, prefixed)
+            entry = Entry(shard.file, number, found.error, None, found.bytes, found.uses_bases)
+            adapters = {**index.adapters, name: entry}
+            shards = (*index.shards, shard)
+            index = replace(index, shards=shards, adapters=adapters, next=number + 1)
+            publish(self.path, index)
+            self._set(index)
+        return self.rows[-1]
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter from the index, and its file once no other adapter is in it.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+
+        Raises
+        ------
+        FormatError
+            If there is none of that name, or another process writes.
+        """
+        with locked(self.path):
+            self._set(read_index(self.path))
+            self.row(name)
+            kept = {k: entry for k, entry in self._index.adapters.items() if k != name}
+            index = replace(self._index, adapters=kept).without_unused()
+            publish(self.path, index)
+            self._set(index)
+
+    def check(self) -> None:
+        """Read all files and decode every adapter.
+
+        Raises
+        ------
+        FormatError
+            Naming the first file or adapter that is not what was written.
+        """
+        for shard in self._index.files.values():
+            check_digest(self.path, shard)
+        for name in self.names:
+            self.member(name)
+
+    def verify(self, originals: Mapping[str, Adapter]) -> tuple[VerifiedRow, ...]:
+        """Measure what the pack holds against the originals, adapter by adapter.
+
+        Parameters
+        ----------
+        originals : mapping of str to adapter
+            Adapters by their names in the pack.
+
+        Raises
+        ------
+        FormatError
+            If the pack has none of a name, or an original is of another base model.
+        """
+        rows = []
+        for name, original in originals.items():
+            member, row = self.member(name), self.row(name)
+            source = original if isinstance(original, LoraAdapter) else original.to_lora()
+            stored = LoraAdapter(member.updates(), {}, source.dtype)
+            found = compare(source, stored).relative_error
+            mean = _mean_error(source, member) if member.cores else None
+            rows.append(VerifiedRow(name, found, mean, row.bytes, source.bytes))
+        return tuple(rows)
+
+    def _set(self, index: Index) -> None:
+        if index.cells != self._index.cells:
+            self.__dict__.pop("cells", None)
+        self._index = index
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """Shapes of the modules that the pack knows: of its cells, and of one adapter."""
+        known = {name: cell.shape for cell in self.cells for name in cell.modules}
+        for name in self.names[:1]:
+            for group in self.member(name).own.groups:
+                known |= dict.fromkeys(group.modules, group.shape)
+        return known
+
+
+def _mean_error(source: LoraAdapter, member: Member) -> float:
+    """Relative error of the mean alone; modules without a basis count as lost."""
+    whole = SquaredError()
+    for name, stack in lora_factors(source).items():
+        norm2 = float(stack.norms2()[0])
+        lost2 = norm2
+        if name in member.cells:
+            basis = member.cells[name].basis
+            b, a = basis.slice_factors(member.weight * basis.mean_core)
+            lost2 = float((stack - LowRankStack([b], [a])).norms2()[0])
+        whole += SquaredError(lost2, norm2)
+    return whole.relative

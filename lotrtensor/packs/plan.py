@@ -1,0 +1,95 @@
+"""Which modules of which adapters share a basis: the cells of a pack, before any is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lotrtensor.adapters.grouping import Slot, group_modules
+from lotrtensor.errors import FormatError
+from lotrtensor.packs.spool import Spooled, SpooledModule, write_once
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell that may be made.
+
+    Attributes
+    ----------
+    kind : str
+        Group of modules that it belongs to.
+    scope : str
+        ``"adapters"``: one module, over all adapters; ``"both"``: all modules of the kind, too.
+    modules : tuple of str
+        Paths.
+    shape : (int, int)
+        Shape (m, n) of ΔW.
+    members : tuple of (int, int)
+        Its slices: number of the adapter, and of the module in it.
+    """
+
+    kind: str
+    scope: str
+    modules: tuple[str, ...]
+    shape: tuple[int, int]
+    members: tuple[tuple[int, int], ...]
+
+
+def plan_cells(adapters: Mapping[int, Spooled]) -> list[PlannedCell]:
+    """Return the cells that adapters could share: of single modules, and of all of a kind.
+
+    Raises
+    ------
+    FormatError
+        If a module has unlike shapes in two adapters.
+    """
+    known: dict[str, tuple[SpooledModule, str]] = {}
+    places: dict[str, list[tuple[int, int]]] = {}
+    for number, adapter in adapters.items():
+        for i, module in enumerate(adapter.modules):
+            first, owner = known.setdefault(module.name, (module, adapter.name))
+            if (first.shape, first.embedding) != (module.shape, module.embedding):
+                raise FormatError(
+                    f"{module.name} is {first.shape[0]} × {first.shape[1]} in {owner} and "
+                    f"{module.shape[0]} × {module.shape[1]} in {adapter.name}; they belong to "
+                    "different base models, and to different packs"
+                )
+            places.setdefault(module.name, []).append((number, i))
+    slots = [Slot(m.name, m.shape, m.embedding) for m, _ in known.values()]
+    cells = []
+    for kind, group in group_modules(slots, "type").items():
+        names = tuple(slot.name for slot in group)
+        for name in names:
+            cells.append(_cell(kind, "adapters", (name,), group[0], places))
+        if len(names) > 1:
+            cells.append(_cell(kind, "both", names, group[0], places))
+    return cells
+
+
+def _cell(
+    kind: str,
+    scope: str,
+    names: tuple[str, ...],
+    slot: Slot,
+    places: Mapping[str, Sequence[tuple[int, int]]],
+) -> PlannedCell:
+    members = tuple(place for name in names for place in places[name])
+    return PlannedCell(kind, scope, names, slot.shape, members)
+
+
+def write_plan(build: str, cells: Sequence[PlannedCell]) -> None:
+    """Write the plan, for the tasks to read."""
+    write_once(Path(build) / PLAN, json.dumps([asdict(cell) for cell in cells]).encode())
+
+
+def read_cell(build: str, number: int) -> PlannedCell:
+    """Return a cell of the plan."""
+    item = json.loads((Path(build) / PLAN).read_text("utf-8"))[number]
+    members = tuple((adapter, module) for adapter, module in item["members"])
+    return PlannedCell(
+        item["kind"], item["scope"], tuple(item["modules"]), tuple(item["shape"]), members
+    )

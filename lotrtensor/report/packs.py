@@ -1,0 +1,84 @@
+"""Packs as documents and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from lotrtensor.packs.pack import Pack, VerifiedRow
+from lotrtensor.report.documents import Document
+from lotrtensor.report.names import shown_name
+from lotrtensor.report.tables import error, new_table, size
+
+
+def pack_document(pack: Pack) -> Document:
+    """Sizes and errors of a pack, and of every adapter in it."""
+    return {
+        "type": "PACK",
+        "path": str(pack.path),
+        "bytes": pack.bytes,
+        "shared_bytes": pack.shared_bytes,
+        "share": pack.share,
+        "goal": dict(pack.goal),
+        "cells": [
+            {
+                "modules": list(cell.modules),
+                "shape": list(cell.shape),
+                "ranks": list(cell.basis.rank),
+            }
+            for cell in pack.cells
+        ],
+        "adapters": [row._asdict() for row in pack.rows],
+    }
+
+
+def pack_table(document: Document) -> Table:
+    """The adapters of a pack: error, that of the mean alone, bytes of their own."""
+    table = new_table(
+        "ΔW = U (w Ḡ + G) Vᵀ + P Qᵀ, U, V and Ḡ shared, in bits",
+        *("adapter", "error", "mean alone", "bytes", "stored"),
+    )
+    for row in document["adapters"]:
+        table.add_row(
+            shown_name(row["name"]),
+            error(row["relative_error"]),
+            error(row["mean_error"]),
+            f"{row['bytes']:,}",
+            "on the bases" if row["uses_bases"] else "by itself",
+        )
+    return table
+
+
+def pack_line(document: Document) -> str:
+    """One sentence: how large a pack is, and how much of it is shared."""
+    by_itself = sum(not row["uses_bases"] for row in document["adapters"])
+    text = (
+        f"{len(document['adapters'])} adapters in {size(document['bytes'])}, "
+        f"{size(document['shared_bytes'])} of it shared"
+    )
+    if by_itself and document["shared_bytes"]:
+        text += f"; {by_itself} by themselves, which the bases do not suit"
+    return text
+
+
+def verified_document(rows: Sequence[VerifiedRow]) -> Document:
+    """Measured errors of adapters of a pack."""
+    return {"adapters": [row._asdict() for row in rows]}
+
+
+def verified_table(document: Document) -> Table:
+    """Measured errors of adapters of a pack, beside those of the mean alone."""
+    table = new_table(
+        "‖ΔW − stored‖ / ‖ΔW‖, measured",
+        *("adapter", "error", "mean alone", "bytes", "original"),
+    )
+    for row in document["adapters"]:
+        table.add_row(
+            shown_name(row["name"]),
+            error(row["relative_error"]),
+            error(row["mean_error"]),
+            f"{row['bytes']:,}",
+            f"{row['source_bytes']:,}",
+        )
+    return table

@@ -1,0 +1,207 @@
+"""Packs: what they hold against the originals, and against each adapter compressed alone."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import lotrtensor as lt
+from adapters_fixtures import write_lora
+from pack_fixtures import contents, dense_error, family, strangers
+
+
+def alone_bytes(adapters, tolerance):
+    return sum(lt.compress(a, tolerance=tolerance).file_bytes for a in adapters.values())
+
+
+@pytest.mark.parametrize("share", ["auto", "adapters", "both", "layers", "none"])
+def test_every_adapter_is_within_the_tolerance(tmp_path, share):
+    adapters = family(5)
+    found = lt.pack(adapters, tmp_path / "pack", tolerance=0.15, share=share)
+    assert found.names == tuple(adapters)
+    for row in found.rows:
+        error = dense_error(found.member(row.name).updates(), adapters[row.name])
+        assert error == pytest.approx(row.relative_error, rel=1e-4)
+        assert error <= 0.15
+    assert (found.shared_bytes > 0) == (share in ("auto", "adapters", "both"))
+    assert found.bytes == sum(map(len, contents(tmp_path / "pack").values()))
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.1, 0.02])
+@pytest.mark.parametrize(
+    "adapters",
+    [family(6), family(6, common=0.0, own=0.02), strangers(6), family(2), family(1)],
+    ids=["family", "variants", "strangers", "two", "one"],
+)
+def test_a_pack_is_never_larger_than_each_alone(tmp_path, adapters, tolerance):
+    found = lt.pack(adapters, tmp_path / "pack", tolerance=tolerance)
+    assert found.bytes <= alone_bytes(adapters, tolerance) + 500  # the index
+    assert max(row.relative_error for row in found.rows) <= tolerance
+
+
+def test_a_family_takes_a_fraction(tmp_path):
+    adapters = family(12, common=0.1, own=0.02)
+    found = lt.pack(adapters, tmp_path / "pack", tolerance=0.1)
+    assert found.bytes < alone_bytes(adapters, 0.1) / 2.8
+    assert all(row.uses_bases for row in found.rows)
+
+
+def test_strangers_share_nothing(tmp_path):
+    found = lt.pack(strangers(5), tmp_path / "pack", tolerance=0.2)
+    assert found.shared_bytes == 0 and found.cells == ()
+    assert not any(row.uses_bases for row in found.rows)
+
+
+def test_one_whom_the_basis_does_not_suit_is_stored_by_itself(tmp_path):
+    found = lt.pack(family(7, common=0.05, own=0.02), tmp_path / "pack", tolerance=0.15)
+    other = strangers(1, seed=9)["user-0"]
+    row = found.add("other", other)
+    assert not row.uses_bases and row.relative_error <= 0.15
+    assert row.bytes < lt.compress(other, tolerance=0.15).file_bytes + 100
+    assert found.add("akin", family(8, common=0.05, own=0.02)["user-7"]).uses_bases
+
+
+def test_the_mean_alone(tmp_path):
+    """Against a dense mean of the adapters, each brought to norm 1."""
+    adapters = family(5, own=0.4)
+    found = lt.pack(adapters, tmp_path / "pack", tolerance=0.2)
+    slices = [{m.name: m.B.astype(float) @ m.A for m in a.modules} for a in adapters.values()]
+    norms = [np.sqrt(sum(np.sum(x**2) for x in s.values())) for s in slices]
+    units = [{k: x / n for k, x in s.items()} for s, n in zip(slices, norms, strict=True)]
+    mean = {k: sum(u[k] for u in units) / len(units) for k in units[0]}
+    for row, unit in zip(found.rows, units, strict=True):
+        lost2 = sum(np.sum((unit[k] - mean[k]) ** 2) for k in unit)
+        assert row.mean_error == pytest.approx(np.sqrt(lost2), rel=1e-4)
+        assert row.relative_error < row.mean_error
+
+
+@pytest.mark.parametrize("share_of_bytes", [0.08, 0.15, 0.6])
+@pytest.mark.parametrize("share", ["auto", "none"])
+def test_a_budget_holds_for_all_files(tmp_path, share_of_bytes, share):
+    adapters = family(6)
+    limit = share_of_bytes * sum(a.bytes for a in adapters.values())
+    found = lt.pack(adapters, tmp_path / "pack", budget=f"{100 * share_of_bytes}%", share=share)
+    assert found.bytes <= limit
+    errors = [dense_error(found.member(name).updates(), adapters[name]) for name in adapters]
+    assert found.bytes > 0.8 * limit or max(errors) < 0.005
+    assert max(errors) < 0.6
+
+
+def test_more_bytes_are_less_error(tmp_path):
+    adapters, means = family(6), []
+    for size in (9000, 12_000, 18_000):
+        found = lt.pack(adapters, tmp_path / str(size), budget=size)
+        means.append(np.mean([row.relative_error for row in found.rows]))
+    assert means[0] > means[1] > means[2]
+
+
+def test_a_budget_that_is_too_small_leaves_nothing(tmp_path):
+    with pytest.raises(lt.RankError, match="budget is 900 bytes; the smallest pack"):
+        lt.pack(family(4), tmp_path / "pack", budget=900)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_of_unlike_ranks_scales_modules_and_types(tmp_path):
+    """From files: rank 2 and 4, alpha, rsLoRA, bfloat16; one lacks a module, one has another."""
+    rng = np.random.default_rng(0)
+    base = {f"layers.{k}.proj": (rng.normal(size=(40, 4)), rng.normal(size=(4, 30)))
+            for k in range(3)}  # fmt: skip
+    low = {name: (b[:, :2], a[:2]) for name, (b, a) in base.items()}
+    head = {"head": (rng.normal(size=(8, 4)), rng.normal(size=(4, 30)))}
+    extra = dict(list(base.items())[1:]) | head
+    paths = [
+        write_lora(tmp_path / "a", base, lora_alpha=4),
+        write_lora(tmp_path / "b", low, r=2, lora_alpha=8, use_rslora=True),
+        write_lora(tmp_path / "c", base, dtype="bfloat16"),
+        write_lora(tmp_path / "d", extra),
+    ]
+    found = lt.pack(paths, tmp_path / "pack", tolerance=0.1)
+    for path in paths:
+        original, unpacked = lt.load(path), found.unpack(path.name)
+        assert unpacked.dtype == original.dtype
+        assert dense_error(found.member(path.name).updates(), original) <= 0.1
+        assert lt.compare(original, unpacked).relative_error <= 0.11
+        ranks = {m.name: m.rank for m in original.modules}
+        assert all(m.rank <= ranks[m.name] for m in unpacked.modules)
+
+
+def test_what_adapters_carry_comes_back(tmp_path):
+    extras = {"base_model.model.classifier.weight": np.arange(16, dtype="float16").reshape(2, 8)}
+    adapters = {
+        name: replace(a, extras=extras, config={"modules_to_save": ["classifier"],
+                                                "base_model_name_or_path": "org/base"})
+        for name, a in family(3).items()
+    }  # fmt: skip
+    found = lt.pack(adapters, tmp_path / "pack", tolerance=0.2).unpack("user-1")
+    assert found.config["base_model_name_or_path"] == "org/base"
+    (key,) = found.extras
+    np.testing.assert_array_equal(found.extras[key], extras[key])
+    assert found.extras[key].dtype == np.float16
+
+
+def test_an_adapter_of_zeros_is_one_of_many(tmp_path):
+    zero = tuple(replace(m, B=0 * m.B) for m in family(1)["user-0"].modules)
+    adapters = family(4) | {"fresh": lt.LoraAdapter(zero, {}, np.dtype("float32"))}
+    found = lt.pack(adapters, tmp_path / "pack", tolerance=0.2)
+    assert found.row("fresh").relative_error == 0.0
+    assert all(not (m.B @ m.A).any() for m in found.member("fresh").updates())
+
+
+def test_the_gauge_of_an_adapter_does_not_matter(tmp_path):
+    rng = np.random.default_rng(0)
+    adapters = family(5)
+    gauged = {}
+    for name, adapter in adapters.items():
+        modules = []
+        for m in adapter.modules:
+            turn = np.linalg.qr(rng.normal(size=(m.rank, m.rank)))[0] * rng.uniform(0.5, 2, m.rank)
+            b, a = m.B @ turn, np.linalg.inv(turn) @ m.A
+            modules.append(replace(m, B=b.astype("float32"), A=a.astype("float32")))
+        gauged[name] = replace(adapter, modules=tuple(modules))
+    first, second = (
+        lt.pack(x, tmp_path / n, tolerance=0.15) for x, n in ((adapters, "a"), (gauged, "b"))
+    )
+    assert first.bytes == pytest.approx(second.bytes, rel=0.01)
+    for mine, other in zip(first.rows, second.rows, strict=True):
+        assert mine.mean_error == pytest.approx(other.mean_error, rel=1e-3)
+        assert mine.relative_error == pytest.approx(other.relative_error, rel=0.02)
+
+
+def test_verify_measures(tmp_path):
+    adapters = family(4)
+    found = lt.pack(adapters, tmp_path / "pack", tolerance=0.1, share="adapters")
+    for row in found.verify(adapters):
+        assert row.relative_error == pytest.approx(found.row(row.name).relative_error, rel=1e-3)
+        assert row.mean_error == pytest.approx(found.row(row.name).mean_error, abs=0.04)
+        assert row.source_bytes == adapters[row.name].bytes
+
+
+@pytest.mark.parametrize("kind", [ThreadPoolExecutor, ProcessPoolExecutor])
+def test_any_executor_makes_the_same_bytes(tmp_path, kind):
+    adapters = family(4)
+    lt.pack(adapters, tmp_path / "one", tolerance=0.2, executor=ThreadPoolExecutor(1))
+    with kind(2) as executor:
+        lt.pack(adapters, tmp_path / "two", tolerance=0.2, executor=executor)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_one_adapter_opens_without_the_others(tmp_path, monkeypatch):
+    adapters = family(40, layers=1, common=0.1, own=0.05)
+    made = lt.pack(adapters, tmp_path / "pack", tolerance=0.1, share="adapters")
+    read = []
+    opened = lt.packs.files.read_some
+
+    def counting(path, shard, prefix=""):
+        found = opened(path, shard, prefix)
+        read.append((prefix, sum(tensor.nbytes for tensor in found.values())))
+        return found
+
+    monkeypatch.setattr("lotrtensor.packs.reading.read_some", counting)
+    lt.Pack(tmp_path / "pack").member("user-33")
+    own = sum(size for prefix, size in read if prefix)
+    assert [bool(prefix) for prefix, _ in read] == [True, False] or len(read) == 2
+    assert own <= made.row("user-33").bytes
+    assert len([f for f in made.files if f.startswith("adapters")]) == 3
