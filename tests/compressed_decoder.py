@@ -18,7 +18,11 @@ NUMBERS = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}
 
 def read_updates(directory):
     """ΔW (m × n, float64) of every module of a compressed adapter, by its path."""
-    codes, kinds, values, index = read_parts(Path(directory) / "adapter_model.safetensors")
+    return decode(*read_parts(Path(directory) / "adapter_model.safetensors"))
+
+
+def decode(codes, kinds, values, index):
+    """ΔW of every module, from codes, kinds, values and the index."""
     groups = [dict(g, modules=module_paths(g["modules"])) for g in index["groups"]]
     columns, codes = read_columns(codes, kinds, [s for g in groups for s in column_sizes(g)])
     sides, updates = [], {}
@@ -54,15 +58,23 @@ def read_updates(directory):
 
 def read_parts(path):
     """Codes, kinds, values and the index of a file."""
+    found = read_tensors(path, "")
+    keys = ("lotr_codes", "lotr_kinds", "lotr_values", "lotr_groups")
+    codes, kinds, values, index = (found[key] for key in keys)
+    return codes.tobytes(), kinds, values.astype(float), json.loads(zlib.decompress(index))
+
+
+def read_tensors(path, prefix):
+    """Tensors of one row whose keys begin with a prefix, by what follows it."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    found = []
-    for key in ("lotr_codes", "lotr_kinds", "lotr_values", "lotr_groups"):
-        begin, end = (start + offset for offset in header[key]["data_offsets"])
-        found.append(np.frombuffer(data[begin:end], NUMBERS[header[key]["dtype"]]))
-    codes, kinds, values, index = found
-    return codes.tobytes(), kinds, values.astype(float), json.loads(zlib.decompress(index))
+    found = {}
+    for key, entry in json.loads(data[8:start]).items():
+        if key.startswith(prefix) and entry.get("dtype") in NUMBERS and len(entry["shape"]) == 1:
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            number = NUMBERS[entry["dtype"]]
+            found[key.removeprefix(prefix)] = np.frombuffer(data[begin:end], number)
+    return found
 
 
 def module_paths(record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from lotrtensor.adapters.formats.compressed import rounded_up
 from lotrtensor.adapters.formats.tensors import Tensors
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.core.bits.terms import slope
@@ -95,5 +96,5 @@ def _used(lora: LoraAdapter, cells: Mapping[str, Cell]) -> dict[str, Cell]:
 
 def _new(member: Member, cells: Sequence[Cell], *, uses_bases: bool) -> NewMember:
     tensors = member_to_tensors(member, cells)
-    error = float(f"{member.relative_error:.6g}")
+    error = rounded_up(member.relative_error)
     return NewMember(tensors, member_bytes(tensors), error, uses_bases)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lotrtensor.adapters.formats.compressed import rounded_up
 from lotrtensor.adapters.formats.tensors import Tensors, read_file
 from lotrtensor.adapters.sizes import budget_bytes
 from lotrtensor.core.bits.terms import slope
@@ -368,7 +369,7 @@ class _Builder:
             self.adapters[number].name: Entry(
                 shard=file,
                 number=self.before.next + i,
-                relative_error=float(f"{draft.members[number].error:.6g}"),
+                relative_error=rounded_up(draft.members[number].error),
                 mean_error=float(f"{means[number]:.6g}"),
                 bytes=draft.members[number].bytes,
                 uses_bases=number in draft.on_bases,

@@ -249,7 +249,7 @@ def _record(group: CompressedGroup) -> dict[str, Any]:
         "slice_ranks": list(group.slice_ranks) if len(ranks) > 1 else ranks.pop(),
         "private_ranks": list(group.private_ranks),
         # Rounded up: what is told is never below what is stored.
-        "relative_error": _rounded_up(group.relative_error),
+        "relative_error": rounded_up(group.relative_error),
         "norm": float(f"{group.norm:.9g}"),
     }
     if stack.shared is not None:
@@ -259,7 +259,8 @@ def _record(group: CompressedGroup) -> dict[str, Any]:
     return record
 
 
-def _rounded_up(x: float) -> float:
+def rounded_up(x: float) -> float:
+    """Return a number with six digits that is not below ``x``."""
     found = float(f"{x:.6g}")
     return found if found >= x else float(f"{x * (1 + 1e-5):.6g}")
 

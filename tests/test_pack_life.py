@@ -1,0 +1,342 @@
+"""The life of a pack: added to, removed from, fitted anew, stopped at any instant, misused."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lotrtensor as lt
+from adapters_fixtures import WEIGHTS, write_lora
+from lotrtensor.packs import files
+from pack_fixtures import contents, dense_error, family
+
+
+@pytest.fixture
+def pack(tmp_path):
+    return lt.pack(family(4), tmp_path / "pack", tolerance=0.15, share="adapters")
+
+
+def test_adding_rewrites_no_shard(pack):
+    before, one = contents(pack.path), family(5)["user-4"]
+    row = pack.add("new", one)
+    after = contents(pack.path)
+    assert {n: x for n, x in after.items() if n in before and n != files.INDEX} == {
+        n: x for n, x in before.items() if n != files.INDEX
+    }
+    assert len(after) == len(before) + 1
+    assert row == lt.Pack(pack.path).rows[-1]
+    assert row.relative_error <= 0.15 and row.mean_error is None
+    assert dense_error(pack.member("new").updates(), one) <= 0.15
+
+
+def test_another_tolerance_for_one_that_is_added(pack):
+    one = family(5)["user-4"]
+    assert pack.add("new", one, tolerance=0.03).relative_error <= 0.03
+    with pytest.raises(lt.RankError):
+        pack.add("other", one, tolerance=2.0)
+    assert "other" not in lt.Pack(pack.path).names
+
+
+def test_what_was_removed_is_gone_and_its_number_is_not_used_again(pack):
+    pack.add("new", family(5)["user-4"])
+    numbers = {entry.number for entry in pack._index.adapters.values()}
+    alone = pack._index.adapters["new"].shard
+    pack.remove("new")
+    assert not (pack.path / alone).exists()
+    pack.remove("user-1")
+    assert pack.names == ("user-0", "user-2", "user-3")
+    pack.add("new", family(5)["user-4"])
+    assert pack._index.adapters["new"].number not in numbers
+    pack.check()
+    with pytest.raises(lt.FormatError, match="holds no adapter 'user-1'; it has user-0, user-2"):
+        pack.remove("user-1")
+
+
+def test_all_may_be_removed_and_others_added(pack):
+    for name in pack.names:
+        pack.remove(name)
+    assert pack.names == () and not any(f.startswith("adapters") for f in pack.files)
+    pack.add("a", family(1)["user-0"])
+    assert lt.Pack(pack.path).names == ("a",)
+
+
+def test_refit_with_originals_is_a_pack_of_them(pack, tmp_path):
+    adapters = family(4) | {f"other-{i}": a for i, a in enumerate(family(4, seed=5).values())}
+    for name in list(adapters)[4:]:
+        pack.add(name, adapters[name])
+    before = pack.bytes
+    found = lt.refit(pack, adapters)
+    assert found.bytes < before
+    assert list(found.names) == list(adapters)
+    for row in found.rows:
+        error = dense_error(found.member(row.name).updates(), adapters[row.name])
+        assert error == pytest.approx(row.relative_error, rel=1e-4) and error <= 0.15
+
+
+def test_refit_without_originals_states_what_is_lost_twice(pack):
+    adapters = family(4)
+    found = lt.refit(pack, {"user-0": adapters["user-0"]})
+    for row in found.rows:
+        error = dense_error(found.member(row.name).updates(), adapters[row.name])
+        assert error <= row.relative_error * (1 + 1e-6)
+        assert (row.relative_error <= 0.15) == (row.name == "user-0")
+
+
+def test_a_pack_made_for_a_size(tmp_path):
+    found = lt.pack(family(4), tmp_path / "pack", budget=20_000)
+    row = found.add("new", family(5)["user-4"])
+    assert row.relative_error < 2 * max(r.relative_error for r in found.rows[:-1]) + 0.01
+    with pytest.raises(lt.RankError, match="was made for a size; give the tolerance"):
+        lt.refit(found)
+    assert lt.refit(found, family(4), tolerance=0.2).goal == {"tolerance": 0.2}
+
+
+# --- stopped at any instant -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stopped_at(monkeypatch, count):
+    """The process ends just before the file system is changed for the n-th time."""
+    left = [count]
+
+    def counted(function):
+        def wrapped(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "rename", "unlink"):
+            patch.setattr(Path, name, counted(getattr(Path, name)))
+        yield left
+
+
+@pytest.mark.parametrize("verb", ["add", "remove", "force"])
+def test_stopped_at_any_instant_the_old_pack_or_the_new_one_stands(tmp_path, monkeypatch, verb):
+    adapters = family(3)
+    made = lt.pack(adapters, tmp_path / "pack", tolerance=0.3, executor=ThreadPoolExecutor(1))
+    act = {
+        "add": lambda: lt.Pack(made.path).add("new", family(4)["user-3"]),
+        "remove": lambda: lt.Pack(made.path).remove("user-1"),
+        "force": lambda: lt.pack({"x": adapters["user-0"]}, made.path, tolerance=0.3, force=True,
+                                 executor=ThreadPoolExecutor(1)),
+    }[verb]  # fmt: skip
+    new = {"add": (*made.names, "new"), "remove": ("user-0", "user-2"), "force": ("x",)}[verb]
+    seen = set()
+    for count in range(60):
+        with stopped_at(monkeypatch, count) as left:
+            with contextlib.suppress(KeyboardInterrupt):
+                act()
+            finished = left[0] >= 0
+        found = lt.Pack(made.path)
+        found.check()
+        assert found.names in (made.names, new)
+        seen.add(found.names)
+        if finished or found.names == new:
+            break
+    assert new in seen
+    if verb == "add":
+        assert made.names in seen
+        found.remove("new")
+    assert lt.Pack(made.path).names
+
+
+class Broken(Executor):
+    """Runs some pieces of work, then its workers are gone."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def submit(self, work, *args):
+        self.count -= 1
+        found = Future()
+        if self.count < 0:
+            found.set_exception(BrokenExecutor("a worker was killed"))
+        else:
+            found.set_result(work(*args))
+        return found
+
+
+@pytest.mark.parametrize("count", [0, 2, 6, 12, 17, 25])
+def test_a_build_that_was_stopped_goes_on(tmp_path, count):
+    paths = [write_lora(tmp_path / name) for name in ("a", "b", "c")]
+    lt.pack(paths, tmp_path / "straight", tolerance=0.3, executor=ThreadPoolExecutor(1))
+    with pytest.raises(lt.FormatError, match="run the same command again"):
+        lt.pack(paths, tmp_path / "pack", tolerance=0.3, executor=Broken(count))
+    with pytest.raises(lt.FormatError, match="not finished; run the command"):
+        lt.Pack(tmp_path / "pack")
+    done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pack" / "building").iterdir()}
+    calls = []
+
+    class Watching(ThreadPoolExecutor):
+        def submit(self, work, *args):
+            calls.append(work)
+            return super().submit(work, *args)
+
+    lt.pack(paths, tmp_path / "pack", tolerance=0.3, executor=Watching(1))
+    assert contents(tmp_path / "pack") == contents(tmp_path / "straight")
+    assert (len(done) > 1) == (count > 0) and calls
+    assert not (tmp_path / "pack" / "building").exists()
+
+
+def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
+    paths = [write_lora(tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(lt.FormatError):
+        lt.pack(paths, tmp_path / "pack", tolerance=0.3, executor=Broken(9))
+    monkeypatch.setattr("lotrtensor.packs.spool.load", None)  # adapters are not read again
+    lt.pack(paths, tmp_path / "pack", tolerance=0.3)
+
+
+def test_another_question_starts_afresh(tmp_path):
+    paths = [write_lora(tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(lt.FormatError):
+        lt.pack(paths, tmp_path / "pack", tolerance=0.3, executor=Broken(9))
+    found = lt.pack(paths, tmp_path / "pack", tolerance=0.1)
+    assert max(row.relative_error for row in found.rows) <= 0.1
+
+
+def test_a_process_that_is_killed_leaves_the_lock_free(tmp_path):
+    paths = [str(write_lora(tmp_path / f"a{i}")) for i in range(3)]
+    program = (
+        "import os, signal, sys, lotrtensor as lt, lotrtensor.packs.tasks as t\n"
+        "work = t.encode\n"
+        "def stop(*a):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "t.encode = stop\n"
+        "lt.pack(sys.argv[2:], sys.argv[1], tolerance=0.3)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "pack"), *paths]
+    run = subprocess.run(command, check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert lt.pack(paths, tmp_path / "pack", tolerance=0.3).names == ("a0", "a1", "a2")
+
+
+# --- misuse ---------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_locked_out(pack):
+    one, before = family(5)["user-4"], contents(pack.path)
+    with files.locked(pack.path):
+        for act in (
+            lambda: pack.add("new", one),
+            lambda: pack.remove("user-0"),
+            lambda: lt.refit(pack, {}),
+            lambda: lt.pack({"x": one}, pack.path, tolerance=0.3, force=True),
+        ):
+            with pytest.raises(lt.FormatError, match="is being written by another process"):
+                act()
+        assert lt.Pack(pack.path).member("user-0")  # who reads needs no lock
+    assert contents(pack.path) == before
+    pack.add("new", one)
+
+
+def test_one_name_twice(pack, tmp_path):
+    a, b = write_lora(tmp_path / "x" / "same"), write_lora(tmp_path / "y" / "same")
+    with pytest.raises(lt.FormatError, match="two adapters have the name 'same'"):
+        lt.pack([a, b], tmp_path / "out", tolerance=0.3)
+    with pytest.raises(lt.FormatError, match="two adapters have the name 'user-0'"):
+        pack.add("user-0", a)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_another_base_model(pack, tmp_path):
+    wide = family(1, kinds={"query": (100, 120), "dense": (240, 160)})["user-0"]
+    says = "layers.0.query is 160 × 120 in .* and 100 × 120 in .*different base models"
+    with pytest.raises(lt.FormatError, match=says):
+        lt.pack(family(2) | {"wide": wide}, tmp_path / "out", tolerance=0.3)
+    before = contents(pack.path)
+    with pytest.raises(lt.FormatError, match=says):
+        pack.add("wide", wide)
+    assert contents(pack.path) == before and not (tmp_path / "out").exists()
+
+
+def test_a_corrupt_adapter_among_many(tmp_path):
+    paths = [write_lora(tmp_path / name) for name in ("a", "b", "c")]
+    weights = paths[1] / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(lt.FormatError, match=r"b.adapter_model.safetensors cannot be read"):
+        lt.pack(paths, tmp_path / "pack", tolerance=0.3)
+    assert not (tmp_path / "pack").exists()
+    with pytest.warns(lt.LotrWarning, match="b is left out: .*cannot be read"):
+        found = lt.pack(paths, tmp_path / "pack", tolerance=0.3, skip_bad=True)
+    assert found.names == ("a", "c")
+
+
+def test_all_are_corrupt(tmp_path):
+    path = write_lora(tmp_path / "a")
+    (path / WEIGHTS).write_bytes(b"no weights")
+    with pytest.warns(lt.LotrWarning), pytest.raises(lt.FormatError, match="no adapter is left"):
+        lt.pack([path], tmp_path / "pack", tolerance=0.3, skip_bad=True)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_an_adapter_that_diverged(tmp_path):
+    tensors = safetensors.numpy.load_file(write_lora(tmp_path / "a") / WEIGHTS)
+    key = next(iter(tensors))
+    tensors[key] = np.full_like(tensors[key], np.nan)
+    safetensors.numpy.save_file(tensors, tmp_path / "a" / WEIGHTS)
+    with pytest.raises(lt.DataError, match=r"a: .*NaN"):
+        lt.pack([tmp_path / "a"], tmp_path / "pack", tolerance=0.3)
+
+
+def test_what_stands_there_is_not_replaced(pack, tmp_path):
+    adapters = family(1)
+    with pytest.raises(lt.FormatError, match="exists; choose another output, add --force"):
+        lt.pack(adapters, pack.path, tolerance=0.3)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(lt.FormatError, match="exists and is no pack"):
+        lt.pack(adapters, tmp_path / "other", tolerance=0.3, force=True)
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
+    assert lt.pack(adapters, pack.path, tolerance=0.3, force=True).names == ("user-0",)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({}, lt.RankError, "tolerance"),
+        ({"tolerance": 0.1, "budget": 9000}, lt.RankError, "budget"),
+        ({"tolerance": 1.5}, lt.RankError, "tolerance is 1.5"),
+        ({"budget": "many"}, lt.RankError, "budget is 'many'"),
+        ({"tolerance": 0.1, "share": "all"}, lt.OptionError, "share is 'all'"),
+        ({"tolerance": 0.1, "executor": 3}, lt.OptionError, "executor is a int"),
+    ],
+)
+def test_options_that_have_no_meaning(tmp_path, options, error, says):
+    with pytest.raises(error, match=says):
+        lt.pack(family(2), tmp_path / "pack", **options)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_a_file_or_a_folder_of_others_is_no_pack(tmp_path):
+    with pytest.raises(lt.FormatError, match=r"has no lotr_pack\.json"):
+        lt.Pack(write_lora(tmp_path / "lora"))
+    with pytest.raises(lt.FormatError, match="does not exist"):
+        lt.Pack(tmp_path / "nothing")
+
+
+def test_a_read_only_directory(pack):
+    if os.geteuid() == 0:
+        pytest.skip("who is root may write anywhere")
+    pack.path.chmod(0o500)
+    with pytest.raises(lt.FormatError, match="cannot be written"):
+        pack.remove("user-0")
+
+
+def test_a_new_reader_sees_what_an_old_one_does_not(pack):
+    other = lt.Pack(pack.path)
+    pack.add("new", family(5)["user-4"])
+    assert "new" not in other.names and "new" in lt.Pack(pack.path).names
+    other.add("newer", family(6)["user-5"])  # the index is read again under the lock
+    assert lt.Pack(pack.path).names[-2:] == ("new", "newer")
