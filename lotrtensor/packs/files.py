@@ -27,7 +27,8 @@ import numpy as np
 
 from lotrtensor.adapters.formats.directory import write_file
 from lotrtensor.adapters.formats.header import read_header
-from lotrtensor.adapters.formats.tensors import Tensors, check_exists, file_bytes, read_json_object
+from lotrtensor.adapters.formats.json_text import read_json_object
+from lotrtensor.adapters.formats.tensors import Tensors, check_exists, file_bytes
 from lotrtensor.errors import DataError, FormatError
 from lotrtensor.packs.coding import is_number
 
