@@ -16,6 +16,7 @@ import safetensors.numpy
 
 import lotrtensor as lt
 from adapters_fixtures import WEIGHTS, write_lora
+from lotrtensor.adapters.formats import publish
 from lotrtensor.packs import files
 from pack_fixtures import contents, dense_error, family
 
@@ -120,6 +121,7 @@ def stopped_at(monkeypatch, count):
     with monkeypatch.context() as patch:
         for name in ("replace", "rename", "unlink"):
             patch.setattr(Path, name, counted(getattr(Path, name)))
+        patch.setattr(publish, "renameat2", counted(publish.renameat2))
         yield left
 
 
