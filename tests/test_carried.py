@@ -54,7 +54,7 @@ def phi(peft):
         num_hidden_layers=2,
         num_attention_heads=4,
         vocab_size=50,
-        pad_token_id=0,  # transformers 5.0 reads it, and has no default
+        pad_token_id=0,  # early releases of transformers 5 read it without a default
     )
     return peft.transformers.PhiForCausalLM(config)
 
