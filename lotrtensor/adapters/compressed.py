@@ -25,6 +25,7 @@ from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.parts import lowered
 from lotrtensor.core.bits.stream import entropy_bits
 from lotrtensor.core.options import check_flag, is_count, shown
+from lotrtensor.core.threads import on_one_thread
 from lotrtensor.errors import RankError
 
 
@@ -169,6 +170,7 @@ class CompressedAdapter:
                 modules.append(LoraModule(name, b, a, group.embedding))
         return tuple(sorted(modules, key=lambda module: layer_order(module.name)))
 
+    @on_one_thread
     def to_lora(self, rank: int | None = None) -> LoraAdapter:
         """Return the adapter as a LoRA, in the type that it had before.
 

@@ -19,6 +19,7 @@ from lotrtensor.adapters.formats.tensors import check_exists
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.parts import lowered
 from lotrtensor.core.options import check_flag, shown
+from lotrtensor.core.threads import on_one_thread
 from lotrtensor.errors import FormatError, RankError
 
 
@@ -123,6 +124,7 @@ class LoraAdapter:
         else:
             write_single_file(path, content, kohya=file_format == "kohya", force=force)
 
+    @on_one_thread
     def to_lora(self, rank: int | None = None) -> LoraAdapter:
         """Return the adapter itself, or the best of a lower rank, as other adapters' do.
 

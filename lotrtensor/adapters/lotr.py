@@ -18,6 +18,7 @@ from lotrtensor.adapters.parts import lowered
 from lotrtensor.core.balanced import balanced_factors
 from lotrtensor.core.options import check_flag, is_count, shown
 from lotrtensor.core.squared_error import SquaredError
+from lotrtensor.core.threads import on_one_thread
 from lotrtensor.errors import RankError
 
 
@@ -144,6 +145,7 @@ class LotrAdapter:
             for group in self.groups
         )
 
+    @on_one_thread
     def to_lora(self, rank: int | None = None) -> LoraAdapter:
         """Return the adapter as a LoRA, B_k = U P_k and A_k = Q_k Vᵀ with P_k Q_k ≈ G_k.
 

@@ -36,6 +36,7 @@ from lotrtensor.core.ranks.goal import Goal
 from lotrtensor.core.rates import rate_points
 from lotrtensor.core.slice_svd import SliceSvd
 from lotrtensor.core.subspaces import Subspaces, chance, leading_subspaces, overlaps
+from lotrtensor.core.threads import on_one_thread
 from lotrtensor.errors import OptionError
 from lotrtensor.verbs._compress import CompressionJob, compression_job
 from lotrtensor.verbs._fit_groups import Progress
@@ -53,6 +54,7 @@ RATES = 64
 Members = list[tuple[str, list[LoraModule]]]
 
 
+@on_one_thread
 def analyze(
     adapter: Adapter, shares: Sequence[float] = SHARES, progress: Progress | None = None
 ) -> Analysis:

@@ -15,6 +15,7 @@ from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup, module_stack
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.core.threads import on_one_thread
 from lotrtensor.errors import FormatError
 
 
@@ -55,6 +56,7 @@ class Difference(NamedTuple):
     modules: tuple[ModuleDifference, ...]
 
 
+@on_one_thread
 def compare(a: Adapter, b: Adapter) -> Difference:
     """Compare the updates of two adapters module by module, each a LoRA or a LoTR.
 

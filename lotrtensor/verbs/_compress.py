@@ -26,6 +26,7 @@ from lotrtensor.core.bits.stack import (
 from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank, make_goal
+from lotrtensor.core.threads import on_one_thread
 from lotrtensor.errors import DataError, OptionError, RankError
 from lotrtensor.verbs._alternatives import PriceInBits, Prices, alternatives, prices_in_bits
 from lotrtensor.verbs._fit_groups import Progress
@@ -38,6 +39,7 @@ PARTS: dict[str, Parts] = {"auto": "both", "lotr": "shared", "lora": "private"}
 """What each form is made of: shared factors, terms of single modules, or whichever is better."""
 
 
+@on_one_thread
 def compress(
     adapter: Adapter,
     *,

@@ -10,6 +10,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.sizes import check_dtype
 from lotrtensor.core.ranks.goal import Rank, check_rank
+from lotrtensor.core.threads import on_one_thread
 from lotrtensor.errors import RankError, UnsupportedAdapterError
 from lotrtensor.verbs._fit_groups import Progress, fit_groups
 from lotrtensor.verbs._goals import Asked, groups_goal
@@ -19,6 +20,7 @@ DEFAULT_BUDGET = "25%"
 """What `convert` keeps where nothing else is asked for: a quarter of the bytes."""
 
 
+@on_one_thread
 def convert(
     adapter: Adapter,
     *,

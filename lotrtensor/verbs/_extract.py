@@ -26,6 +26,7 @@ from lotrtensor.core.ranks.goal import Goal, Rank
 from lotrtensor.core.slice_svd import dense_svd
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.dense import LazyStack
+from lotrtensor.core.threads import on_one_thread
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import DataError, LotrWarning
 from lotrtensor.verbs._compare import lora_factors
@@ -42,6 +43,7 @@ from lotrtensor.verbs._sources import SourceGroup
 from lotrtensor.verbs._tuned_weights import TunedWeights, tuned_weights
 
 
+@on_one_thread
 def extract(
     base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],
@@ -169,6 +171,7 @@ def extract(
     return LotrAdapter(changed, config, store, extras)
 
 
+@on_one_thread
 def extraction_error(
     base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],

@@ -20,6 +20,7 @@ from lotrtensor.core.ranks.curve import Frontier, pair_at
 from lotrtensor.core.ranks.goal import Goal
 from lotrtensor.core.ranks.tolerance import fit_within
 from lotrtensor.core.squared_error import SquaredError
+from lotrtensor.core.threads import side_by_side
 from lotrtensor.errors import LotrWarning
 from lotrtensor.verbs._sources import SourceGroup
 
@@ -42,11 +43,17 @@ def fit_groups(
     progress: Progress | None = None,
 ) -> tuple[LotrGroup, ...]:
     """Decompose groups at one rank, or within one tolerance or size; see `convert`."""
-    jobs = []
-    for done, source in enumerate(sources):
+
+    def reduced(number: int) -> GroupFit:
+        source = sources[number]
         if progress:
-            progress(source.name, done, len(sources))
-        jobs.append(GroupFit(source, _reduce(source, goal)))
+            progress(source.name, number, len(sources))
+        return GroupFit(source, _reduce(source, goal))
+
+    numbers = range(len(sources))
+    # What is read on demand is in memory one slice at a time.
+    at_once = not any(source.lazy for source in sources)
+    jobs = side_by_side(reduced, numbers) if at_once else list(map(reduced, numbers))
     return fit_reduced(jobs, goal, dtype)
 
 

@@ -20,12 +20,14 @@ from lotrtensor.adapters.names import NameIndex, check_distinct
 from lotrtensor.adapters.quantised import quantised_modules, refuse_quantised
 from lotrtensor.core.linalg import norm2
 from lotrtensor.core.options import check_flag
+from lotrtensor.core.threads import on_one_thread
 from lotrtensor.errors import DataError, FormatError, LotrWarning, UnsupportedAdapterError
 from lotrtensor.verbs._changes import Change, Update, carried_changes, updates_of
 from lotrtensor.verbs._fitted_experts import fit_experts
 from lotrtensor.verbs._tied import check_tied
 
 
+@on_one_thread
 def merge(
     base: str | os.PathLike[str],
     adapter: Adapter,

@@ -19,6 +19,7 @@ from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Goal, Rank
 from lotrtensor.core.slice_svd import slice_svds
 from lotrtensor.core.stacks.low_rank import LowRankStack
+from lotrtensor.core.threads import on_one_thread
 from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import RankError
 from lotrtensor.verbs._compress import compress
@@ -58,6 +59,7 @@ def truncate(
 ) -> Adapter: ...
 
 
+@on_one_thread
 def truncate(
     adapter: Adapter | Tucker2,
     *,
