@@ -5,6 +5,7 @@ Nothing here reads or writes through the library, so that a test has an independ
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import io
 import json
@@ -194,6 +195,23 @@ def largest_distance(found: Arrays, expected: Arrays) -> float:
     """Largest relative Frobenius distance of a module; the modules must be the same ones."""
     assert found.keys() == expected.keys()
     return max(distance({k: found[k]}, {k: expected[k]}) for k in expected)
+
+
+def with_checksums(content: bytes) -> bytes:
+    """A safetensors file with the checksums that the page on file formats describes."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    metadata = header.pop("__metadata__", {})
+    found = ""
+    for key in sorted(header):
+        begin, end = header[key]["data_offsets"]
+        sides = ",".join(map(str, header[key]["shape"]))
+        text = f"{key}\n{header[key]['dtype']}\n{sides}\n".encode()
+        found += f"{binascii.crc32(text + data[begin:end]):08x}"
+    header["__metadata__"] = dict(sorted((metadata | {"lotr_crc32": found}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
 
 
 def snapshot(path: Path) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ import typer
 import lotrtensor
 from lotrtensor.cli import (
     analyze,
+    check,
     compress,
     convert,
     demo,
@@ -45,6 +46,7 @@ for command in (
     export.export,
     analyze.analyze,
     verify.verify,
+    check.check,
     extract.extract,
     merge.merge,
     packs.pack,

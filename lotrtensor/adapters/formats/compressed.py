@@ -96,7 +96,7 @@ def compressed_files(content: CompressedContent) -> dict[str, bytes]:
     config |= {"peft_type": PEFT_TYPE, "format_version": COMPRESSED_VERSION}
     return {
         CONFIG_NAME: json.dumps(config, separators=(",", ":"), sort_keys=True).encode(),
-        WEIGHTS_NAME: file_bytes(tensors, {}),
+        WEIGHTS_NAME: file_bytes(tensors, {}, checksums=True),
     }
 
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from lotrtensor.adapters.formats.checksums import CHECKSUMS, written
 from lotrtensor.adapters.formats.json_text import LARGEST, parse_json
 from lotrtensor.adapters.formats.paths import open_regular
 from lotrtensor.errors import FormatError
@@ -175,13 +176,20 @@ def data_start(content: bytes) -> int:
     return 8 + _length(content[:8])
 
 
-def with_sorted_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
+def with_sorted_metadata(
+    content: bytes, metadata: Mapping[str, str], *, checksums: bool = False
+) -> bytes:
     """Return the bytes of a file with its metadata sorted, so that equal files are equal bytes.
 
-    The library writes metadata in the order of a hash map, another one in each process.
+    The library writes metadata in the order of a hash map, another one in each process. With
+    ``checksums`` they are added to it.
     """
     begin = data_start(content)
     header: dict[str, Any] = json.loads(content[8:begin])
+    header.pop(_METADATA, None)
+    if checksums:
+        tensors = {key: _stored(Path(), key, entry, begin) for key, entry in header.items()}
+        metadata = {**metadata, CHECKSUMS: written(tensors, content)}
     header[_METADATA] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8

@@ -169,7 +169,8 @@ def write_single_file(
         tensors[name + up_end] = rounded(up, dtype, name + up_end)
     metadata = _metadata(layout, {module.rank for module in modules}, tensors)
     check = partial(check_lora_file, force=True)
-    write_file(path, file_bytes(tensors, metadata), force=force, check=check)
+    encoded = file_bytes(tensors, metadata, checksums=True)
+    write_file(path, encoded, force=force, check=check)
 
 
 _Pairs = dict[str, dict[int, Factor]]

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from lotrtensor.adapters.formats.checksums import CHECKSUMS, by_key, checksum, warn_of
 from lotrtensor.adapters.formats.directory import CONFIG_NAME
 from lotrtensor.adapters.formats.header import OpenFile, safe_open, with_sorted_metadata
 from lotrtensor.adapters.formats.json_text import read_json_object
@@ -138,7 +139,7 @@ def adapter_files(config: dict[str, Any], tensors: Tensors) -> dict[str, bytes]:
     """
     return {
         CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        WEIGHTS_NAME: file_bytes(tensors, {"format": "pt"}),
+        WEIGHTS_NAME: file_bytes(tensors, {"format": "pt"}, checksums=True),
     }
 
 
@@ -151,12 +152,23 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
         If the file is damaged.
     DataError
         If a tensor has a type that NumPy does not hold.
+
+    Warns
+    -----
+    LotrWarning
+        If a tensor is not as it was written, by the checksum in the header.
     """
     with safe_open(path) as file:
-        return {key: _read(file, key) for key in file.tensors}, dict(file.metadata)
+        metadata = {key: text for key, text in file.metadata.items() if key != CHECKSUMS}
+        return _read_all(file, list(file.tensors)), metadata
 
 
-def _read(file: OpenFile, key: str) -> np.ndarray:
+def _read_all(file: OpenFile, keys: list[str]) -> Tensors:
+    expected = by_key(file)
+    return {key: _read(file, key, expected.get(key)) for key in keys}
+
+
+def _read(file: OpenFile, key: str, expected: str | None) -> np.ndarray:
     stored = file.tensors[key]
     dtype = _DTYPES.get(stored.dtype)
     if dtype is None:
@@ -164,16 +176,22 @@ def _read(file: OpenFile, key: str) -> np.ndarray:
             f"{file.path}: {key} has a dtype that NumPy does not hold ({stored.dtype}); expected "
             f"{', '.join(known.name for known in FLOATS)}: dequantise the adapter first"
         )
-    found: np.ndarray = file.read(key).view(dtype).reshape(stored.shape)
+    content = file.read(key)
+    if expected is not None and checksum(stored, content.data) != expected:
+        warn_of(file, key)
+    found: np.ndarray = content.view(dtype).reshape(stored.shape)
     return found.astype(dtype.newbyteorder("="), copy=False)
 
 
-def file_bytes(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file; equal tensors and metadata are equal bytes."""
+def file_bytes(tensors: Tensors, metadata: Mapping[str, str], *, checksums: bool = False) -> bytes:
+    """Return a safetensors file; equal tensors and metadata are equal bytes.
+
+    With ``checksums`` its header holds one of every tensor; see `checksums`.
+    """
     # Not ascontiguousarray, which makes a vector of a number.
     ordered = {key: np.asarray(tensors[key], order="C") for key in sorted(tensors)}
     content = safetensors.numpy.save(ordered, metadata=dict(metadata))
-    return with_sorted_metadata(content, metadata)
+    return with_sorted_metadata(content, metadata, checksums=checksums)
 
 
 def _read_shards(index_path: Path) -> Tensors:
@@ -184,8 +202,8 @@ def _read_shards(index_path: Path) -> Tensors:
     for shard in sorted(set(weight_map.values())):
         with safe_open(index_path.parent / shard) as file:
             unnamed |= dict.fromkeys(file.tensors.keys() - weight_map.keys(), shard)
-            own = (key for key in file.tensors if weight_map.get(key) == shard)
-            tensors |= {key: _read(file, key) for key in own}
+            own = [key for key in file.tensors if weight_map.get(key) == shard]
+            tensors |= _read_all(file, own)
     missing = next((key for key in weight_map if key not in tensors), None)
     if missing is not None:
         raise FormatError(
