@@ -79,6 +79,15 @@ def test_an_update_of_fused_experts_is_merged_into_experts_stored_one_by_one(nam
     assert len(changed) == 3 * sum(len(g.modules) for g in lotr.to_adapter(model).groups) // 2
     merged = load(base, tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-3, atol=1e-3)
+    for form in ("lotr", "lora"):  # under the names that the model has
+        found = lt.extract(tmp_path / "base", tmp_path / "merged", rank=2, form=form)
+        assert lt.compare(lotr.to_adapter(model), found).relative_error < 1e-3
+        assert lt.extraction_error(tmp_path / "base", tmp_path / "merged", found) < 1e-3
+        assert found.config["target_modules"] == []
+    loaded = lotr.load_lotr(
+        copy.deepcopy(base), lt.extract(tmp_path / "base", tmp_path / "merged", rank=2)
+    )
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-2, atol=1e-2)
 
 
 def test_one_expert_is_read_at_a_time(tmp_path, monkeypatch):

@@ -6,14 +6,23 @@ An expert is a range of bytes of the tensor, so that it is read, compared and wr
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from lotrtensor.adapters.architecture import Architecture
 from lotrtensor.adapters.formats.checkpoint import FLOAT_TYPES, Checkpoint
-from lotrtensor.adapters.formats.experts import DOWN
+from lotrtensor.adapters.formats.experts import DOWN, parameter_path
 from lotrtensor.adapters.layers import WEIGHT
 from lotrtensor.errors import FormatError
+
+PARTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+"""Names that the matrices of an expert have one by one, those of a fused one in their order."""
+
+HOLDERS = (".mlp.", ".block_sparse_moe.")
+"""What the blocks of Mixtral are called today, and in checkpoints."""
 
 _FUSED = re.compile(r"(?:.*\.)?experts\.[^.]*[^.\d][^.]*")
 
@@ -90,6 +99,53 @@ def expert_weights(checkpoint: Checkpoint, architecture: Architecture | None) ->
             if layout is not None:
                 layouts[module] = layout
     return ExpertWeights(replace(checkpoint, tensors=tensors), parameters, layouts)
+
+
+def joined_experts(
+    weights: Iterable[str], checkpoint: Checkpoint, architecture: Architecture | None
+) -> dict[str, tuple[str, ...]]:
+    """Return the experts of fused parameters that a checkpoint holds one by one.
+
+    transformers joins them when it loads such a checkpoint: a model has no module for them.
+
+    Parameters
+    ----------
+    weights : iterable of str
+        Modules; all experts of a parameter that one of them is a part of are returned.
+    checkpoint : Checkpoint
+        Its tensors.
+    architecture : Architecture or None
+        Its class, which says what is fused; nothing is joined where it is not known.
+
+    Returns
+    -------
+    dict of str to tuple of str
+        The modules whose rows make the matrix of an expert, in their order, by its path.
+    """
+    shapes = architecture.shapes if architecture is not None else {}
+    new, old = HOLDERS
+    wanted = set()
+    for module in weights:
+        path = parameter_path(module)
+        holder, _, part = (path or "").replace(old, new).rpartition(".")
+        fused = (n for n, parts in PARTS.items() if any(part in names for names in parts))
+        wanted |= {
+            f"{holder}.{name}" for name in fused if len(shapes.get(f"{holder}.{name}", ())) == 3
+        }
+    found: dict[str, tuple[str, ...]] = {}
+    for parameter in sorted(wanted):
+        holder, _, name = parameter.rpartition(".")
+        for k in range(shapes[parameter][0]):
+            candidates = (
+                tuple(f"{own}.{k}.{part}" for part in parts)
+                for own in (holder, holder.replace(new, old))
+                for parts in PARTS[name]
+            )
+            stored = (c for c in candidates if all(m + WEIGHT in checkpoint.tensors for m in c))
+            own = next(stored, None)
+            if own is not None:
+                found[f"{holder}.{k}.{name}"] = own
+    return found
 
 
 def _layout(checkpoint: Checkpoint, name: str, architecture: Architecture | None) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,6 @@ import numpy as np
 
 from lotrtensor.adapters.deltas import Resized
 from lotrtensor.adapters.grouping import Slot, group_modules
-from lotrtensor.adapters.layers import WEIGHT
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
@@ -249,7 +249,7 @@ def _source(name: str, slots: Sequence[Slot], weights: TunedWeights) -> SourceGr
     def read(k: int) -> np.ndarray:
         return weights.read(slots[k].name)
 
-    keys = [slot.name + WEIGHT for slot in slots]
+    keys = [key for slot in slots for key in weights.keys(slot.name)]
     wide = {deltas.base.dtype(key).itemsize for key in keys}
     wide |= {deltas.tuned.dtype(key).itemsize for key in keys}
     # Deltas beyond the range of float32's squares are few, and show in the first.
@@ -263,7 +263,10 @@ def _source(name: str, slots: Sequence[Slot], weights: TunedWeights) -> SourceGr
         slice_ranks=None,
         embedding=slots[0].embedding,
         parameters=len(slots) * m * n,
-        bytes=sum(m * n * deltas.tuned.dtype(key).itemsize for key in keys),
+        bytes=sum(
+            math.prod(deltas.base.tensors[key].shape) * deltas.tuned.dtype(key).itemsize
+            for key in keys
+        ),
     )
 
 

@@ -8,20 +8,12 @@ from functools import partial
 
 import numpy as np
 
+from lotrtensor.adapters.expert_weights import HOLDERS, PARTS
 from lotrtensor.adapters.formats.checkpoint import Checkpoint
 from lotrtensor.adapters.formats.experts import parameter_path
 from lotrtensor.adapters.layers import WEIGHT
 from lotrtensor.adapters.names import NameIndex
 from lotrtensor.verbs._changes import Factors, Update
-
-_PARTS = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-}
-"""Names that the matrices of an expert have one by one, those of a fused one in their order."""
-
-_HOLDERS = (".mlp.", ".block_sparse_moe.")
-"""What the blocks of Mixtral are called today, and in checkpoints."""
 
 
 def fit_experts(updates: Mapping[str, Update], source: Checkpoint) -> dict[str, Update]:
@@ -55,9 +47,9 @@ def _parts(module: str, index: NameIndex) -> tuple[str, ...] | list[str]:
     path, _, parameter = module.rpartition(".")
     if index.find(module + WEIGHT):
         return ()
-    new, old = _HOLDERS
+    new, old = HOLDERS
     for holder in (path, path.replace(new, old)):
-        for names in _PARTS.get(parameter, ()):
+        for names in PARTS.get(parameter, ()):
             candidates = [f"{holder}.{name}" for name in names]
             if all(index.find(name + WEIGHT) for name in candidates):
                 return candidates

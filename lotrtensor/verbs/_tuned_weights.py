@@ -13,10 +13,11 @@ import numpy as np
 
 from lotrtensor.adapters.architecture import Architecture, Kind, read_architecture
 from lotrtensor.adapters.deltas import Deltas, Resized, compare_checkpoints, with_tied
-from lotrtensor.adapters.expert_weights import expert_weights
+from lotrtensor.adapters.expert_weights import expert_weights, joined_experts
 from lotrtensor.adapters.formats.carried import PREFIX
 from lotrtensor.adapters.formats.checkpoint import Checkpoint, open_checkpoint
 from lotrtensor.adapters.formats.directory import expand
+from lotrtensor.adapters.formats.experts import parameter_path
 from lotrtensor.adapters.formats.tensors import BFLOAT16, Tensors
 from lotrtensor.adapters.grouping import Slot, layer_order
 from lotrtensor.adapters.layers import WEIGHT, Layers
@@ -38,12 +39,15 @@ class TunedWeights:
         Those that an adapter carries in full, since an update would change nothing there.
     parameters : mapping of str to str
         The fused parameter of every module that is an expert of one.
+    joined : mapping of str to tuple of str
+        Of experts that are stored one by one, the modules that hold the rows of each.
     """
 
     deltas: Deltas
     kinds: dict[str, Kind]
     kept: frozenset[str]
     parameters: Mapping[str, str]
+    joined: Mapping[str, tuple[str, ...]]
 
     def slots(self) -> list[Slot]:
         """Modules that get an update, in the order of their layers."""
@@ -54,8 +58,14 @@ class TunedWeights:
 
     def read(self, module: str) -> np.ndarray:
         """Return ΔW (m × n) of a module, out × in."""
+        if module in self.joined:
+            return np.concatenate([self.deltas.read(key) for key in self.keys(module)])
         delta = self.deltas.read(module + WEIGHT)
         return delta.T if self._turned(module) else delta
+
+    def keys(self, module: str) -> list[str]:
+        """Names of the weights that a module's ΔW is of."""
+        return [part + WEIGHT for part in self.joined.get(module, (module,))]
 
     def dtype(self) -> np.dtype:
         """Type of the tuned weights, or the next that adapters are stored in."""
@@ -104,6 +114,9 @@ class TunedWeights:
         return self.kinds[module] in ("embedding", "conv1d")
 
     def _shape(self, module: str) -> tuple[int, int]:
+        if module in self.joined:
+            shapes = [self.deltas.base.tensors[key].shape for key in self.keys(module)]
+            return sum(rows for rows, _ in shapes), shapes[0][1]
         rows, columns = self.deltas.base.tensors[module + WEIGHT].shape
         return (columns, rows) if self._turned(module) else (rows, columns)
 
@@ -145,13 +158,17 @@ def tuned_weights(
     for name in names:
         experts.check_known(name, fan_in_fan_out)
     kinds = {name: layers.kind(name) for name in names}
+    joined = joined_experts(names, deltas.base, architecture)
+    parts = {part for members in joined.values() for part in members}
+    kinds = {n: k for n, k in kinds.items() if n not in parts} | dict.fromkeys(joined, "linear")
+    fused = {**fused, **{name: str(parameter_path(name)) for name in joined}}
     kept = _uncalled(kinds, architecture)
     if len(kept) == len(kinds):
         raise FormatError(
             f"{tuned} differs from {base} in weights alone that are used without their layer being "
             f"called, such as {min(kept)}; an adapter would change nothing there"
         )
-    return TunedWeights(deltas, kinds, kept, fused)
+    return TunedWeights(deltas, kinds, kept, fused, joined)
 
 
 def _with_whole_parameters(deltas: Deltas, parameters: Mapping[str, str]) -> Deltas:
