@@ -12,7 +12,7 @@ from lotrtensor.core.bits.terms import slope
 from lotrtensor.core.ranks.goal import make_goal
 from lotrtensor.errors import FormatError
 from lotrtensor.packs.coding import cells_by_module, member_to_tensors
-from lotrtensor.packs.encoding import alone, norm_of, on_bases
+from lotrtensor.packs.encoding import alone, norm_of, on_bases, settled
 from lotrtensor.packs.files import Index
 from lotrtensor.packs.members import Cell, Member
 from lotrtensor.packs.spool import Source, as_lora
@@ -71,7 +71,7 @@ def encode_new(
         make_goal(None, tolerance, None, None)
     else:
         tolerance = index.goal.get("tolerance")
-    step, norm = index.goal.get("step", 0.01), norm_of(lora)
+    step, norm = index.goal.get("step", 0.01), settled(norm_of(lora))
     form: Form = "auto" if index.share in ("auto", "layers") else "lora"
     by_module = cells_by_module(cells)
     found = []

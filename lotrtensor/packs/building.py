@@ -19,6 +19,7 @@ from lotrtensor.core.bits.terms import slope
 from lotrtensor.errors import FormatError, LotrError, LotrWarning, RankError
 from lotrtensor.packs import tasks
 from lotrtensor.packs.coding import cells_to_tensors
+from lotrtensor.packs.encoding import settled
 from lotrtensor.packs.files import (
     ADAPTER_SHARD,
     BUILD,
@@ -223,7 +224,7 @@ class _Builder:
 
     def _draft(self, step: float, tolerance: float | None) -> Draft:
         """Fit the cells at a step and encode every adapter, in the cheaper of two ways."""
-        request, numbers = self.request, list(self.adapters)
+        request, numbers, step = self.request, list(self.adapters), settled(step)
         cells = self._fit(step, "")
         if cells and tolerance is not None:
             cells = self._fit(step, self._weights(cells, step, tolerance))
@@ -267,7 +268,7 @@ class _Builder:
         What a basis leaves of an adapter, its private part would have to hold, column by column.
         """
         found = self._encode("weighing", cells, step, None)
-        errors = {n: own.error / tolerance for n, own in found.items()}
+        errors = {n: settled(own.error / tolerance) for n, own in found.items()}
         return tasks.write_weights(
             self.folder, {n: min(max(error, 0.5), 2.0) for n, error in errors.items()}
         )

@@ -37,6 +37,15 @@ def common_config(lora: LoraAdapter) -> dict[str, Any]:
     }
 
 
+def settled(value: float) -> float:
+    """Return a number to six digits, which sums in another order do not change.
+
+    Libraries add in an order that depends on where arrays lie; steps and weights that are chosen by
+    sums would differ in their last digits from run to run, and files with them.
+    """
+    return float(f"{value:.6g}")
+
+
 def norm_of(lora: LoraAdapter) -> float:
     """√Σ ‖ΔW‖² of an adapter."""
     stacks = (LowRankStack([m.B], [m.A]) for m in lora.modules)
@@ -122,15 +131,17 @@ def within(tolerance: float, at: Callable[[float], T], step: float) -> T:
     """
     best, before, low, high, fails = None, None, 0.0, math.inf, 0
     for _ in range(2 * TRIES):
+        step = settled(step)
         try:
             found = at(step)
         except RankError:
             break
         error = found.relative_error
         if error <= tolerance:
+            idle = low and error < (1.0 + IDLE) * (best.relative_error if best else 0.0)
             best, low = found, step
-            if error >= SPARE * tolerance or not error:
-                break
+            if error >= SPARE * tolerance or not error or idle:
+                break  # where nothing is private any more, a coarser step saves nothing
         else:
             high, fails = step, fails + 1
         power = 1.0
@@ -154,6 +165,9 @@ def within(tolerance: float, at: Callable[[float], T], step: float) -> T:
 
 FALLS = (0.99, 0.8, 0.6, 0.4)
 """Ratios of a step to the last one that was too coarse, at most: after one such, two, and so on."""
+
+IDLE = 1e-3
+"""Growth of the error with the step below which no coarser step is tried."""
 
 CLOSE = 1.01
 """Ratio of two steps between which no other is looked for."""

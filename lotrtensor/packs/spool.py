@@ -27,7 +27,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.errors import FormatError
 from lotrtensor.packs.coding import CARRIED
-from lotrtensor.packs.encoding import common_config, norm_of
+from lotrtensor.packs.encoding import common_config, norm_of, settled
 from lotrtensor.packs.files import INDEX
 from lotrtensor.packs.reading import Packed, load_packed
 
@@ -90,7 +90,7 @@ def spool(build: str, number: int, name: str, source: Source) -> None:
         "dtype": lora.dtype.name,
         "stored": [m.stored and [x.name for x in m.stored] for m in lora.modules],
         "bytes": lora.bytes,
-        "norm": norm_of(lora),
+        "norm": settled(norm_of(lora)),
         "config": common_config(lora),
     }
     write_once(record, json.dumps(content).encode())

@@ -44,15 +44,11 @@ COLUMN_BITS = 8
 
 
 class Share(NamedTuple):
-    """What ranks (p, q) cost and lose: ``bits`` of all slices together, squared error ``lost2``.
-
-    ``common`` are those of the bits that are spent once: columns of U and V, and the mean core.
-    """
+    """What ranks (p, q) cost and lose: bits of all slices together, and squared error."""
 
     ranks: tuple[int, int]
     bits: float
     lost2: float
-    common: float = 0.0
 
     def price(self, step: float) -> float:
         """‖error‖² + λ · bits."""
@@ -155,18 +151,18 @@ class CollectionInBits:
         common, own, rounding2 = self._corners(step)
         if not common.size:
             return found
-        # All in the basis: the best corner of those that leave no private terms.
-        price = rounding2 + self._beyond2[: common.shape[0], : common.shape[1]]
-        price = price + slope(step) * (common + own)
-        best = np.unravel_index(int(np.argmin(price)), price.shape)
-        pairs = {(int(best[0]) + 1, int(best[1]) + 1)}
-        pairs |= {(min(p, price.shape[0]), min(q, price.shape[1])) for p, q in self._ladder}
-        for p, q in sorted(pairs):
-            place = p - 1, q - 1
+        # All in the basis, the best corner of all; then pairs that leave private terms.
+        whole2 = rounding2 + self._beyond2[: common.shape[0], : common.shape[1]]
+        price = whole2 + slope(step) * (common + own)
+        i, j = np.unravel_index(int(np.argmin(price)), price.shape)
+        bits = float(common[i, j] + own[i, j])
+        found.append(Share((int(i) + 1, int(j) + 1), bits, float(whole2[i, j])))
+        for p, q in self._ladder:
+            if p > common.shape[0] or q > common.shape[1]:
+                continue  # columns too small for any code
             bits, lost2 = self._private(self._residual((p, q)), step)
-            once = float(common[place])
-            bits, lost2 = bits + once + float(own[place]), lost2 + float(rounding2[place])
-            found.append(Share((p, q), bits, lost2, once))
+            bits += float(common[p - 1, q - 1] + own[p - 1, q - 1])
+            found.append(Share((p, q), bits, lost2 + float(rounding2[p - 1, q - 1])))
         return found
 
     def best(self, step: float) -> Share:
