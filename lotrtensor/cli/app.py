@@ -54,7 +54,6 @@ for command in (
     packs.remove,
     packs.refit,
     packs.unpack,
-    packs.check,
     demo.demo,
 ):
     app.command()(command)

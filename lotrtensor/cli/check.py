@@ -1,7 +1,8 @@
-"""lotr check: whether the files of an adapter are as they were written."""
+"""lotr check: whether the files of an adapter, or of a pack, are as they were written."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from lotrtensor.adapters.hub import fetch, is_remote
 from lotrtensor.adapters.integrity import FileCheck, check_files
 from lotrtensor.cli.common import Json, output_console, print_json, progress_bar
+from lotrtensor.cli.packs import check_pack, holds_pack
 from lotrtensor.errors import FormatError, printable
 
 NAMED = 3
@@ -18,16 +20,21 @@ NAMED = 3
 def check(
     path: Annotated[
         str,
-        typer.Argument(metavar="FILE", path_type=str, help="Adapter directory or file."),
+        typer.Argument(metavar="FILE", path_type=str, help="Adapter directory or file, or pack."),
     ],
     json: Json = False,
 ) -> None:
-    """Compare every tensor of an adapter with its checksum.
+    """Compare every tensor of an adapter with its checksum; of a pack, decode every adapter too.
 
     Exit code 1 if one differs, or if a file holds no checksums: other programs write none.
 
     Example: lotr check my-lotr
+
+    Example: lotr check a-pack
     """
+    if holds_pack(path):
+        check_pack(Path(path), json=json)
+        return
     with progress_bar("checking"):
         files = check_files(fetch(path) if is_remote(path) else path)
     for file in files:

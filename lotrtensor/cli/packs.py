@@ -1,4 +1,4 @@
-"""lotr pack, add, remove, refit, unpack, check: many adapters of one model in one directory."""
+"""lotr pack, add, remove, refit, unpack: many adapters of one model in one directory."""
 
 from __future__ import annotations
 
@@ -236,11 +236,8 @@ def unpack(
     console.print(f"relative difference to what the pack holds: {error(found)}")
 
 
-def check(path: PackPath, json: Json = False) -> None:
-    """Read every file of a pack, and decode every adapter in it.
-
-    Example: lotr check a-pack
-    """
+def check_pack(path: Path, *, json: bool) -> None:
+    """Read every file of a pack, and decode every adapter in it."""
     with progress_bar("checking"):
         found = Pack(path)
         found.check()
