@@ -352,3 +352,30 @@ def test_a_side_is_shared_as_well_as_any_of_its_rank(tmp_path):
         lt.shared_outer(lt.convert(adapter, rank=2), rank=2)
     with pytest.raises(lt.RankError, match="at least 1"):
         lt.shared_outer(adapter, rank=0)
+
+
+@pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+def test_gates_and_ways_up_that_are_apart_are_joined_for_peft(names, tmp_path):
+    base = tiny("qwen3_moe")
+    block = "block_sparse_moe" if names[0] == "w1" else "mlp"
+    modules, expected = [], {}
+    for layer, e in np.ndindex(2, 4):
+        gate, up, down = (
+            lt.LoraModule(
+                f"model.layers.{layer}.{block}.experts.{e}.{name}",
+                numbers(m, 2, seed=e + 10 * k),
+                numbers(2, n, seed=e + 10 * k + 5),
+            )
+            for k, (name, m, n) in enumerate(zip(names, (16, 16, 32), (32, 32, 16), strict=True))
+        )
+        modules += [gate, up, down] if e != 2 else [up, down]
+        whole = np.vstack([gate.B @ gate.A * (e != 2), up.B @ up.A])
+        path = f"model.layers.{layer}.mlp.experts.{e}"
+        expected[f"{path}.gate_up_proj"] = torch.from_numpy(whole).double()
+        expected[f"{path}.down_proj"] = torch.from_numpy(down.B @ down.A).double()
+    adapter = lt.LoraAdapter(tuple(modules), {"target_modules": ["w1"]}, np.dtype("f4"))
+    adapter.save(tmp_path / "lora", experts="parameters")
+    agree(dense(lt.load(tmp_path / "lora")), expected)
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").double()
+    dense_model = with_dense(base, expected)
+    assert torch.allclose(logits(model), logits(dense_model), rtol=1e-4, atol=1e-4)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -238,6 +239,43 @@ def fused_parameters(modules: Iterable[str], targets: Sequence[str] | None) -> d
         if path and any(path == t or path.endswith(f".{t}") for t in targets or ()):
             found[module] = path
     return found
+
+
+def join_parts(modules: Sequence[LoraModule]) -> tuple[LoraModule, ...]:
+    """Return modules with the gate and the way up of every expert as one, as models fuse them.
+
+    ΔW of ``gate_up_proj`` is that of ``gate_proj`` (``w1``) over that of ``up_proj`` (``w3``), one
+    below the other; ranks add up. ``w2`` becomes ``down_proj``.
+    """
+    parts: dict[str, dict[str, LoraModule]] = {}
+    found = []
+    for module in modules:
+        match = _EXPERT.fullmatch(module.name)
+        side = _PARTS.get(match["parameter"]) if match else None
+        if match is None or side is None or match["experts"].split(".")[-1] != "experts":
+            found.append(module)
+            continue
+        holder = f".{match['experts']}".replace(".block_sparse_moe.", ".mlp.")[1:]
+        parts.setdefault(f"{holder}.{match['number']}", {})[side] = module
+    for expert, sides in parts.items():
+        if "down" in sides:
+            found.append(replace(sides["down"], name=f"{expert}.down_proj"))
+        pair = [sides.get("gate"), sides.get("up")]
+        given = [module for module in pair if module is not None]
+        if given:
+            m = given[0].shape[0]
+            b = [x.B if x is not None else np.zeros((m, 0)) for x in pair]
+            wide = np.zeros((2 * m, b[0].shape[1] + b[1].shape[1]), np.result_type(*b))
+            wide[:m, : b[0].shape[1]], wide[m:, b[0].shape[1] :] = b
+            thin = np.vstack([module.A for module in given])
+            found.append(LoraModule(f"{expert}.gate_up_proj", wide, thin))
+    return tuple(found)
+
+
+_PARTS = {
+    **{"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
+    **{"w1": "gate", "w3": "up", "w2": "down"},
+}
 
 
 def stack_experts(

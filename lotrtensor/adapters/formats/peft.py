@@ -15,6 +15,7 @@ from lotrtensor.adapters.formats.experts import (
     TARGETS,
     ExpertsLayout,
     fused_parameters,
+    join_parts,
     parameter_path,
     split_experts,
     stack_experts,
@@ -40,6 +41,9 @@ from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.rounding import rounded
 from lotrtensor.core.options import check_choice
 from lotrtensor.errors import FormatError, RankError, UnsupportedAdapterError
+
+GATES = (".gate_proj", ".w1")
+"""Ends of the paths of experts' matrices that models with fused experts join to one."""
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's max_lora_rank takes."""
@@ -132,6 +136,8 @@ def write_lora(
         If ``pad`` is given and the rank exceeds vLLM's largest.
     """
     modules, source_config, dtype, extras = content
+    apart = experts == "parameters" and any(m.name.endswith(GATES) for m in modules)
+    modules = join_parts(modules) if apart else modules
     rank = max(module.rank for module in modules)
     if pad:
         rank = _vllm_rank(rank)
@@ -167,6 +173,8 @@ def write_lora(
     config = {key: value for key, value in source_config.items() if key not in dropped}
     plain = sorted({m.name for m in modules if m.name not in fused})
     config.setdefault("target_modules", plain)
+    if apart:
+        config["target_modules"] = plain
     if fused and layout == "parameters":
         config[TARGETS] = source_config.get(TARGETS) or sorted(set(fused.values()))
     elif fused and isinstance(config["target_modules"], list):
