@@ -31,8 +31,8 @@ def near(found, expected, most=1e-6):
     return float((found - expected).detach().norm()) < most * float(expected.detach().norm())
 
 
-def adapted(name="mixtral", seed=1, base=None, rank=(3, 5), **options):
-    base = tiny(name) if base is None else base
+def adapted(name="mixtral", seed=1, base=None, rank=(3, 5), dtype=torch.float64, **options):
+    base = tiny(name, dtype) if base is None else base
     config = LotrConfig(r=rank, target_parameters=TARGETS, **options)
     return base, randomise(peft.get_peft_model(copy.deepcopy(base), config), seed=seed)
 
@@ -270,3 +270,37 @@ def test_mixed_batches_are_refused():
     model.eval()
     with pytest.raises(lt.UnsupportedAdapterError, match=r"experts.*which row"):
         model(TOKENS, adapter_names=["default", "__base__"])
+
+
+def _train_in_a_process(rank, world, store, out):
+    """Two steps under DistributedDataParallel; each process has its own rows."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    _, model = adapted("qwen3_moe", dtype=torch.float32)
+    ddp = torch.nn.parallel.DistributedDataParallel(model.train())
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        rows = TOKENS[rank::world]
+        ddp(input_ids=rows, labels=rows).loss.backward()
+        optimiser.step()
+    if rank == 0:
+        torch.save(peft.get_peft_model_state_dict(model), out)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    args = (2, str(tmp_path / "store"), str(tmp_path / "state"))
+    torch.multiprocessing.spawn(_train_in_a_process, args, nprocs=2)
+    found = torch.load(tmp_path / "state")
+    _, model = adapted("qwen3_moe", dtype=torch.float32)
+    model.train()
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        optimiser.step()
+    for key, value in peft.get_peft_model_state_dict(model).items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)

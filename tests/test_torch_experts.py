@@ -334,3 +334,57 @@ def test_experts_spread_over_devices_are_refused():
     model.model.layers[1].mlp.experts._is_expert_parallel = True
     with pytest.raises(lt.UnsupportedAdapterError, match=r"layers\.1.*spread over devices"):
         lotr.apply_lotr(model, target_parameters=TARGETS, rank=2)
+
+
+class Ungated(torch.nn.Module):
+    """Experts without a gate, in × out, with biases and a norm of every expert's output."""
+
+    has_gate, has_bias, is_transposed, has_post_expert_norm = False, True, True, True
+    num_experts = 4
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj = torch.nn.Parameter(torch.randn(4, 8, 6))
+        self.up_proj_bias = torch.nn.Parameter(torch.randn(4, 6))
+        self.down_proj = torch.nn.Parameter(torch.randn(4, 6, 8))
+        self.down_proj_bias = torch.nn.Parameter(torch.randn(4, 8))
+        self.post_expert_norm = torch.nn.LayerNorm(8)
+
+    def act_fn(self, x):
+        return torch.relu(x)
+
+    def _apply_gate(self, x):
+        raise AssertionError("there is no gate")
+
+    def forward(self, x, index, weights):
+        out = torch.zeros_like(x)
+        for t, choices in enumerate(index.tolist()):
+            for place, e in enumerate(choices):
+                y = self.act_fn(x[t] @ self.up_proj[e] + self.up_proj_bias[e])
+                y = self.post_expert_norm(y @ self.down_proj[e] + self.down_proj_bias[e])
+                out[t] += weights[t, place] * y
+        return out
+
+
+def test_experts_without_a_gate_and_with_a_norm_of_their_outputs():
+    torch.manual_seed(0)
+    model = tiny_experts()
+    model.experts = Ungated()
+    model.double()
+    dense, x = copy.deepcopy(model), torch.randn(9, 8, dtype=torch.float64)
+    names = ["experts.up_proj", "experts.down_proj"]
+    randomise(lotr.apply_lotr(model, target_parameters=names, rank=2))
+    for name, update in model.experts.updates.items():
+        for e in range(4):
+            getattr(dense.experts, name).data[e] += update.delta_weight(e).T
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-9, atol=1e-9)
+    alone = lotr.apply_lotr(lotr.unload(model), target_parameters=names[:1], rank=2)
+    assert torch.isfinite(alone(x)).all()
+
+
+def test_no_tokens_give_no_output():
+    model = lotr.apply_lotr(tiny_experts(), target_parameters=TARGETS, rank=2)
+    found = randomise(model)(torch.zeros(0, 8))
+    assert found.shape == (0, 8)
+    found.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
