@@ -322,11 +322,24 @@ def test_an_adapter_of_some_experts_or_of_a_compressed_form_is_refused():
     some = lt.LoraAdapter(adapter.modules[1:], {}, adapter.dtype)
     with pytest.raises(lt.FormatError, match=r"3 of the 4 experts of .*experts\.down_proj"):
         lotr.load_lotr(base, lt.convert(some, rank=2))
-    small = lt.compress(adapter, budget="30%")
-    if any(any(group.private_ranks) for group in small.groups):
-        with pytest.raises(lt.UnsupportedAdapterError, match="private factors"):
-            lotr.load_lotr(base, small)
+    apart = tuple(
+        lt.LoraModule(m.name, *(torch.randn(*x.shape).numpy() for x in (m.B, m.A)))
+        for m in adapter.modules
+    )
+    own = lt.compress(lt.LoraAdapter(apart, {}, adapter.dtype), tolerance=0.3)
+    assert any(any(group.private_ranks) for group in own.groups)
+    with pytest.raises(lt.UnsupportedAdapterError, match=r"experts\.0.*private factors"):
+        lotr.load_lotr(base, own)
     assert all(p.requires_grad for p in base.parameters())
+
+
+def test_a_compressed_adapter_whose_experts_share_everything_is_loaded():
+    base, model = adapted("mixtral")
+    small = lt.compress(lotr.to_adapter(model).to_lora(), tolerance=0.01)
+    assert not any(any(group.private_ranks) for group in small.groups)
+    loaded = lotr.load_lotr(copy.deepcopy(base), small)
+    found = with_dense(base, {m.name: torch.from_numpy(m.B @ m.A) for m in small.to_lora().modules})
+    assert near(logits(loaded), logits(found), 1e-4)
 
 
 def test_experts_spread_over_devices_are_refused():
