@@ -46,6 +46,7 @@ from lotrtensor.packs._pack import pack
 from lotrtensor.packs._refit import refit
 from lotrtensor.packs.members import Cell, Member
 from lotrtensor.packs.pack import Pack, PackRow, VerifiedRow
+from lotrtensor.packs.serving import ServePlan
 from lotrtensor.verbs._compare import Difference, ModuleDifference, compare
 from lotrtensor.verbs._compress import compress
 from lotrtensor.verbs._convert import convert
@@ -88,6 +89,7 @@ __all__ = [
     "PackRow",
     "RankError",
     "RatePoint",
+    "ServePlan",
     "ShapeError",
     "Similarity",
     "SliceStack",

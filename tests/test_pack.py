@@ -205,3 +205,22 @@ def test_one_adapter_opens_without_the_others(tmp_path, monkeypatch):
     assert [bool(prefix) for prefix, _ in read] == [True, False] or len(read) == 2
     assert own <= made.row("user-33").bytes
     assert len([f for f in made.files if f.startswith("adapters")]) == 3
+
+
+def test_a_plan_for_a_server(tmp_path):
+    """Counted by hand: four modules of two shapes, slots over m + n."""
+    adapters = family(4, common=0.05, own=0.02)
+    made = lt.pack(adapters, tmp_path / "pack", tolerance=0.2)
+    sides = sum(sum(m.shape) for m in adapters["user-0"].modules)
+    plan = made.serve_plan(max_loras=3)
+    ranks = [m.rank for n in made.names for m in made.unpack(n).modules]
+    assert plan.unpacked_rank >= max(ranks) and plan.original_rank == 4
+    assert (plan.max_lora_rank, plan.fits) == (8, True)
+    assert plan.slot_bytes == plan.original_slot_bytes == 2 * 3 * 8 * sides
+    bases = [c.basis for c in made.cells]
+    numbers = sum(x.size for b in bases for x in (b.left, b.right, b.mean))
+    assert plan.base_bytes == 2 * numbers
+    assert plan.own_bytes < plan.slot_bytes / 10
+    assert not made.serve_plan(max_lora_rank=1).fits or plan.unpacked_rank == 1
+    with pytest.raises(lt.OptionError, match="max_loras"):
+        made.serve_plan(max_loras=0)

@@ -57,6 +57,7 @@ for command in (
     demo.demo,
 ):
     app.command()(command)
+app.command("serve-plan")(packs.serve_plan)
 
 
 def _print_version(wanted: bool) -> None:

@@ -236,6 +236,40 @@ def unpack(
     console.print(f"relative difference to what the pack holds: {error(found)}")
 
 
+def serve_plan(
+    path: PackPath,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(help="Rank of a slot; what the unpacked adapters need by default.")
+    ] = None,
+    max_loras: Annotated[int, typer.Option(help="Number of slots.")] = 8,
+    json: Json = False,
+) -> None:
+    """Count what a pack's adapters take on a device: in slots of vLLM or SGLang, and as they are.
+
+    Example: lotr serve-plan a-pack --max-loras 4
+    """
+    with progress_bar("counting"):
+        plan = Pack(path).serve_plan(max_lora_rank, max_loras)
+    if json:
+        print_json(dict(plan._asdict()))
+        return
+    console = output_console()
+    console.print(
+        f"{plan.max_loras} slots of rank {plan.max_lora_rank} over {plan.modules} modules, 16 bit: "
+        f"{size(plan.slot_bytes)}; for the originals, of rank {plan.original_rank}: "
+        f"{size(plan.original_slot_bytes)}"
+    )
+    if not plan.fits:
+        console.print(
+            f"the unpacked adapters have ranks up to {plan.unpacked_rank} and do not fit: raise "
+            f"--max-lora-rank, or unpack with --rank {plan.max_lora_rank}"
+        )
+    console.print(
+        f"as the pack has them: {size(plan.base_bytes)} of bases once, and {size(plan.own_bytes)} "
+        f"for {plan.max_loras} adapters"
+    )
+
+
 def check_pack(path: Path, *, json: bool) -> None:
     """Read every file of a pack, and decode every adapter in it."""
     with progress_bar("checking"):

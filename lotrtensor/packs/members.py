@@ -83,7 +83,8 @@ class Member:
                 basis = self.cells[module.name].basis
                 core = basis.core(self.cores[module.name], self.step, self.weight)
                 b, a = basis.slice_factors(core)
-                b, a = np.hstack([b, module.B]), np.vstack([a, module.A])
+                if module.B.any():  # else a column of zeros, which stands for no terms
+                    b, a = np.hstack([b, module.B]), np.vstack([a, module.A])
                 module = LoraModule(module.name, b, a, module.embedding)
             modules.append(module)
         return tuple(modules)

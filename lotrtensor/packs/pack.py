@@ -28,6 +28,7 @@ from lotrtensor.packs.files import (
 )
 from lotrtensor.packs.members import Cell, Member
 from lotrtensor.packs.reading import entry_of, read_cells, read_member
+from lotrtensor.packs.serving import ServePlan, plan_serving
 from lotrtensor.packs.spool import Source
 from lotrtensor.verbs._compare import compare, lora_factors
 
@@ -293,6 +294,25 @@ class Pack:
             mean = _mean_error(source, member) if member.cores else None
             rows.append(VerifiedRow(name, found, mean, row.bytes, source.bytes))
         return tuple(rows)
+
+    def serve_plan(self, max_lora_rank: int | None = None, max_loras: int = 8) -> ServePlan:
+        """Count what the adapters take on a device: in slots of a server, and as they are here.
+
+        Parameters
+        ----------
+        max_lora_rank : int, optional
+            Rank of a slot, vLLM's ``--max-lora-rank``; the least that the unpacked adapters fit in
+            if not given.
+        max_loras : int
+            Number of slots: ``--max-loras``, or SGLang's ``--max-loras-per-batch``.
+
+        Raises
+        ------
+        OptionError
+            If a number is no integer of at least 1.
+        """
+        members = [self.member(name) for name in self.names]
+        return plan_serving(members, self.cells, max_lora_rank, max_loras)
 
     def _set(self, index: Index) -> None:
         if index.cells != self._index.cells:
