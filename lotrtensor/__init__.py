@@ -14,6 +14,7 @@ from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import GroupSummary, LotrAdapter
 from lotrtensor.adapters.modules import FactoredCore, FitRecord, LoraModule, LotrGroup
+from lotrtensor.adapters.parts import GroupParts
 from lotrtensor.analysis import Analysis, Choice, Similarity, analyze, similarity
 from lotrtensor.core.clusters import Clustering, cluster
 from lotrtensor.core.fit.certificate import Tucker2Fit
@@ -72,6 +73,7 @@ __all__ = [
     "FactoredCore",
     "FitRecord",
     "FormatError",
+    "GroupParts",
     "GroupSummary",
     "LazyStack",
     "LoraAdapter",

@@ -32,6 +32,14 @@ class GroupParts:
         P_k (m × c_k) and Q_k (n × c_k) of every slice; c_k may be 0. Empty where no slice has any.
     embedding : bool
         Whether the modules are embeddings, whose weights are n × m.
+
+    Examples
+    --------
+    >>> import numpy as np, lotrtensor as lt
+    >>> left, core, right = np.ones((4, 2)), np.ones((1, 2, 3)), np.ones((5, 3))
+    >>> parts = lt.GroupParts("q", ("layers.0.q",), (4, 5), (2,), left, core, right)
+    >>> parts.rank, parts.private_ranks
+    ((2, 3), ())
     """
 
     name: str
@@ -55,12 +63,17 @@ class GroupParts:
         return tuple(left.shape[1] for left, _ in self.private)
 
 
-def group_parts(groups: Iterable[LotrGroup | CompressedGroup]) -> tuple[GroupParts, ...]:
+def group_parts(
+    groups: Iterable[LotrGroup | CompressedGroup | GroupParts],
+) -> tuple[GroupParts, ...]:
     """Return the groups of an adapter in parts; those of a compressed one in float64."""
-    return tuple(
-        _of_lotr(group) if isinstance(group, LotrGroup) else _of_compressed(group)
-        for group in groups
-    )
+    return tuple(map(_parts, groups))
+
+
+def _parts(group: LotrGroup | CompressedGroup | GroupParts) -> GroupParts:
+    if isinstance(group, GroupParts):
+        return group
+    return _of_lotr(group) if isinstance(group, LotrGroup) else _of_compressed(group)
 
 
 def thin_module(

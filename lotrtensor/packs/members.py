@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule
-from lotrtensor.adapters.parts import lowered
+from lotrtensor.adapters.parts import GroupParts, group_parts, lowered
 from lotrtensor.core.bits.basis import QuantisedBasis
 from lotrtensor.errors import RankError
 
@@ -74,6 +76,59 @@ class Member:
     def relative_error(self) -> float:
         """Relative Frobenius error of the whole adapter, as stored."""
         return self.own.relative_error
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Fields of ``adapter_config.json`` that say where the adapter belongs."""
+        return self.own.config
+
+    @property
+    def extras(self) -> Mapping[str, np.ndarray]:
+        """Tensors that it carries unchanged."""
+        return self.own.extras
+
+    @cached_property
+    def groups(self) -> tuple[GroupParts, ...]:
+        """Its groups as plain numbers: one for every cell that it uses, and those that use none."""
+        slices = {
+            name: (group, terms, rank)
+            for group in self.own.groups
+            for name, terms, rank in zip(
+                group.modules, group.stack.private, group.slice_ranks, strict=True
+            )
+        }
+        found = []
+        for cell in dict.fromkeys(self.cells[name] for name in self.cores):
+            names = tuple(name for name in cell.modules if name in self.cores)
+            left, right = cell.basis.factors
+            cores = [cell.basis.core(self.cores[n], self.step, self.weight) for n in names]
+            pairs = [slices[name][1].factors() for name in names]
+            own = tuple((b, a.T) for b, a in pairs)
+            found.append(
+                GroupParts(
+                    name=names[0] if len(names) == 1 else f"{names[0]} …",
+                    modules=names,
+                    shape=cell.shape,
+                    slice_ranks=tuple(slices[name][2] for name in names),
+                    left=left,
+                    core=np.stack(cores),
+                    right=right,
+                    private=own if any(b.shape[1] for b, _ in own) else (),
+                    embedding=slices[names[0]][0].embedding,
+                )
+            )
+        if not self.cores:
+            return group_parts(self.own.groups)
+        rest = [name for name in slices if name not in self.cores]
+        for name in rest:
+            group, terms, rank = slices[name]
+            (m, n), (b, a) = group.shape, terms.factors()
+            nothing = np.zeros((m, 0)), np.zeros((1, 0, 0)), np.zeros((n, 0))
+            own = ((b, a.T),) if b.shape[1] else ()
+            found.append(
+                GroupParts(name, (name,), group.shape, (rank,), *nothing, own, group.embedding)
+            )
+        return tuple(found)
 
     def updates(self) -> tuple[LoraModule, ...]:
         """Return every ΔW as thin factors in float64, exactly what is stored."""

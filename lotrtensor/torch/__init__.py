@@ -13,6 +13,7 @@ from lotrtensor.torch.exporting import to_adapter
 from lotrtensor.torch.factors import FactorTable, SharedFactors
 from lotrtensor.torch.linear import LotrLinear
 from lotrtensor.torch.merging import merge, unload, unmerge
+from lotrtensor.torch.packs import load_pack
 from lotrtensor.torch.state import load_lotr, lotr_state_dict, save_lotr
 from lotrtensor.torch.watch import LayerUse, check_adapted
 
@@ -26,6 +27,7 @@ __all__ = [
     "apply_lotr",
     "check_adapted",
     "load_lotr",
+    "load_pack",
     "lotr_state_dict",
     "merge",
     "param_groups",

@@ -14,6 +14,7 @@ from lotrtensor.adapters.loading import load
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.parts import GroupParts, group_parts
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
+from lotrtensor.packs.members import Member
 from lotrtensor.torch.apply import (
     TABLE,
     check_train,
@@ -67,7 +68,7 @@ def lotr_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def load_lotr(
     model: nn.Module,
-    source: Source,
+    source: Source | Member,
     *,
     rank: Rank | None = None,
     group_by: str = "type",
@@ -81,7 +82,8 @@ def load_lotr(
     model : nn.Module
         The base model; or one that has these LoTR layers already, which are filled.
     source : path-like, adapter, or mapping of str to tensor
-        A LoTR; a compressed adapter, whose codes become plain numbers; or a LoRA or weight deltas
+        A LoTR; a compressed adapter or one of a pack (`lotrtensor.Pack.member`), whose codes become
+        plain numbers; or a LoRA or weight deltas
         ΔW_k (m × n) by path, which are brought into LoTR form first: fine-tuning then goes on from
         where they were.
     rank : int or (int, int), optional
@@ -156,7 +158,13 @@ def load_lotr(
     return model
 
 
-def _loadable(source: Source, rank: Rank | None, group_by: str) -> LotrAdapter | CompressedAdapter:
+def _loadable(
+    source: Source | Member, rank: Rank | None, group_by: str
+) -> LotrAdapter | CompressedAdapter | Member:
+    if isinstance(source, Member):
+        if rank is None:
+            return source
+        source = source.to_lora()
     if isinstance(source, str | os.PathLike):
         source = load(source)
     if isinstance(source, CompressedAdapter) and rank is None:
