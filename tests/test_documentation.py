@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.families import Point, others, table
+
 ROOT = Path(__file__).parent.parent / "docs"
 PAGES = sorted(page for page in ROOT.rglob("*.md") if "_build" not in page.parts)
 
@@ -61,3 +63,17 @@ def test_the_table_of_speed_is_what_was_measured():
             text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
             assert cell.strip() == text
         assert row[-1] == f"{values['peak_bytes'] / 2**20:.0f}"
+
+
+def test_the_tables_of_packs_are_what_was_measured():
+    """Row by row, as ``python -m tests.bench.families`` left it in families.json; and the claim."""
+    page = (ROOT / "howto" / "packs.md").read_text("utf-8")
+    content = json.loads((ROOT / "families.json").read_text("utf-8"))
+    for lines in (table(content), others(content)):
+        assert "\n".join(lines) in page
+    points = [Point(**row) for row in content["points"]]
+    packs = [p for p in points if p.form == "pack"]
+    for other in points:
+        if other.form in ("vlora", "lorashare") and other.error >= 0.1:
+            own = [p for p in packs if p.family == other.family]
+            assert any(p.bytes < other.bytes and p.error < other.error for p in own), other
