@@ -6,57 +6,58 @@ The base package needs NumPy and SciPy only; it imports no deep-learning framewo
 import lotrtensor.interrupts  # noqa: F401 - before all that takes time to import
 
 # isort: split
-from importlib.metadata import version
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from lotrtensor.adapters.compressed import CompressedAdapter, CompressedSummary
-from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, SourceRecord
-from lotrtensor.adapters.loading import load
-from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.lotr import GroupSummary, LotrAdapter
-from lotrtensor.adapters.modules import FactoredCore, FitRecord, LoraModule, LotrGroup
-from lotrtensor.adapters.parts import GroupParts
-from lotrtensor.analysis import Analysis, Choice, Similarity, analyze, similarity
-from lotrtensor.core.clusters import Clustering, cluster
-from lotrtensor.core.fit.certificate import Tucker2Fit
-from lotrtensor.core.fit.tucker2_fit import tucker2
-from lotrtensor.core.operands import as_stack
-from lotrtensor.core.rates import RatePoint, rate_distortion
-from lotrtensor.core.similarity import (
-    cosine_similarity,
-    inner,
-    norm,
-    principal_angles,
-    subspace_overlap,
-)
-from lotrtensor.core.stacks.dense import DenseStack, LazyStack
-from lotrtensor.core.stacks.low_rank import LowRankStack
-from lotrtensor.core.stacks.protocol import SliceStack
-from lotrtensor.core.tucker2 import Tucker2
-from lotrtensor.errors import (
-    DataError,
-    FormatError,
-    LotrError,
-    LotrWarning,
-    MissingPackageError,
-    OptionError,
-    RankError,
-    ShapeError,
-    UnsupportedAdapterError,
-)
-from lotrtensor.packs._pack import pack
-from lotrtensor.packs._refit import refit
-from lotrtensor.packs.members import Cell, Member
-from lotrtensor.packs.pack import Pack, PackRow, VerifiedRow
-from lotrtensor.packs.serving import ServePlan
-from lotrtensor.verbs._compare import Difference, ModuleDifference, compare
-from lotrtensor.verbs._compress import compress
-from lotrtensor.verbs._convert import convert
-from lotrtensor.verbs._extract import extract, extraction_error
-from lotrtensor.verbs._merge import merge
-from lotrtensor.verbs._shared_outer import shared_outer
-from lotrtensor.verbs._truncate import truncate
+if TYPE_CHECKING:
+    from lotrtensor.adapters.compressed import CompressedAdapter, CompressedSummary
+    from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, SourceRecord
+    from lotrtensor.adapters.loading import load
+    from lotrtensor.adapters.lora import LoraAdapter
+    from lotrtensor.adapters.lotr import GroupSummary, LotrAdapter
+    from lotrtensor.adapters.modules import FactoredCore, FitRecord, LoraModule, LotrGroup
+    from lotrtensor.analysis import Analysis, Choice, Similarity, analyze, similarity
+    from lotrtensor.core.clusters import Clustering, cluster
+    from lotrtensor.core.fit.certificate import Tucker2Fit
+    from lotrtensor.core.fit.tucker2_fit import tucker2
+    from lotrtensor.core.operands import as_stack
+    from lotrtensor.core.rates import RatePoint, rate_distortion
+    from lotrtensor.core.similarity import (
+        cosine_similarity,
+        inner,
+        norm,
+        principal_angles,
+        subspace_overlap,
+    )
+    from lotrtensor.core.stacks.dense import DenseStack, LazyStack
+    from lotrtensor.core.stacks.low_rank import LowRankStack
+    from lotrtensor.core.stacks.protocol import SliceStack
+    from lotrtensor.core.tucker2 import Tucker2
+    from lotrtensor.errors import (
+        DataError,
+        FormatError,
+        LotrError,
+        LotrWarning,
+        MissingPackageError,
+        OptionError,
+        RankError,
+        ShapeError,
+        UnsupportedAdapterError,
+    )
+    from lotrtensor.packs._pack import pack
+    from lotrtensor.packs._refit import refit
+    from lotrtensor.packs.members import Cell, Member
+    from lotrtensor.packs.pack import Pack, PackRow, VerifiedRow
+    from lotrtensor.packs.serving import ServePlan
+    from lotrtensor.verbs._compare import Difference, ModuleDifference, compare
+    from lotrtensor.verbs._compress import compress
+    from lotrtensor.verbs._convert import convert
+    from lotrtensor.verbs._extract import extract, extraction_error
+    from lotrtensor.verbs._merge import merge
+    from lotrtensor.verbs._shared_outer import shared_outer
+    from lotrtensor.verbs._truncate import truncate
 
-__version__ = version("lotrtensor")
+    __version__: str
 
 __all__ = [
     "Alternative",
@@ -123,3 +124,77 @@ __all__ = [
     "truncate",
     "tucker2",
 ]
+
+_HOMES = {
+    "adapters.compressed": ("CompressedAdapter", "CompressedSummary"),
+    "adapters.compressed_group": ("Alternative", "CompressedGroup", "SourceRecord"),
+    "adapters.loading": ("load",),
+    "adapters.lora": ("LoraAdapter",),
+    "adapters.lotr": ("GroupSummary", "LotrAdapter"),
+    "adapters.modules": ("FactoredCore", "FitRecord", "LoraModule", "LotrGroup"),
+    "analysis": ("Analysis", "Choice", "Similarity", "analyze", "similarity"),
+    "core.clusters": ("Clustering", "cluster"),
+    "core.fit.certificate": ("Tucker2Fit",),
+    "core.fit.tucker2_fit": ("tucker2",),
+    "core.operands": ("as_stack",),
+    "core.rates": ("RatePoint", "rate_distortion"),
+    "core.similarity": (
+        "cosine_similarity",
+        "inner",
+        "norm",
+        "principal_angles",
+        "subspace_overlap",
+    ),
+    "core.stacks.dense": ("DenseStack", "LazyStack"),
+    "core.stacks.low_rank": ("LowRankStack",),
+    "core.stacks.protocol": ("SliceStack",),
+    "core.tucker2": ("Tucker2",),
+    "errors": (
+        "DataError",
+        "FormatError",
+        "LotrError",
+        "LotrWarning",
+        "MissingPackageError",
+        "OptionError",
+        "RankError",
+        "ShapeError",
+        "UnsupportedAdapterError",
+    ),
+    "packs._pack": ("pack",),
+    "packs._refit": ("refit",),
+    "packs.members": ("Cell", "Member"),
+    "packs.pack": ("Pack", "PackRow", "VerifiedRow"),
+    "packs.serving": ("ServePlan",),
+    "verbs._compare": ("Difference", "ModuleDifference", "compare"),
+    "verbs._compress": ("compress",),
+    "verbs._convert": ("convert",),
+    "verbs._extract": ("extract", "extraction_error"),
+    "verbs._merge": ("merge",),
+    "verbs._shared_outer": ("shared_outer",),
+    "verbs._truncate": ("truncate",),
+}
+"""Where each public name is defined. A module is imported when a name of it is first asked for: who
+wants one function, or the help of a command, does not wait for all others."""
+
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+_PACKAGES = ("adapters", "analysis", "core", "packs", "report", "verbs")
+
+
+def __getattr__(name: str) -> object:
+    """Import what a public name stands for, once."""
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"lotrtensor.{_MODULE_OF[name]}"), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("lotrtensor")
+    elif name in _PACKAGES:
+        return import_module(f"lotrtensor.{name}")
+    else:
+        raise AttributeError(f"module 'lotrtensor' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

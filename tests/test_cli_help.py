@@ -23,11 +23,11 @@ from adapters_fixtures import (
     lotr_process,
     write_lora,
 )
-from lotrtensor.cli.app import app
+from lotrtensor.cli.commands import COMMANDS
 
 # --- help -----------------------------------------------------------------------------------------
 
-ALL_COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+ALL_COMMANDS = list(COMMANDS)
 
 
 @pytest.fixture(scope="module")

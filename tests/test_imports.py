@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
 import json
 import subprocess
 import sys
-import types
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +70,62 @@ def test_import_lotrtensor_needs_no_framework_and_no_terminal():
     assert not found & {*FRAMEWORKS, *TERMINAL}
 
 
+HEAVY = {
+    "import lotrtensor": ("numpy", "scipy", "ml_dtypes", "safetensors"),
+    "lotr --help": ("numpy", "scipy", "ml_dtypes", "safetensors", "lotrtensor.adapters"),
+    "lotr inspect": (
+        "scipy",
+        "array_api_compat.numpy",
+        "lotrtensor.analysis",
+        "lotrtensor.torch",
+        "lotrtensor.verbs._compress",
+        "lotrtensor.verbs._extract",
+        "concurrent.futures",
+        "numpy.f2py",
+        "numpy.ma",
+        "numpy.testing",
+    ),
+}
+"""What takes long to import, and is not needed: a person waits for it at every call."""
+
+
+@pytest.mark.parametrize("what", HEAVY)
+def test_nothing_heavy_is_imported_before_it_is_needed(what, tmp_path):
+    command = {"lotr --help": ["--help"], "lotr inspect": ["inspect", "lora"]}.get(what)
+    program = "import lotrtensor"
+    if command:
+        program = f"""
+import sys
+sys.argv = ["lotr", *{command!r}]
+from lotrtensor.cli import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+"""
+    write_lora(tmp_path / "lora", dtype="bfloat16")
+    tail = "\nprint(*sys.modules)" if command else "\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program + tail], capture_output=True, check=True, cwd=tmp_path
+    )
+    found = set(done.stdout.decode().splitlines()[-1].split())
+    assert "lotrtensor" in found
+    assert not found & {*HEAVY[what], *FRAMEWORKS}
+
+
+def test_the_list_of_commands_says_what_they_say_themselves():
+    from typer.main import get_command
+
+    from lotrtensor.cli.app import app
+    from lotrtensor.cli.commands import COMMANDS
+
+    group = get_command(app)
+    for name, (_, summary) in COMMANDS.items():
+        command = group.get_command(None, name)
+        assert command.name == name
+        assert command.help.split("\n\n")[0].replace("\n", " ") == summary
+
+
 def test_the_whole_main_job_imports_no_framework(tmp_path):
     program = """
 import contextlib, io, sys
@@ -111,14 +169,24 @@ def test_the_block_blocks():
 
 
 def test_the_public_list_is_what_there_is():
-    names = {
-        name
-        for name, value in vars(lt).items()
-        if not name.startswith("_")
-        and not isinstance(value, types.ModuleType)
-        and value.__module__.startswith("lotrtensor")
-    }
-    assert set(lt.__all__) == names
+    import lotrtensor.core as core
+
+    for package in (lt, core):
+        written = ast.parse(Path(package.__file__).read_text())
+        (typed,) = (node for node in written.body if isinstance(node, ast.If))
+        typed_names = {
+            (node.module, alias.name)
+            for node in typed.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        # What a type checker sees is what there is.
+        assert {name for _, name in typed_names} == set(package.__all__)
+        for module, name in typed_names:
+            assert getattr(package, name) is getattr(importlib.import_module(module), name)
+    assert set(lt.__all__) <= set(dir(lt))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = lt.nonsense
     assert list(lt.__all__) == sorted(set(lt.__all__))
     assert set(lt.__all__) >= PUBLIC
 

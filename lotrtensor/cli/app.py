@@ -12,24 +12,12 @@ from typing import NoReturn
 import typer
 
 import lotrtensor
-from lotrtensor.cli import (
-    analyze,
-    check,
-    compress,
-    convert,
-    demo,
-    export,
-    extract,
-    inspect,
-    merge,
-    packs,
-    truncate,
-    verify,
-)
+from lotrtensor.cli.commands import Commands
 from lotrtensor.errors import LotrError, printable
 
 app = typer.Typer(
     name="lotr",
+    cls=Commands,
     help="Low tensor rank adapters: convert trained LoRA adapters into LoTR form, and back.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -38,26 +26,6 @@ app = typer.Typer(
     "the package; [bold]lotr COMMAND --help[/] shows an example of every command.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
-    inspect.inspect,
-    convert.convert,
-    compress.compress,
-    truncate.truncate,
-    export.export,
-    analyze.analyze,
-    verify.verify,
-    check.check,
-    extract.extract,
-    merge.merge,
-    packs.pack,
-    packs.add,
-    packs.remove,
-    packs.refit,
-    packs.unpack,
-    demo.demo,
-):
-    app.command()(command)
-app.command("serve-plan")(packs.serve_plan)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -24,9 +24,14 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from lotrtensor.adapters.formats.directory import expand
+from lotrtensor.errors import LotrError
+from lotrtensor.packs.files import is_pack
 from lotrtensor.report.documents import Document, dumps
 from lotrtensor.report.names import plain_console, shown_name
-from lotrtensor.verbs._fit_groups import Progress as ProgressHook
+
+if TYPE_CHECKING:
+    from lotrtensor.verbs._fit_groups import Progress as ProgressHook
 
 # A string that is completed like a path: a Path would turn hf://owner/name into hf:/owner/name.
 AdapterPath = Annotated[
@@ -55,6 +60,14 @@ FanInFanOut = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an adapter that stands there.")]
+
+
+def holds_pack(path: str) -> bool:
+    """Whether a path is the directory of a pack; what is no path is left to who reads it."""
+    try:
+        return is_pack(expand(path))
+    except (LotrError, OSError):
+        return False
 
 
 def output_console() -> Console:

@@ -7,10 +7,15 @@ from typing import Annotated
 import typer
 
 from lotrtensor.adapters.loading import load
-from lotrtensor.cli.common import AdapterPath, Json, output_console, print_json, progress_bar
-from lotrtensor.cli.packs import holds_pack, show_pack
+from lotrtensor.cli.common import (
+    AdapterPath,
+    Json,
+    holds_pack,
+    output_console,
+    print_json,
+    progress_bar,
+)
 from lotrtensor.errors import printable
-from lotrtensor.packs.pack import Pack
 from lotrtensor.report.documents import inspect_document
 from lotrtensor.report.spectra import add_spectra, spectra_table
 from lotrtensor.report.tables import adapter_table, size_line
@@ -30,6 +35,9 @@ def inspect(
     Example: lotr inspect a-pack
     """
     if holds_pack(adapter):
+        from lotrtensor.cli.packs import show_pack
+        from lotrtensor.packs.pack import Pack
+
         show_pack(Pack(adapter), json=json)
         return
     with progress_bar():

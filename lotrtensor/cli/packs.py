@@ -20,11 +20,10 @@ from lotrtensor.cli.common import (
     print_json,
     progress_bar,
 )
-from lotrtensor.errors import FormatError, LotrError, MissingPackageError
+from lotrtensor.errors import FormatError, MissingPackageError
 from lotrtensor.packs._pack import name_adapters
 from lotrtensor.packs._pack import pack as pack_adapters
 from lotrtensor.packs._refit import refit as refit_pack
-from lotrtensor.packs.files import is_pack
 from lotrtensor.packs.pack import Pack
 from lotrtensor.packs.spool import Source
 from lotrtensor.report.packs import pack_document, pack_line, pack_table
@@ -283,11 +282,3 @@ def check_pack(path: Path, *, json: bool) -> None:
         f"{path}: {document['adapters']} adapters in {document['files']} files, all as written",
         markup=False,
     )
-
-
-def holds_pack(path: str) -> bool:
-    """Whether a path is the directory of a pack; what is no path is left to who reads it."""
-    try:
-        return is_pack(expand(path))
-    except (LotrError, OSError):
-        return False

@@ -7,12 +7,9 @@ from typing import Annotated
 import typer
 
 from lotrtensor.adapters.loading import load
-from lotrtensor.cli.common import Json, output_console, print_json, progress_bar
-from lotrtensor.cli.packs import holds_pack, named
+from lotrtensor.cli.common import Json, holds_pack, output_console, print_json, progress_bar
 from lotrtensor.errors import FormatError
-from lotrtensor.packs.pack import Pack, VerifiedRow
 from lotrtensor.report.documents import difference_document
-from lotrtensor.report.packs import verified_document, verified_table
 from lotrtensor.report.tables import difference_table, error
 from lotrtensor.verbs._compare import compare
 
@@ -59,6 +56,10 @@ def verify(
 
 
 def _verify_pack(path: str, originals: list[str], *, json: bool) -> None:
+    from lotrtensor.cli.packs import named
+    from lotrtensor.packs.pack import Pack, VerifiedRow
+    from lotrtensor.report.packs import verified_document, verified_table
+
     pack = Pack(path)
     rows: list[VerifiedRow] = []
     with progress_bar("comparing") as progress:

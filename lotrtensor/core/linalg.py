@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import scipy.linalg
 from array_api_compat import (
     device,
     is_numpy_namespace,
@@ -70,6 +69,8 @@ def orthonormal_basis(x: Array) -> Array:
     """Orthonormal columns that span those of ``x`` (a × b, b ≤ a): the Q of its QR."""
     xp = namespace(x)
     if is_numpy_namespace(xp) and x.size > LARGE**2:
+        import scipy.linalg  # takes longer to import than most commands to run
+
         return scipy.linalg.qr(x, mode="economic", check_finite=False)[0]
     return xp.linalg.qr(x)[0]
 
@@ -138,6 +139,8 @@ def leading_left(x: Array, rank: int, *, squared: bool) -> tuple[Array, Array]:
         return orthonormal_basis(vectors) if completed else vectors, values
     gram = x @ x.T
     if is_numpy_namespace(xp) and a > LARGE:
+        import scipy.linalg
+
         values2, vectors = scipy.linalg.eigh(
             gram, subset_by_index=(a - rank, a - 1), check_finite=False, overwrite_a=True
         )

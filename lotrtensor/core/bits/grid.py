@@ -16,8 +16,6 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import ndtr
 
 from lotrtensor.core.arrays import Array, namespace
 from lotrtensor.core.options import shown
@@ -165,6 +163,8 @@ def _even_step(bits: int) -> float:
 
     Max, IRE Trans. Inf. Theory 6 (1960), table II.
     """
+    from scipy.optimize import minimize_scalar  # half a second, for one width that few ask for
+
     found = minimize_scalar(
         lambda step: _even_cost(bits, step)[1], bounds=(1e-3, 3.0), method="bounded"
     )
@@ -173,6 +173,8 @@ def _even_step(bits: int) -> float:
 
 def _even_cost(bits: int, step: float) -> tuple[float, float]:
     """Entropy and distortion of 2ᵇ levels at odd multiples of half a step."""
+    from scipy.special import ndtr
+
     borders = step * np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1) + 1.0)
     levels = (borders[1:] + borders[:-1]) / 2
     borders[0], borders[-1] = -np.inf, np.inf
@@ -193,6 +195,8 @@ def _table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _normal(deviation: float) -> tuple[float, float]:
     """Entropy and distortion of a standard normal of ``deviation`` steps, summed code by code."""
+    from scipy.special import ndtr
+
     codes = np.arange(1, math.ceil(9 * deviation) + 3)
     lower, upper = (codes - ROUNDING) / deviation, (codes + 1 - ROUNDING) / deviation
     shares = ndtr(-lower) - ndtr(-upper)
