@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lotrtensor import FormatError, LowRankStack, RankError, tucker2
-from lotrtensor.core.bits import stream
+from lotrtensor.core.bits import grid, stream
 from lotrtensor.core.bits.common import common_spaces, part_between
 from lotrtensor.core.bits.gauge import equalising_rotation
 from lotrtensor.core.bits.grid import (
@@ -24,7 +24,7 @@ from lotrtensor.core.bits.grid import (
     round_to_grid,
     round_to_width,
 )
-from lotrtensor.core.bits.shared import core_kinds, quantise_tucker2
+from lotrtensor.core.bits.shared import core_kinds, corner_sums, quantise_tucker2
 from lotrtensor.core.bits.stack import StackInBits
 from lotrtensor.core.bits.terms import lost2, predicted_total, quantise_slice, slope
 from lotrtensor.core.slice_svd import slice_svds
@@ -364,3 +364,24 @@ def test_what_is_common_is_shared_beside_large_terms_of_single_slices():
                 assert made.shared_ranks == (4, 4)
                 assert {terms.rank for terms in made.private} <= {2, 3}
         assert cost["both"] < 0.8 * min(cost["shared"], cost["private"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_table_is_read_as_numpy_reads_it(seed):
+    rng = np.random.default_rng(seed)
+    places = np.arange(grid.FIRST_PLACE, 8.01, 1 / grid.PLACES)
+    columns = [rng.normal(size=len(places)) for _ in range(2)]
+    near = np.concatenate([places, np.nextafter(places, np.inf), np.nextafter(places, -np.inf)])
+    place = np.concatenate([rng.uniform(-6, 10, 10_000), near, [-np.inf, np.inf, 0.0, -1e-300]])
+    for found, column in zip(grid.interpolated(place, columns), columns, strict=True):
+        np.testing.assert_array_equal(found, np.interp(place, places, column))
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (1, 1), (1, 5), (7, 4)])
+def test_corner_sums_are_those_of_all_corners(shape):
+    x = np.random.default_rng(0).normal(size=shape)
+    found = corner_sums(x)
+    assert found.shape == shape
+    np.testing.assert_array_equal(found, np.cumsum(np.cumsum(x, axis=0), axis=1))
+    for p, q in np.ndindex(shape):
+        assert found[p, q] == pytest.approx(x[: p + 1, : q + 1].sum())

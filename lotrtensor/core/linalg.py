@@ -120,6 +120,25 @@ def gram_root(x: Array) -> Array:
     return xp.astype(xp.sqrt(values2)[..., :, None] * xp.matrix_transpose(vectors), x.dtype)
 
 
+def singular_values(x: Array) -> Array:
+    """All min(a, b) singular values of ``x`` (a × b), falling.
+
+    Of a type narrower than the widest one they are roots of the eigenvalues of the Gram matrix in
+    the widest: that is as good as the numbers are, at a fifth of the time; see `gram_root`.
+    """
+    xp = namespace(x)
+    x = x if x.shape[0] >= x.shape[1] else x.T
+    if as_accumulator(x[:0, :]).dtype == x.dtype:
+        return xp.linalg.svdvals(gram_root(x))
+    rows = max(1, _BLOCK // x.shape[1])
+    gram = 0.0
+    for start in range(0, x.shape[0], rows):
+        block = as_accumulator(x[start : min(start + rows, x.shape[0]), :])
+        gram = gram + block.T @ block
+    values2 = xp.flip(xp.linalg.eigvalsh(gram), axis=0)
+    return xp.sqrt(xp.where(values2 > 0, values2, xp.zeros_like(values2)))
+
+
 def leading_eigenvectors(gram: Array, rank: int) -> Array:
     """The ``rank`` leading eigenvectors (a × rank) of a small symmetric matrix (a × a)."""
     return namespace(gram).linalg.eigh(gram)[1][:, gram.shape[0] - rank :]

@@ -12,6 +12,7 @@ from lotrtensor.core.fit.hosvd import hosvd
 from lotrtensor.core.fit.reduced_stack import ReducedStack
 from lotrtensor.core.fit.reduction import reduce_stack
 from lotrtensor.core.fit.tucker2_fit import Method, check_method
+from lotrtensor.core.linalg import singular_values
 from lotrtensor.core.operands import Operand, as_stack
 from lotrtensor.core.options import check_integer, check_number, shown
 from lotrtensor.core.ranks.curve import pair_at
@@ -167,6 +168,10 @@ def truncation_curve(
 
 def spectra(stack: SliceStack) -> Spectra:
     """Singular values of both unfoldings and norms of the slices: how much there is to share."""
+    if isinstance(stack, LowRankStack):
+        factors = (stack.left_factor(), stack.right_factor())
+        left, right = (to_numpy(singular_values(factor)) for factor in factors)
+        return Spectra(left, right, np.sqrt(to_numpy(stack.norms2())))
     _, small, _ = stack.reduce()
     found = hosvd(small)
     left, right = to_numpy(found.left_values), to_numpy(found.right_values)

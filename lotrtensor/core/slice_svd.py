@@ -33,21 +33,34 @@ def slice_svds(stack: LowRankStack) -> list[SliceSvd]:
     through each step together. Cost Σ_k 6 (m + n) r_k² flops.
     """
     found: dict[int, SliceSvd] = {}
+    width = stack.shape[1] + stack.shape[2]
     for rank in sorted(set(stack.ranks)):
         members = [k for k, r in enumerate(stack.ranks) if r == rank]
-        xp = namespace(stack.empty())
-        lefts = xp.stack([as_accumulator(stack.factors(k)[0]) for k in members])
-        rights = xp.stack([as_accumulator(stack.factors(k)[1].T) for k in members])
-        left, left_triangle = xp.linalg.qr(lefts)
-        right, right_triangle = xp.linalg.qr(rights)
-        small = to_numpy(left_triangle @ xp.matrix_transpose(right_triangle))
-        turn_left, values, turn_right = np.linalg.svd(small, full_matrices=False)
-        place = {"dtype": left.dtype, "device": device(left)}
-        left = left @ xp.asarray(turn_left, **place)
-        right = right @ xp.asarray(np.swapaxes(turn_right, 1, 2), **place)
-        for i, k in enumerate(members):
-            found[k] = SliceSvd(left[i, :, :], values[i], right[i, :, :])
+        # So many together that what is done to them stays in the cache.
+        most = max(1, ENTRIES // (rank * width))
+        for first in range(0, len(members), most):
+            some = members[first : first + most]
+            found.update(zip(some, _svds(stack, some), strict=True))
     return [found[k] for k in range(stack.shape[0])]
+
+
+def _svds(stack: LowRankStack, members: Sequence[int]) -> list[SliceSvd]:
+    """`slice_svds` of slices of one rank."""
+    xp = namespace(stack.empty())
+    lefts = xp.stack([as_accumulator(stack.factors(k)[0]) for k in members])
+    rights = xp.stack([as_accumulator(stack.factors(k)[1].T) for k in members])
+    left, left_triangle = xp.linalg.qr(lefts)
+    right, right_triangle = xp.linalg.qr(rights)
+    small = to_numpy(left_triangle @ xp.matrix_transpose(right_triangle))
+    turn_left, values, turn_right = np.linalg.svd(small, full_matrices=False)
+    place = {"dtype": left.dtype, "device": device(left)}
+    left = left @ xp.asarray(turn_left, **place)
+    right = right @ xp.asarray(np.swapaxes(turn_right, 1, 2), **place)
+    return [SliceSvd(left[i, :, :], values[i], right[i, :, :]) for i in range(len(members))]
+
+
+ENTRIES = 2**18
+"""Entries of factors that are decomposed at once: 2 MiB of float64."""
 
 
 def truncate_slices(svds: Sequence[SliceSvd], ranks: Sequence[int]) -> LowRankStack:

@@ -12,6 +12,7 @@ Theory 14 (1968)).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -146,11 +147,11 @@ def grid_cost(deviation: np.ndarray) -> Cost:
     deviations, bits, distortions = _table()
     with np.errstate(divide="ignore"):
         place = np.log2(np.asarray(deviation, dtype=np.float64))
-    found = np.interp(place, deviations, bits)
+    (found, logarithm) = interpolated(place, (bits, distortions))
     # Far above a step, the entropy of the density less that of a cell, and Δ² / 12.
     fine = place > deviations[-1]
     found = np.where(fine, place + 0.5 * math.log2(2 * math.pi * math.e), found)
-    distortion = np.exp(np.interp(place, deviations, distortions))
+    distortion = np.exp(logarithm)
     with np.errstate(over="ignore"):
         distortion = np.where(fine, 2.0 ** (-2.0 * place) / 12, distortion)
     coarse = place < deviations[0]
@@ -185,10 +186,35 @@ def _even_cost(bits: int, step: float) -> tuple[float, float]:
     return -float(np.sum(some * np.log2(some))), 1 - product**2 / square
 
 
+def interpolated(place: np.ndarray, columns: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """`numpy.interp` at ``place`` of columns over the places of the table, to the last bit.
+
+    They are `PLACES` a unit, so that the neighbours of an entry are known without a search.
+    """
+    last = len(columns[0]) - 1
+    scaled = np.clip(place, FIRST_PLACE, FIRST_PLACE + last / PLACES) * PLACES  # exact
+    index = scaled.astype(np.int64, copy=False)
+    index -= index > scaled  # towards zero is up, where it is negative
+    index -= FIRST_PLACE * PLACES
+    np.minimum(index, last - 1, out=index)
+    offset = (scaled - (index + FIRST_PLACE * PLACES)) / PLACES
+    beyond = place >= FIRST_PLACE + last / PLACES
+    found = []
+    for column in columns:
+        slopes = np.diff(column) * PLACES
+        inside = slopes[index] * offset + column[index]
+        found.append(np.where(beyond, column[-1], inside))
+    return found
+
+
+FIRST_PLACE, PLACES = -4, 8
+"""Logarithm of the least deviation in the table, and how many there are to a factor of two."""
+
+
 @cache
 def _table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """log₂ of deviations from 1/16 to 256 steps, bits, and logarithms of the distortion."""
-    deviations = np.arange(-4.0, 8.01, 0.125)
+    deviations = np.arange(FIRST_PLACE, 8.01, 1 / PLACES)
     rows = [_normal(2.0**deviation) for deviation in deviations]
     return deviations, np.array([row[0] for row in rows]), np.log([row[1] for row in rows])
 

@@ -111,6 +111,7 @@ class StackInBits:
 
     def __init__(self, stack: LowRankStack, parts: Parts, width: int | None = None) -> None:
         self.stack, self.parts, self.width = stack, parts, width
+        self._predictions: dict[float, dict[Parts, Prediction]] = {}
         self.svds: Sequence[SliceSvd] = slice_svds(stack)
         self.norm2 = float(sum(np.sum(svd.values**2) for svd in self.svds))
         if parts != "private":
@@ -136,8 +137,14 @@ class StackInBits:
     def predictions(self, step: float) -> dict[Parts, Prediction]:
         """Return what a shared part, a private one, and the better of them cost and lose.
 
-        Only what the stack may be made of is there.
+        Only what the stack may be made of is there. A search for a size comes by the same steps as
+        the one before it, so that what was predicted is kept.
         """
+        if step not in self._predictions:
+            self._predictions[step] = self._predicted(step)
+        return self._predictions[step]
+
+    def _predicted(self, step: float) -> dict[Parts, Prediction]:
         found: dict[Parts, Prediction] = {}
         if self.parts != "shared":
             spectra = [svd.values for svd in self.svds]
