@@ -9,8 +9,7 @@ import typer
 
 from lotrtensor.adapters.hub import fetch, is_remote
 from lotrtensor.adapters.integrity import FileCheck, check_files
-from lotrtensor.cli.common import Json, output_console, print_json, progress_bar
-from lotrtensor.cli.packs import check_pack, holds_pack
+from lotrtensor.cli.common import Json, holds_pack, output_console, print_json, progress_bar
 from lotrtensor.errors import FormatError, printable
 
 NAMED = 3
@@ -33,6 +32,8 @@ def check(
     Example: lotr check a-pack
     """
     if holds_pack(path):
+        from lotrtensor.cli.packs import check_pack
+
         check_pack(Path(path), json=json)
         return
     with progress_bar("checking"):

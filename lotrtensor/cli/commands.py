@@ -42,7 +42,8 @@ COMMANDS = {
     ),
     "check": (
         "check",
-        "Compare every tensor of an adapter with its checksum; of a pack, decode every adapter too.",
+        "Compare every tensor of an adapter with its checksum; of a pack, decode every adapter "
+        "too.",
     ),
     "extract": ("extract", "Fit an adapter to the difference of two checkpoints, slice by slice."),
     "merge": (
