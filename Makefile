@@ -20,7 +20,7 @@ stage = @printf '\n== %s\n' '$(1)'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest test-deep test-oldest lint notebooks docs bench evidence peft-matrix clean
+.PHONY: help demo test pytest test-deep test-oldest fuzz lint notebooks docs bench evidence peft-matrix clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,11 @@ SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 test-deep: $(TEST)/installed ## Look for new cases that break a property; repeat a run with SEED=
 	$(call stage,properties; to repeat this run: make test-deep SEED=$(SEED))
 	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-seed=$(SEED)
+
+# A case has a number, which repeats it; the same numbers are the same cases.
+RUNS := 1000000
+fuzz: $(TEST)/installed ## Read a million changed files (RUNS=), and write the counts into docs/fuzz.json
+	@$(BIN)/python -m tests.fuzz --runs $(RUNS) --processes 2 --json docs/fuzz.json
 
 test-oldest: ## Run the tests with the lowest versions that pyproject.toml allows, on Python 3.11
 	@$(MAKE) --no-print-directory $(OLDEST)/installed TEST=$(OLDEST) CONSTRAINTS=constraints-oldest.txt
@@ -88,7 +93,7 @@ pytest test-deep test-oldest docs bench evidence: export JAX_PLATFORMS := cpu
 pytest test-deep: export XLA_FLAGS := \
     --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 # Processes with a thread each: threads of several would wait for one another.
-pytest test-deep test-oldest docs: export OMP_NUM_THREADS := 1
+pytest test-deep test-oldest fuzz docs: export OMP_NUM_THREADS := 1
 
 define create-venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
