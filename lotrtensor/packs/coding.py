@@ -26,6 +26,7 @@ import numpy as np
 
 from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.formats.compressed import GROUPS, LONGEST, coded_tensors, take_groups
+from lotrtensor.adapters.formats.json_text import parse_json
 from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
 from lotrtensor.adapters.formats.names import fold, unfold
 from lotrtensor.adapters.formats.tensors import Tensors
@@ -54,12 +55,12 @@ def inflated(tensor: np.ndarray, where: str) -> Any:
     """
     decoder = zlib.decompressobj()
     try:
-        found = json.loads(decoder.decompress(tensor.tobytes(), LONGEST))
-    except (zlib.error, ValueError, RecursionError) as error:
+        text = decoder.decompress(tensor.tobytes(), LONGEST)
+    except zlib.error as error:
         raise FormatError(f"{where} is damaged ({error}); fetch the pack again") from error
     if decoder.unconsumed_tail:
         raise FormatError(f"{where} is longer than {LONGEST} bytes; fetch the pack again")
-    return found
+    return parse_json(text, where)
 
 
 class KindColumns(NamedTuple):

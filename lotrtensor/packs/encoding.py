@@ -102,7 +102,7 @@ def on_bases(
     def at(relative: float) -> Member:
         found = _at(lora, cells, norm, relative, FLOAT16)
         # The rounding of a value to half precision is a relative error of 3e-4.
-        fine = norm > 6e4 or found.relative_error < FINE
+        fine = not 0.1 < norm < 6e4 or found.relative_error < FINE
         return _at(lora, cells, norm, relative, FLOAT32) if fine else found
 
     if tolerance is None:

@@ -22,14 +22,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
-import numpy as np
-
+from lotrtensor.adapters.formats import tensors
 from lotrtensor.adapters.formats.directory import write_file
-from lotrtensor.adapters.formats.header import read_header
 from lotrtensor.adapters.formats.json_text import read_json_object
+from lotrtensor.adapters.formats.paths import is_dir, is_file
 from lotrtensor.adapters.formats.tensors import Tensors, check_exists, file_bytes
-from lotrtensor.errors import DataError, FormatError
+from lotrtensor.errors import FormatError
 from lotrtensor.packs.coding import is_number
 
 INDEX, LOCK, BUILD = "lotr_pack.json", ".lotr_pack.lock", "building"
@@ -132,7 +130,7 @@ class Index:
 
 def is_pack(path: Path) -> bool:
     """Whether a directory holds the index of a pack."""
-    return (path / INDEX).is_file()
+    return is_file(path / INDEX)
 
 
 def read_index(path: Path) -> Index:
@@ -145,7 +143,7 @@ def read_index(path: Path) -> Index:
     """
     check_exists(path)
     if not is_pack(path):
-        if (path / BUILD).is_dir():
+        if is_dir(path / BUILD):
             raise FormatError(
                 f"{path} is a pack that was not finished; run the command that makes it again, "
                 "which goes on where it stopped"
@@ -204,14 +202,6 @@ def _shard(item: Json) -> Shard:
     return found
 
 
-NUMPY = {
-    **{"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"},
-    **{"F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool"},
-    **{"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
-}
-"""Types of tensors by their names in a header."""
-
-
 def read_some(path: Path, shard: Shard, prefix: str = "") -> Tensors:
     """Return the tensors of a shard whose keys begin with ``prefix``, without it.
 
@@ -222,20 +212,8 @@ def read_some(path: Path, shard: Shard, prefix: str = "") -> Tensors:
     FormatError
         If the file is missing, of another size than the index says, or damaged.
     """
-    file = path / shard.file
-    check_size(file, shard)
-    found: Tensors = {}
-    stored = {key: entry for key, entry in read_header(file).items() if key.startswith(prefix)}
-    with file.open("rb") as content:
-        for key, entry in stored.items():
-            if entry.dtype not in NUMPY:
-                raise DataError(f"{file}: {key} has dtype {entry.dtype}, which is not read")
-            name = NUMPY[entry.dtype]
-            dtype = np.dtype(getattr(ml_dtypes, name, name))
-            content.seek(entry.start)
-            data = content.read(entry.stop - entry.start)
-            found[key.removeprefix(prefix)] = np.frombuffer(data, dtype).reshape(entry.shape)
-    return found
+    check_size(path / shard.file, shard)
+    return tensors.read_some(path / shard.file, prefix)
 
 
 def check_size(file: Path, shard: Shard) -> None:
@@ -246,7 +224,7 @@ def check_size(file: Path, shard: Shard) -> None:
     FormatError
         Naming the file.
     """
-    if not file.is_file():
+    if not is_file(file):
         raise FormatError(f"{file} is missing, which the index names; fetch the pack again")
     found = file.stat().st_size
     if found != shard.bytes:
@@ -277,12 +255,12 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def write_shard(path: Path, kind: str, number: int, tensors: Tensors) -> Shard:
+def write_shard(path: Path, kind: str, number: int, content: Tensors) -> Shard:
     """Write a new shard; no index names it yet."""
-    content = file_bytes(tensors, {})
+    written = file_bytes(content, {})
     name = f"{kind}-{number:05}.safetensors"
-    write_file(path / name, content, force=True)
-    return Shard(name, len(content), hashlib.sha256(content).hexdigest())
+    write_file(path / name, written, force=True)
+    return Shard(name, len(written), hashlib.sha256(written).hexdigest())
 
 
 def publish(path: Path, index: Index) -> None:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import safe_open
 
 from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.formats.native import check_native
-from lotrtensor.adapters.formats.tensors import FLOATS, Tensors, file_bytes, read_file
+from lotrtensor.adapters.formats.tensors import FLOATS, Tensors, file_bytes, read_file, read_some
 from lotrtensor.adapters.hub import is_remote
 from lotrtensor.adapters.loading import Adapter, check_adapter, load
 from lotrtensor.adapters.lora import LoraAdapter
@@ -130,8 +129,8 @@ def read_spooled(build: str, number: int) -> Spooled:
 
 def read_factors(build: str, number: int, module: int) -> tuple[np.ndarray, np.ndarray]:
     """Return B and A of one module; no other is read."""
-    with safe_open(_paths(build, number)[1], "numpy") as file:
-        return file.get_tensor(f"{module}.B"), file.get_tensor(f"{module}.A")
+    found = read_some(_paths(build, number)[1], f"{module}.")
+    return found["B"], found["A"]
 
 
 def read_lora(build: str, number: int) -> LoraAdapter:

@@ -163,6 +163,19 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
         return _read_all(file, list(file.tensors)), metadata
 
 
+def read_some(path: Path, prefix: str) -> Tensors:
+    """Return the tensors of a file whose keys begin with ``prefix``, without it; no other is read.
+
+    Raises
+    ------
+    FormatError, DataError
+        As `read_file` does.
+    """
+    with safe_open(path) as file:
+        keys = [key for key in file.tensors if key.startswith(prefix)]
+        return {key.removeprefix(prefix): x for key, x in _read_all(file, keys).items()}
+
+
 def _read_all(file: OpenFile, keys: list[str]) -> Tensors:
     expected = by_key(file)
     return {key: _read(file, key, expected.get(key)) for key in keys}
