@@ -53,7 +53,8 @@ def test_pages_with_cells_have_a_kernel(page):
 def test_the_table_of_speed_is_what_was_measured():
     """Row by row, as ``make bench`` left it in bench.json."""
     page = (ROOT / "benchmarks.md").read_text("utf-8")
-    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    core = page[page.index("| case |") :].partition("\n\n")[0]
+    lines = [line.strip("| ").split(" | ") for line in core.splitlines()]
     header, rows = lines[0][:-1], lines[2:]
     measured = json.loads((ROOT / "bench.json").read_text("utf-8"))
     assert len(rows) == len(measured)
@@ -77,3 +78,17 @@ def test_the_tables_of_packs_are_what_was_measured():
         if other.form in ("vlora", "lorashare") and other.error >= 0.1:
             own = [p for p in packs if p.family == other.family]
             assert any(p.bytes < other.bytes and p.error < other.error for p in own), other
+
+
+def test_the_table_of_commands_is_what_was_measured():
+    from tests.bench.bench_commands import table
+
+    page = (ROOT / "benchmarks.md").read_text("utf-8")
+    measured = json.loads((ROOT / "bench-commands.json").read_text("utf-8"))
+    assert {"--help", "convert, bundled", "convert, 8B shape"} <= {row["case"] for row in measured}
+    for row in measured:
+        if row["limit"]:
+            # Each is a median of its own, of runs that differ by as much as the spread.
+            ratio = row["seconds"] / row["limit"]
+            assert 0.3 < row["times_limit"] / ratio < 3
+    assert table(measured) in page
