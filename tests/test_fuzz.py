@@ -36,5 +36,5 @@ def test_a_case_that_fails_is_told(monkeypatch):
 def test_the_long_run_on_record_found_nothing_that_is_left():
     record = json.loads(RECORD.read_text())
     assert record["failures"] == 0
-    assert record["runs"] == record["results"] + record["refusals"] > 20_000
+    assert record["runs"] == record["results"] + record["refusals"] > 100_000
     assert record["command"].startswith("python -m tests.fuzz --first ")
