@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lotrtensor.adapters.lora import LoraAdapter
     from lotrtensor.adapters.lotr import GroupSummary, LotrAdapter
     from lotrtensor.adapters.modules import FactoredCore, FitRecord, LoraModule, LotrGroup
+    from lotrtensor.adapters.parts import GroupParts
     from lotrtensor.analysis import Analysis, Choice, Similarity, analyze, similarity
     from lotrtensor.core.clusters import Clustering, cluster
     from lotrtensor.core.fit.certificate import Tucker2Fit
@@ -132,6 +133,7 @@ _HOMES = {
     "adapters.lora": ("LoraAdapter",),
     "adapters.lotr": ("GroupSummary", "LotrAdapter"),
     "adapters.modules": ("FactoredCore", "FitRecord", "LoraModule", "LotrGroup"),
+    "adapters.parts": ("GroupParts",),
     "analysis": ("Analysis", "Choice", "Similarity", "analyze", "similarity"),
     "core.clusters": ("Clustering", "cluster"),
     "core.fit.certificate": ("Tucker2Fit",),

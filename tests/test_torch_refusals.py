@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,11 @@ def small() -> nn.Module:
     return lotr.apply_lotr(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), ["0", "1"], rank=2)
 
 
+def packed(folder: Path) -> lt.Pack:
+    """A pack of one adapter of that model."""
+    return lt.pack({"user": lotr.to_adapter(small())}, folder / "pack", tolerance=0.5)
+
+
 RIGHT = {
     lotr.apply_lotr: {"model": None, "patterns": ["0"], "rank": 2},
     lotr.set_trainable: {"model": small()},
@@ -216,6 +222,7 @@ RIGHT = {
     lotr.unload: {"model": small()},
     lotr.lotr_state_dict: {"model": small()},
     lotr.load_lotr: {"model": small(), "source": lotr.to_adapter(small())},
+    lotr.load_pack: {"model": small(), "pack": packed(Path(tempfile.mkdtemp())), "name": "user"},
     lotr.to_adapter: {"model": small()},
     lotr.save_lotr: {"model": small(), "directory": "out"},
     lotr.check_adapted: {"model": small(), "batch": torch.ones(1, 6)},

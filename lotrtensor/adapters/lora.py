@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from lotrtensor.adapters.formats.peft import read_lora, write_lora
 from lotrtensor.adapters.formats.tensors import check_exists
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.parts import lowered
-from lotrtensor.core.options import check_flag, shown
+from lotrtensor.core.options import check_choice, check_flag, shown
 from lotrtensor.core.threads import on_one_thread
 from lotrtensor.errors import FormatError, RankError
 
@@ -115,6 +115,8 @@ class LoraAdapter:
         uniform, pad = check_flag(uniform, "uniform"), check_flag(pad, "pad")
         content = (self.modules, self.config, self.dtype, self.extras)
         file_format = output_format(path, self.config, file_format)
+        if experts is not None:
+            check_choice(experts, "experts", get_args(ExpertsLayout))
         if file_format == "peft":
             write_lora(path, content, uniform=uniform, pad=pad, force=force, experts=experts)
         elif experts is not None:

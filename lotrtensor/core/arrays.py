@@ -32,7 +32,7 @@ def namespace(*arrays: Array) -> Namespace:
     DataError
         If an argument is no array, or the arrays belong to different libraries.
     """
-    if arrays and all(type(x) is np.ndarray for x in arrays):
+    if arrays and all(isinstance(x, np.ndarray) for x in arrays):
         # NumPy 2 is the standard's namespace itself. Its wrapper imports all of NumPy, testing and
         # f2py included, which takes as long as NumPy.
         return np

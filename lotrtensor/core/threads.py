@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -72,6 +71,8 @@ def side_by_side(function: Callable[[T], R], parts: Sequence[T]) -> list[R]:
     workers = min(len(parts), _processors())
     if workers < 2:
         return [function(part) for part in parts]
+    from concurrent.futures import ThreadPoolExecutor
+
     with one_thread(), ThreadPoolExecutor(workers) as pool:
         return list(pool.map(function, parts))
 

@@ -43,7 +43,7 @@ def entry_of(path: Path, index: Index, name: str) -> Entry:
     FormatError
         If there is none of that name.
     """
-    if name not in index.adapters:
+    if not isinstance(name, str) or name not in index.adapters:
         known = ", ".join(list(index.adapters)[:8]) + (", …" if len(index.adapters) > 8 else "")
         raise FormatError(f"{path} holds no adapter {name!r}; it has {known or 'none'}")
     return index.adapters[name]

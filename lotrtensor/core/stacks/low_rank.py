@@ -138,11 +138,12 @@ class LowRankStack(LinearOperators):
 
         In the widest type they are tr(BᵀB · AAᵀ), which takes a fifth of the time of a QR; its
         rounding is one of ‖B‖² ‖A‖². Where little is left of that, as of the difference of two
-        equal slices, the residual is formed instead.
+        equal slices, and where ranks exceed a side, the QR is formed instead.
         """
         xp, batch, transpose = self.xp, self._batches[index], self.xp.matrix_transpose
         b = batch.columns(self._left)
-        if as_accumulator(self._left[:0, :0]).dtype == self._left.dtype:
+        wide = as_accumulator(self._left[:0, :0]).dtype == self._left.dtype
+        if wide and b.shape[-1] <= min(self.shape[1:]):
             a = batch.rows(self._right)
             grams = transpose(b) @ b, a @ transpose(a)
             found = xp.sum(grams[0] * grams[1], axis=(1, 2))
