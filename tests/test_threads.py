@@ -110,3 +110,25 @@ def test_progress_is_told_of_every_group_once(tmp_path):
     lt.convert(adapter, rank=2, progress=lambda name, done, total: told.append((name, done, total)))
     assert sorted(done for _, done, _ in told) == [0, 1, 2]
     assert {total for *_, total in told} == {3}
+
+
+def test_a_library_that_is_loaded_meanwhile_is_limited_too():
+    program = """
+import sys
+import numpy as np, threadpoolctl
+from lotrtensor.core.linalg import LARGE, orthonormal_basis
+from lotrtensor.core.threads import one_thread
+def blas():
+    found = threadpoolctl.threadpool_info()
+    return [lib["num_threads"] for lib in found if lib["user_api"] == "blas"]
+before = blas()
+with one_thread():
+    assert "scipy.linalg" not in sys.modules
+    orthonormal_basis(np.random.default_rng(0).normal(size=(LARGE, LARGE + 1)))
+    assert "scipy.linalg" in sys.modules
+    inside = blas()
+assert inside and set(inside) == {1}, inside
+assert set(before) == set(blas()) == {2}, (before, blas())
+"""
+    env = os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=env)

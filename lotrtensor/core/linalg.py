@@ -15,6 +15,7 @@ from array_api_compat import (
 )
 
 from lotrtensor.core.arrays import Array, as_accumulator, itemsize, namespace
+from lotrtensor.core.threads import scipy_linalg
 
 
 def largest_entry(x: Array) -> float:
@@ -90,9 +91,7 @@ def thin_qr(x: Array) -> tuple[Array, Array]:
     """Return Q (a × c) with orthonormal columns and R (c × b) with x = Q R, c = min(a, b)."""
     xp = namespace(x)
     if is_numpy_namespace(xp) and x.size > LARGE**2:
-        import scipy.linalg  # takes longer to import than most commands to run
-
-        q, r = scipy.linalg.qr(x, mode="economic", check_finite=False)
+        q, r = scipy_linalg().qr(x, mode="economic", check_finite=False)
         return q, r
     q, r = xp.linalg.qr(x)
     return q, r
@@ -181,9 +180,7 @@ def leading_left(x: Array, rank: int, *, squared: bool) -> tuple[Array, Array]:
         return orthonormal_basis(vectors) if completed else vectors, values
     gram = x @ x.T
     if is_numpy_namespace(xp) and a > LARGE:
-        import scipy.linalg
-
-        values2, vectors = scipy.linalg.eigh(
+        values2, vectors = scipy_linalg().eigh(
             gram, subset_by_index=(a - rank, a - 1), check_finite=False, overwrite_a=True
         )
     else:

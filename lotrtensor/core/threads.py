@@ -8,11 +8,12 @@ a server: parts that are independent of one another are worked on at the same ti
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import threadpoolctl
 
@@ -22,24 +23,38 @@ T = TypeVar("T")
 
 _lock = threading.RLock()
 _depth = 0
-_limits: threadpoolctl.threadpool_limits | None = None
+_limits: list[threadpoolctl.threadpool_limits] = []
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Limit NumPy's and SciPy's linear algebra to one thread; nested, the outermost counts."""
-    global _depth, _limits  # noqa: PLW0603 - the limit is one of the process
+    global _depth  # noqa: PLW0603 - the limit is one of the process
     with _lock:
         if _depth == 0:
-            _limits = threadpoolctl.threadpool_limits(1, user_api="blas")
+            _limits.append(threadpoolctl.threadpool_limits(1, user_api="blas"))
         _depth += 1
     try:
         yield
     finally:
         with _lock:
             _depth -= 1
-            if _depth == 0 and _limits is not None:
-                _limits.restore_original_limits()
+            while _depth == 0 and _limits:
+                _limits.pop().restore_original_limits()
+
+
+def scipy_linalg() -> Any:
+    """Import `scipy.linalg` where it is first needed: that takes longer than most commands.
+
+    It brings a BLAS of its own, which a limit that was set before does not know of.
+    """
+    with _lock:
+        known = "scipy.linalg" in sys.modules
+        import scipy.linalg
+
+        if _depth and not known:
+            _limits.append(threadpoolctl.threadpool_limits(1, user_api="blas"))
+    return scipy.linalg
 
 
 def on_one_thread(function: Callable[P, R]) -> Callable[P, R]:
