@@ -66,6 +66,23 @@ def test_the_table_of_speed_is_what_was_measured():
         assert row[-1] == f"{values['peak_bytes'] / 2**20:.0f}"
 
 
+def test_the_tables_of_experts_are_what_was_measured():
+    """Row by row, from bench-experts.json and experts.json."""
+    page = (ROOT / "howto" / "mixture-of-experts.md").read_text("utf-8")
+    for row in json.loads((ROOT / "bench-experts.json").read_text("utf-8")):
+        names = ("frozen_seconds", "lotr_seconds", "lora_seconds", "lotr_to_frozen", "lora_to_lotr")
+        cells = [row["implementation"], row["rank"], *(row[name] for name in names)]
+        cells += [f"{row[name]:,}" for name in ("lotr_numbers", "lora_numbers")]
+        assert f"| {' | '.join(map(str, cells))} |" in page
+    found = json.loads((ROOT / "experts.json").read_text("utf-8"))
+    for row in found["rows"]:
+        kept = f"{row['perplexity']:.3f} ± {row['deviation']:.3f}"
+        cells = [row["name"], f"{row['numbers']:,}", f"{row['lr']:g}", kept, row["seconds_a_step"]]
+        assert f"| {' | '.join(map(str, cells))} |" in page
+    assert f"{found['before']:.3f}" in page
+    assert f"{found['base_steps']} steps" in page
+
+
 def test_the_tables_of_packs_are_what_was_measured():
     """Row by row, as ``python -m tests.bench.families`` left it in families.json; and the claim."""
     page = (ROOT / "howto" / "packs.md").read_text("utf-8")
