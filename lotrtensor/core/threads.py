@@ -44,7 +44,7 @@ def one_thread() -> Iterator[None]:
 
 
 def scipy_linalg() -> Any:
-    """Import `scipy.linalg` where it is first needed: that takes longer than most commands.
+    """Import ``scipy.linalg`` where it is first needed: that takes longer than most commands.
 
     It brings a BLAS of its own, which a limit that was set before does not know of.
     """

@@ -187,7 +187,7 @@ def _even_cost(bits: int, step: float) -> tuple[float, float]:
 
 
 def interpolated(place: np.ndarray, columns: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """`numpy.interp` at ``place`` of columns over the places of the table, to the last bit.
+    """``numpy.interp`` at ``place`` of columns over the places of the table, to the last bit.
 
     They are `PLACES` a unit, so that the neighbours of an entry are known without a search.
     """
