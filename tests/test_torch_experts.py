@@ -225,12 +225,13 @@ def test_svd_init_and_dropout():
 
 
 @pytest.mark.parametrize("ends", [[3, 3, 8], [0, 0, 0], [0, 8, 8], [8, 8, 8]])
-@pytest.mark.parametrize("widths", [(4, 8), (3, 5)])
+@pytest.mark.parametrize("widths", [(4, 8), (3, 5), (4, 3), (3, 4), (4, 1), (1, 4)])
 def test_grouped_products_are_those_of_each_expert(ends, widths):
     torch.manual_seed(0)
     count = ends[-1]
     rows = torch.randn(count, widths[0], requires_grad=True)
-    matrices = torch.randn(3, *widths, requires_grad=True)
+    # Stored the other way round, as cores are.
+    matrices = torch.randn(3, *widths[::-1]).mT.requires_grad_()
     found = grouped_product(rows, matrices, torch.tensor(ends, dtype=torch.int32))
     starts = [0, *ends[:-1]]
     expected = torch.cat([rows[a:b] @ w for a, b, w in zip(starts, ends, matrices, strict=True)])

@@ -134,8 +134,9 @@ def _is_native(rows: Tensor, matrices: Tensor) -> bool:
         return False
     if on_gpu and torch.cuda.get_device_capability(rows.device) < (8, 0):
         return False
-    strides = [s for s in (*rows.stride(), *matrices.stride()) if s != 1]
-    return rows.dtype in _NATIVE and all(s * rows.itemsize % ALIGNMENT == 0 for s in strides)
+    # Sizes too: they are the strides of the gradients.
+    steps = [s for s in (*rows.stride(), *matrices.stride()) if s != 1] + [*matrices.shape[1:]]
+    return rows.dtype in _NATIVE and all(s * rows.itemsize % ALIGNMENT == 0 for s in steps)
 
 
 _NATIVE = (torch.float32, torch.float16, torch.bfloat16)
