@@ -327,16 +327,17 @@ def test_merge_gives_nothing_away_that_links_lead_to(tmp_path, target):
     assert not (tmp_path / "out").exists()
 
 
-def test_links_inside_a_checkpoint_and_into_a_hub_s_cache_are_followed(tmp_path):
+@pytest.mark.parametrize("place", ["snapshots/0", "model"])
+def test_links_inside_a_checkpoint_and_into_a_hub_s_cache_are_followed(tmp_path, place):
     base, _, _, _ = pair(tmp_path, rank=2)
     adapter = full(tmp_path)
     hub = tmp_path / "hub" / "models--a--b"
-    snapshot_ = hub / "snapshots" / "0"
+    snapshot_ = hub / place
     snapshot_.mkdir(parents=True)
     (hub / "blobs").mkdir()
     for number, path in enumerate(base.iterdir()):
         (hub / "blobs" / str(number)).write_bytes(path.read_bytes())
-        (snapshot_ / path.name).symlink_to(f"../../blobs/{number}")
+        (snapshot_ / path.name).symlink_to(hub / "blobs" / str(number))
     (snapshot_ / "inner.txt").symlink_to("config.json")
     lt.merge(snapshot_, adapter, tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())

@@ -163,13 +163,18 @@ def _files_beside(source: Checkpoint) -> dict[str, Path]:
 
 
 def _check_inside(path: Path, directory: Path) -> None:
-    """Refuse what a link leads out of the checkpoint; into a hub's own cache it may."""
+    """Refuse what a link leads out of the checkpoint; into the blobs of its own cache it may.
+
+    A hub's cache has them beside ``snapshots``, a cache of one model beside the model.
+    """
     try:
         target, home = path.resolve(), directory.resolve()
     except (OSError, RuntimeError) as error:
         raise unreadable(path, error) from error
-    blobs = home.parent.parent / "blobs"
-    cached = home.parent.name == "snapshots" and target.parent == blobs.resolve()
+    caches = [home.parent]
+    if home.parent.name == "snapshots":
+        caches.append(home.parent.parent)
+    cached = any(target.parent == (cache / "blobs").resolve() for cache in caches)
     if not (target.is_relative_to(home) or cached):
         raise FormatError(
             f"{path} is a link out of {directory}, whose content would go into the output; remove "
