@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from lotrtensor.peft import LotrConfig
+from lotrtensor.peft.experts import Experts
 from lotrtensor.torch import param_groups
 from tests.peft_models import bert, config, ids
 
 MODES = ["ddp", "fsdp2", "accelerate"]
 if find_spec("deepspeed"):  # which no extra installs
     MODES.append("deepspeed")
+# Models hold their experts in 3-D parameters since transformers 5.
+EXPERTS_MODES = ["ddp", "fsdp2"] if int(version("transformers").partition(".")[0]) >= 5 else []
 STEPS = 5
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -38,10 +43,29 @@ def make_model(seed: int = 0) -> nn.Module:
     return get_peft_model(base, config(group_by="qv=query|value"))
 
 
-def batches(rank: int, world: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """This process's rows of every batch of eight."""
+def experts_base() -> nn.Module:
+    """A model with more experts a layer than a process's tokens are sent to."""
+    from tests.moe_models import tiny
+
+    return tiny("qwen3_moe", torch.float32, num_experts=32)
+
+
+def make_experts(seed: int = 0) -> nn.Module:
+    """The same with an adapter, whose factors all layers share; the seed draws them."""
+    from tests.moe_models import TARGETS
+
+    base = experts_base()
+    torch.manual_seed(seed)
+    groups = "up=gate_up_proj,down=down_proj"
+    return get_peft_model(base, LotrConfig(r=(3, 4), target_parameters=TARGETS, group_by=groups))
+
+
+def batches(rank: int, world: int, width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """This process's rows of every batch of eight, and what their outputs shall be."""
     generator = torch.Generator().manual_seed(7)
-    rows = [(ids(8, 6, seed=k), torch.randn(8, 6, 32, generator=generator)) for k in range(STEPS)]
+    rows = [
+        (ids(8, 6, seed=k), torch.randn(8, 6, width, generator=generator)) for k in range(STEPS)
+    ]
     return [(x[rank::world], target[rank::world]) for x, target in rows]
 
 
@@ -50,7 +74,14 @@ def optimiser_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(param_groups(model, 1e-2))
 
 
-def train(model: nn.Module, rank: int = 0, world: int = 1, accelerator: Any = None) -> list[float]:
+def train(
+    model: nn.Module,
+    rank: int = 0,
+    world: int = 1,
+    accelerator: Any = None,
+    *,
+    width: int = 32,
+) -> list[float]:
     """Train and return the loss of every step, averaged over processes."""
     engine = hasattr(model, "backward")  # DeepSpeed's has its optimiser in it
     optimiser: Any = model if engine else optimiser_of(model)
@@ -59,7 +90,7 @@ def train(model: nn.Module, rank: int = 0, world: int = 1, accelerator: Any = No
         model, optimiser = accelerator.prepare(model, optimiser)
         backward = accelerator.backward
     losses = []
-    for x, target in batches(rank, world):
+    for x, target in batches(rank, world, width):
         loss = (model(x)[0] - target).square().mean()
         optimiser.zero_grad()
         backward(loss)
@@ -69,6 +100,19 @@ def train(model: nn.Module, rank: int = 0, world: int = 1, accelerator: Any = No
             dist.all_reduce(mean)
         losses.append(mean.item() / world)
     return losses
+
+
+def count_idle(model: nn.Module) -> list[int]:
+    """Return a list that every call of a layer's experts adds to: those without any token."""
+    found: list[int] = []
+
+    def count(experts: nn.Module, args: tuple[torch.Tensor, ...], _: Any) -> None:
+        found.append(experts.get_base_layer().num_experts - len(args[1].unique()))
+
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.register_forward_hook(count)
+    return found
 
 
 def zero3(model: nn.Module, world: int) -> nn.Module:
@@ -109,6 +153,16 @@ def equal_on_all_ranks(state: dict[str, torch.Tensor]) -> bool:
     return True
 
 
+def shard(model: nn.Module, layers: nn.ModuleList, world: int) -> None:
+    """Give all processes the parameters of the first, and each its part of them."""
+    for parameter in model.parameters():  # which, unlike DDP, fully_shard does not do
+        dist.broadcast(parameter.data, 0)
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 def run(mode: str, out: Path) -> None:
     """Train as ``mode`` says; rank 0 saves the adapter and a report."""
     accelerator = None
@@ -122,12 +176,7 @@ def run(mode: str, out: Path) -> None:
     if mode == "ddp":
         wrapped = DistributedDataParallel(model)
     elif mode == "fsdp2":
-        for parameter in model.parameters():  # which, unlike DDP, fully_shard does not do
-            dist.broadcast(parameter.data, 0)
-        mesh = init_device_mesh("cpu", (world,))
-        for layer in model.base_model.model.encoder.layer:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        shard(model, model.base_model.model.encoder.layer, world)
     elif mode == "deepspeed":
         wrapped = zero3(model, world)
     losses = train(wrapped, rank, world, accelerator)
@@ -148,12 +197,32 @@ def run(mode: str, out: Path) -> None:
         (out / "report.json").write_text(json.dumps(report))
 
 
+def run_experts(mode: str, out: Path) -> None:
+    """Train experts as ``mode`` says; rank 0 saves the adapter and a report."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = make_experts(seed=rank)
+    idle = count_idle(model)
+    wrapped: nn.Module = model
+    if mode == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        shard(model, model.base_model.model.model.layers, world)
+    losses = train(wrapped, rank, world, width=64)
+    state = adapter_state(model, mode)
+    report = {"losses": losses, "equal": equal_on_all_ranks(state), "idle": idle}
+    if rank == 0:
+        model.save_pretrained(out, state_dict=state)
+        (out / "report.json").write_text(json.dumps(report))
+
+
 def main(out: Path) -> None:
     """Train in every mode, one after the other: starting processes takes longest."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for mode in MODES:
         run(mode, out / mode)
+    for mode in EXPERTS_MODES:
+        run_experts(mode, out / f"experts-{mode}")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -24,9 +24,13 @@ def mixtral():
     return transformers.MixtralForCausalLM(config)
 
 
-def qwen3_moe():
+def qwen3_moe(num_experts=4):
     config = transformers.Qwen3MoeConfig(
-        **COMMON, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8
+        **COMMON,
+        moe_intermediate_size=16,
+        num_experts=num_experts,
+        num_experts_per_tok=2,
+        head_dim=8,
     )
     return transformers.Qwen3MoeForCausalLM(config)
 
@@ -62,11 +66,11 @@ TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 TOKENS = torch.arange(24).reshape(2, 12) * 5 % 64
 
 
-def tiny(name, dtype=torch.float64, seed=0):
+def tiny(name, dtype=torch.float64, seed=0, **sizes):
     """A model whose parameters are all random: biases and routers start at zero otherwise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MODELS[name]().to(dtype).eval()
+        model = MODELS[name](**sizes).to(dtype).eval()
         model.set_experts_implementation("eager")  # one expert after the other, in any type
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)

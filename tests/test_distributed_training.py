@@ -19,7 +19,16 @@ from peft import PeftModel  # noqa: E402
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
 
 import lotrtensor as lt  # noqa: E402
-from tests.distributed_worker import MODES, NO_DROPOUT, make_model, train  # noqa: E402
+from tests.distributed_worker import (  # noqa: E402
+    EXPERTS_MODES,
+    MODES,
+    NO_DROPOUT,
+    STEPS,
+    experts_base,
+    make_experts,
+    make_model,
+    train,
+)
 from tests.peft_models import THIRD_PARTY, bert, lotr_layers, output  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings(THIRD_PARTY), pytest.mark.slow]
@@ -65,6 +74,20 @@ def test_two_processes_train_as_one(trained: Path, mode: str, alone) -> None:
     torch.testing.assert_close(output(loaded), expected, rtol=1e-3, atol=1e-3)
     groups = lt.load(trained / mode).groups
     assert [len(group.modules) for group in groups] == [6, 3]
+
+
+@pytest.mark.parametrize("mode", EXPERTS_MODES)
+def test_two_processes_train_experts_as_one(trained: Path, mode: str) -> None:
+    model = make_experts()
+    losses = train(model, width=64)
+    assert losses[-1] < losses[0]
+    report = json.loads((trained / f"experts-{mode}" / "report.json").read_text())
+    assert report["losses"] == pytest.approx(losses, rel=1e-5)
+    assert report["equal"]
+    assert len(report["idle"]) == STEPS * 2  # layers
+    assert min(report["idle"]) > 0  # cores that one process has no gradient of but zeros
+    loaded = PeftModel.from_pretrained(experts_base(), trained / f"experts-{mode}")
+    torch.testing.assert_close(output(loaded), output(model), rtol=1e-3, atol=1e-3)
 
 
 def test_the_shards_of_two_processes_are_one_checkpoint(trained: Path, tmp_path: Path) -> None:

@@ -270,21 +270,3 @@ def test_mixed_batches_are_refused():
     model.eval()
     with pytest.raises(lt.UnsupportedAdapterError, match=r"experts.*which row"):
         model(TOKENS, adapter_names=["default", "__base__"])
-
-
-def _train_in_a_process(rank, world, store, out):
-    """Two steps under DistributedDataParallel; each process has its own rows."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    _, model = adapted("qwen3_moe", dtype=torch.float32)
-    ddp = torch.nn.parallel.DistributedDataParallel(model.train())
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(2):
-        optimiser.zero_grad()
-        rows = TOKENS[rank::world]
-        ddp(input_ids=rows, labels=rows).loss.backward()
-        optimiser.step()
-    if rank == 0:
-        torch.save(peft.get_peft_model_state_dict(model), out)
-    dist.destroy_process_group()
