@@ -21,8 +21,6 @@ from peft.utils import (
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
-from lotrtensor.errors import LotrError
-from lotrtensor.peft import state as keys
 from lotrtensor.peft.config import LotrConfig, version_of, write_group
 from lotrtensor.peft.experts import Experts
 from lotrtensor.peft.factors import fill_adapter, make_table, source_groups
@@ -38,7 +36,7 @@ from lotrtensor.peft.planning import (
     plan_adapter,
     refuse_injection,
 )
-from lotrtensor.peft.several import SeveralAdapters
+from lotrtensor.peft.saved import SavedAdapters
 from lotrtensor.peft.tying import owners, tied_layers
 from lotrtensor.peft.undo import Snapshot
 from lotrtensor.torch.expert_slices import Layer
@@ -50,7 +48,7 @@ from lotrtensor.torch.watch import watch
 from lotrtensor.torch.weight_reads import check_called
 
 
-class LotrModel(SeveralAdapters):
+class LotrModel(SavedAdapters):
     """Low tensor rank adaptation (arXiv 2402.01376): W_k + scale · U G_k Vᵀ.
 
     ``lotr_factors[adapter]`` is the table of the shared factors of an adapter, the one owner of U
@@ -369,71 +367,6 @@ class LotrModel(SeveralAdapters):
 
     def _check_merge_allowed(self) -> None:
         """Leave it to `lotrtensor.peft.merging.check_merge`, which knows the adapters."""
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        # The config is written next: with the groups of this model, should it serve several.
-        tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
-        if tuner is not None and adapter_name in tuner._lotr_configs:
-            config.settle(tuner._lotr_configs[adapter_name])
-        found = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-        return keys.split_cores(found)
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        found = keys.file_key(key, adapter_name)
-        if found is not None:
-            return found
-        return super()._remove_adapter_name_from_key(key, adapter_name)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
-        try:
-            expected = cls._expected(model, adapter_name)
-            state_dict = keys.dequantise(state_dict, expected, f"adapter {adapter_name!r}")
-            state_dict = keys.multiply_cores(state_dict)
-            keys.check_state(
-                state_dict, {k: x.shape for k, x in keys.split_cores(expected).items()}
-            )
-            state_dict = keys.join_cores(state_dict, expected)
-        except LotrError:
-            if tuner is not None and adapter_name in tuner._lotr_pending:
-                tuner._take_out(adapter_name)
-            raise
-        if tuner is not None:
-            tuner._lotr_pending.pop(adapter_name, None)
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return keys.add_aliases(found, dict(model.named_parameters(remove_duplicate=False)))
-
-    @classmethod
-    def _expected(cls, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-        """Return the parameters of an adapter by the keys of its file."""
-        prefixes = tuners_utils._get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        own = tuners_utils._filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-        return {
-            cls._remove_adapter_name_from_key(key, adapter_name): value
-            for key, value in own.items()
-        }
-
-    def _take_out(self, adapter_name: str) -> None:
-        """Undo an injection whose file turned out not to fit."""
-        before = self._lotr_pending.pop(adapter_name)
-        if len(self.peft_config) > 1:
-            self.delete_adapter(adapter_name)
-        else:
-            before.restore()
 
 
 def _options(config: Any, group: GroupPlan) -> dict[str, Any]:
