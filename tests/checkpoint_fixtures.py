@@ -12,7 +12,7 @@ from tests.adapters_fixtures import DTYPES
 INDEX = "model.safetensors.index.json"
 
 D, F, V = 12, 16, 20
-"""Width, inner width and vocabulary of the model."""
+"""Hidden size, inner size and vocabulary of the model."""
 
 
 def model(seed=0, layers=3):

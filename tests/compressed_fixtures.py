@@ -43,11 +43,11 @@ def group(
     private: tuple[int, ...] = (),
     **fields: Any,
 ) -> CompressedGroup:
-    """A group with a shared part of these ranks and private parts of these widths."""
-    widths = private or (0,) * len(modules)
-    own = tuple(terms(shape, width, k + 2, 3) for k, width in enumerate(widths))
+    """A group with a shared part of these ranks and private parts of these ranks."""
+    own_ranks = private or (0,) * len(modules)
+    own = tuple(terms(shape, rank, k + 2, 3) for k, rank in enumerate(own_ranks))
     part = shared(shape, ranks, len(modules)) if min(ranks) else None
-    most = min(*shape, max(1, min(ranks) + max(widths)))
+    most = min(*shape, max(1, min(ranks) + max(own_ranks)))
     return CompressedGroup(
         name=name,
         modules=tuple(modules),

@@ -60,11 +60,11 @@ def make_experts(seed: int = 0) -> nn.Module:
     return get_peft_model(base, LotrConfig(r=(3, 4), target_parameters=TARGETS, group_by=groups))
 
 
-def batches(rank: int, world: int, width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(rank: int, world: int, outputs: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """This process's rows of every batch of eight, and what their outputs shall be."""
     generator = torch.Generator().manual_seed(7)
     rows = [
-        (ids(8, 6, seed=k), torch.randn(8, 6, width, generator=generator)) for k in range(STEPS)
+        (ids(8, 6, seed=k), torch.randn(8, 6, outputs, generator=generator)) for k in range(STEPS)
     ]
     return [(x[rank::world], target[rank::world]) for x, target in rows]
 
@@ -80,7 +80,7 @@ def train(
     world: int = 1,
     accelerator: Any = None,
     *,
-    width: int = 32,
+    outputs: int = 32,
 ) -> list[float]:
     """Train and return the loss of every step, averaged over processes."""
     engine = hasattr(model, "backward")  # DeepSpeed's has its optimiser in it
@@ -90,7 +90,7 @@ def train(
         model, optimiser = accelerator.prepare(model, optimiser)
         backward = accelerator.backward
     losses = []
-    for x, target in batches(rank, world, width):
+    for x, target in batches(rank, world, outputs):
         loss = (model(x)[0] - target).square().mean()
         optimiser.zero_grad()
         backward(loss)
@@ -207,7 +207,7 @@ def run_experts(mode: str, out: Path) -> None:
         wrapped = DistributedDataParallel(model)
     else:
         shard(model, model.base_model.model.model.layers, world)
-    losses = train(wrapped, rank, world, width=64)
+    losses = train(wrapped, rank, world, outputs=64)
     state = adapter_state(model, mode)
     report = {"losses": losses, "equal": equal_on_all_ranks(state), "idle": idle}
     if rank == 0:

@@ -27,7 +27,7 @@ FACTORS = 2 * 32 * (3 + 4) + 48 * 3 + 32 * 4
 
 
 def bert(layers: int = 3, seed: int = 0, **options: Any) -> nn.Module:
-    """A BERT encoder of width 32."""
+    """A BERT encoder of hidden size 32."""
     torch.manual_seed(seed)
     return BertModel(_bert_config(layers, **options), add_pooling_layer=False).eval()
 

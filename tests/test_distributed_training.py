@@ -79,7 +79,7 @@ def test_two_processes_train_as_one(trained: Path, mode: str, alone) -> None:
 @pytest.mark.parametrize("mode", EXPERTS_MODES)
 def test_two_processes_train_experts_as_one(trained: Path, mode: str) -> None:
     model = make_experts()
-    losses = train(model, width=64)
+    losses = train(model, outputs=64)
     assert losses[-1] < losses[0]
     report = json.loads((trained / f"experts-{mode}" / "report.json").read_text())
     assert report["losses"] == pytest.approx(losses, rel=1e-5)

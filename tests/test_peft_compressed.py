@@ -46,7 +46,7 @@ def loaded(directory: Path, make=mixed, **options) -> nn.Module:
 
 
 def other() -> lt.CompressedAdapter:
-    """Other numbers and widths on other layers."""
+    """Other numbers and ranks on other layers."""
     return adapter(
         group("value", [f"layer.{k}.value" for k in (0, 2)], (12, 12), private=(2, 1)),
         group("up", [f"layer.{k}.up" for k in range(3)], (20, 12), (2, 2), (0, 0, 1)),

@@ -187,14 +187,14 @@ def test_a_budget_below_rank_one_names_what_it_needs():
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     seed=seeds,
-    width=st.one_of(st.none(), st.integers(1, 12)),
+    rank=st.one_of(st.none(), st.integers(1, 12)),
 )
-def test_the_svd_of_a_whole_matrix(shape, seed, width):
+def test_the_svd_of_a_whole_matrix(shape, seed, rank):
     """The leading values of the dense one, orthonormal vectors, and what is beyond them."""
     rng = np.random.default_rng(seed)
     matrix = rng.standard_normal(shape) * 0.3 ** np.arange(shape[1])
     values = np.linalg.svd(matrix, compute_uv=False)
-    found = dense_svd(matrix, width, 0.2)
+    found = dense_svd(matrix, rank, 0.2)
     left, kept, right = found.svd
     assert found.converged
     assert kept == pytest.approx(values[: len(kept)], rel=1e-10, abs=1e-14)
@@ -202,21 +202,21 @@ def test_the_svd_of_a_whole_matrix(shape, seed, width):
         assert np.max(np.abs(basis.T @ basis - np.eye(len(kept)))) < 1e-12
     lost2 = float(np.sum((matrix - left * kept @ right.T) ** 2))
     assert found.lost2 == pytest.approx(lost2, rel=1e-6, abs=1e-12 * values[0] ** 2)
-    if width is None:
+    if rank is None:
         assert lost2 <= 0.01 * np.sum(values**2) * (1 + 1e-9)
     else:
-        assert len(kept) == min(width, *shape)
+        assert len(kept) == min(rank, *shape)
 
 
-@pytest.mark.parametrize(("width", "tolerance"), [(6, 0.0), (None, 0.1)])
-def test_the_svd_of_a_whole_matrix_by_block_iteration(monkeypatch, width, tolerance):
+@pytest.mark.parametrize(("rank", "tolerance"), [(6, 0.0), (None, 0.1)])
+def test_the_svd_of_a_whole_matrix_by_block_iteration(monkeypatch, rank, tolerance):
     """Where a full one would take too long: the same leading values."""
     monkeypatch.setattr("lotrtensor.core.fit.tuning.EXACT_FLOPS", 0.0)
     rng = np.random.default_rng(0)
     u, v = orthogonal(rng, 120), orthogonal(rng, 90)
     values = 0.7 ** np.arange(90)
     matrix = (u[:, :90] * values) @ v.T
-    found = dense_svd(matrix, width, tolerance)
+    found = dense_svd(matrix, rank, tolerance)
     assert found.converged
     kept = found.svd.values[:6]
     assert kept == pytest.approx(values[:6], rel=1e-4)

@@ -276,7 +276,7 @@ def other_widths() -> lt.CompressedAdapter:
 def test_layers_of_another_form_are_refused() -> None:
     model = lotr.load_lotr(base(), mixed())
     before = state(model)
-    with pytest.raises(lt.FormatError, match=r"layer\.1\.up has private factors of width 1"):
+    with pytest.raises(lt.FormatError, match=r"layer\.1\.up has private factors of rank 1"):
         lotr.load_lotr(model, other_widths())
     with pytest.raises(lt.FormatError, match="up has private factors"):
         lotr.load_lotr(model, adapter(*mixed().groups[:2]))

@@ -20,12 +20,12 @@ from lotrtensor.torch.functional import add_update  # noqa: E402
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
-        self.query = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.up = nn.Linear(width, inner, bias=False)
-        self.down = nn.Linear(inner, width)
+        self.query = nn.Linear(hidden, hidden)
+        self.value = nn.Linear(hidden, hidden)
+        self.up = nn.Linear(hidden, inner, bias=False)
+        self.down = nn.Linear(inner, hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.value(torch.tanh(self.query(x)))
@@ -33,9 +33,9 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, layers: int = 3, width: int = 12, inner: int = 20) -> None:
+    def __init__(self, layers: int = 3, hidden: int = 12, inner: int = 20) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(Block(width, inner) for _ in range(layers))
+        self.layer = nn.ModuleList(Block(hidden, inner) for _ in range(layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.layer:

@@ -79,7 +79,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     lotr.save_lotr(adapted(), tmp_path / "out")
     for other, error, message in (
         (Net(layers=2), lt.FormatError, r"layer\.2\.\w+.*another model"),
-        (Net(width=10), lt.ShapeError, r"another model"),
+        (Net(hidden=10), lt.ShapeError, r"another model"),
     ):
         before = snapshot(other)
         with pytest.raises(error, match=message):

@@ -79,6 +79,8 @@ MEANINGS = {
     "form": lambda kind: kind in ("Form", "str") or "'lotr'" in kind,
     # One rank for all modules of a LoRA.
     "uniform": lambda kind: kind == "bool" or "--uniform" in kind,
+    # Bits of one code; sparklines and consoles have the width that their libraries call so.
+    "width": lambda kind: kind in ("int", "int | None"),
     # Counts.
     "passes": lambda kind: kind == "int",
     "sweeps": lambda kind: kind == "int",
@@ -98,8 +100,31 @@ def test_words_of_the_dictionary_have_one_kind_of_value(path):
         assert "r" not in {name for name, _ in annotated(tree)}
 
 
+# Where numbers are coded; and where text is laid out, whose libraries have a word of their own.
+CODED = ("core/bits/", "verbs/_compress.py", "verbs/_alternatives.py", "packs/")
+LAID_OUT = ("report/", "cli/")
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_width_is_that_of_a_code(path):
+    """Models have sizes, factors a rank, blocks columns."""
+    if not path.relative_to(PACKAGE).as_posix().startswith((*CODED, *LAID_OUT)):
+        for name, node in names(ast.parse(path.read_text("utf-8"))):
+            assert "width" not in name.lower(), f"line {node.lineno}: say rank, columns or size"
+
+
 def test_every_word_of_the_dictionary_is_in_it():
     page = (PACKAGE.parent / "docs" / "conventions.md").read_text("utf-8")
     words = page.partition("## Words with one meaning")[2]
-    for word in ("goal", "pass", "sweep", "round", "form", "left, right", "uniform", "budget"):
+    for word in (
+        "goal",
+        "pass",
+        "sweep",
+        "round",
+        "form",
+        "left, right",
+        "uniform",
+        "budget",
+        "width",
+    ):
         assert f"| {word} |" in words

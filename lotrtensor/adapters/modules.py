@@ -217,7 +217,7 @@ class LotrGroup:
     def factors(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return B (m × r) and A (r × n) of the update of module ``k`` in float64, B A exactly it.
 
-        r is the least of p, q and the width of a core that is a product.
+        r is the least of p, q and the inner size of a core that is a product.
 
         Raises
         ------

@@ -215,9 +215,9 @@ def stepped_left(x: Array, block: Array) -> tuple[Array, Array]:
     Cost 8 a b c flops, where the eigenvectors of x xᵀ take 2 a² c + 9 a³. Knyazev, SIAM J. Sci.
     Comput. 23 (2001), without the previous directions.
     """
-    xp, width = namespace(x), block.shape[1]
+    xp, columns = namespace(x), block.shape[1]
     basis, _ = thin_qr(xp.concat([block, x @ (x.T @ block)], axis=1))
     inside = basis.T @ x
     values2, turn = xp.linalg.eigh(inside @ inside.T)
-    values2, turn = xp.flip(values2, axis=0)[:width], xp.flip(turn, axis=1)[:, :width]
+    values2, turn = xp.flip(values2, axis=0)[:columns], xp.flip(turn, axis=1)[:, :columns]
     return basis @ turn, xp.sqrt(xp.where(values2 > 0, values2, xp.zeros_like(values2)))

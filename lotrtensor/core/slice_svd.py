@@ -33,11 +33,11 @@ def slice_svds(stack: LowRankStack) -> list[SliceSvd]:
     through each step together. Cost Σ_k 6 (m + n) r_k² flops.
     """
     found: dict[int, SliceSvd] = {}
-    width = stack.shape[1] + stack.shape[2]
+    column = stack.shape[1] + stack.shape[2]
     for rank in sorted(set(stack.ranks)):
         members = [k for k, r in enumerate(stack.ranks) if r == rank]
         # So many together that what is done to them stays in the cache.
-        most = max(1, ENTRIES // (rank * width))
+        most = max(1, ENTRIES // (rank * column))
         for first in range(0, len(members), most):
             some = members[first : first + most]
             found.update(zip(some, _svds(stack, some), strict=True))
@@ -90,7 +90,7 @@ class DenseSvd(NamedTuple):
     converged: bool
 
 
-def dense_svd(matrix: Array, width: int | None, tolerance: float = 0.0) -> DenseSvd:
+def dense_svd(matrix: Array, rank: int | None, tolerance: float = 0.0) -> DenseSvd:
     """Leading singular triplets of a whole matrix ΔW (m × n) that is in memory.
 
     A full SVD while that is cheap, block iteration beyond; see `reduce_stack`.
@@ -99,16 +99,16 @@ def dense_svd(matrix: Array, width: int | None, tolerance: float = 0.0) -> Dense
     ----------
     matrix : array (m, n)
         ΔW.
-    width : int or None
+    rank : int or None
         Triplets wanted at most; as many as ``tolerance`` needs if None.
     tolerance : float
-        Where no width is given, half of this relative error may lie beyond the triplets.
+        Where no rank is given, half of this relative error may lie beyond the triplets.
     """
     m, n = matrix.shape
     stack = DenseStack(matrix[None, :, :])
-    most = None if width is None else min(width, m, n)
-    rank = None if most is None else (most, most)
-    reduction = reduce_stack(stack, rank, tolerance=tolerance)
+    most = None if rank is None else min(rank, m, n)
+    pair = None if most is None else (most, most)
+    reduction = reduce_stack(stack, pair, tolerance=tolerance)
     left, values, right = np.linalg.svd(to_numpy(reduction.small.slice(0)), full_matrices=False)
     beyond2 = np.append(np.cumsum(values[::-1] ** 2)[::-1], 0.0)
     if most is None:

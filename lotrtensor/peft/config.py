@@ -78,7 +78,7 @@ class LotrConfig(PeftConfig):
         training.
     train : str
         ``"all"`` or ``"cores"``: the latter leaves the factors as they are, so that a layer of any
-        width trains p · q numbers.
+        size trains p · q numbers.
     share_factors : str, optional
         Name of an adapter of the same model whose factors this one uses, training cores alone.
         Adapters that share factors run in one mixed batch at little more than the cost of one.

@@ -150,9 +150,9 @@ def _is_excluded(path: str, excluded: Iterable[str] | str | None) -> bool:
 
 def trained(group: GroupPlan) -> GroupPlan:
     """What a group becomes in training: its slices may gain rank, and no error holds any more."""
-    widths = group.private_ranks or (0,) * len(group.modules)
+    private = group.private_ranks or (0,) * len(group.modules)
     most = min(group.shape)
-    ranks = tuple(max(1, min(most, min(group.rank) + width)) for width in widths)
+    ranks = tuple(max(1, min(most, min(group.rank) + own)) for own in private)
     return replace(group, slice_ranks=ranks, fit=None)
 
 

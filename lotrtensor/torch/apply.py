@@ -201,7 +201,7 @@ def _shared_factors(
 def set_trainable(model: nn.Module, train: str = "all") -> None:
     """Choose what trains: ``"all"`` factors and cores, or the ``"cores"`` alone.
 
-    With the factors frozen a layer of any width trains p · q numbers. The private factors of a
+    With the factors frozen a layer of any size trains p · q numbers. The private factors of a
     compressed adapter are factors in this: ``"cores"`` freezes them, and a layer that has nothing
     else does not train.
 

@@ -12,17 +12,17 @@ class TinyExperts(nn.Module):
 
     Parameters
     ----------
-    count, hidden, width : int
-        Number of experts K, length n of a token, width of an expert.
+    count, hidden, inner : int
+        Number of experts K, length n of a token, rows inside an expert.
     """
 
     has_gate, has_bias, is_transposed = True, False, False
 
-    def __init__(self, count: int = 4, hidden: int = 8, width: int = 6) -> None:
+    def __init__(self, count: int = 4, hidden: int = 8, inner: int = 6) -> None:
         super().__init__()
         self.num_experts = count
-        self.gate_up_proj = nn.Parameter(torch.randn(count, 2 * width, hidden) / hidden**0.5)
-        self.down_proj = nn.Parameter(torch.randn(count, hidden, width) / width**0.5)
+        self.gate_up_proj = nn.Parameter(torch.randn(count, 2 * inner, hidden) / hidden**0.5)
+        self.down_proj = nn.Parameter(torch.randn(count, hidden, inner) / inner**0.5)
 
     def _apply_gate(self, both: Tensor) -> Tensor:
         gate, up = both.chunk(2, dim=-1)
@@ -44,14 +44,14 @@ class TinyMixture(nn.Module):
 
     Parameters
     ----------
-    count, hidden, width : int
+    count, hidden, inner : int
         As for `TinyExperts`.
     """
 
-    def __init__(self, count: int = 4, hidden: int = 8, width: int = 6) -> None:
+    def __init__(self, count: int = 4, hidden: int = 8, inner: int = 6) -> None:
         super().__init__()
         self.router = nn.Linear(hidden, count, bias=False)
-        self.experts = TinyExperts(count, hidden, width)
+        self.experts = TinyExperts(count, hidden, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """Route every token (t, n) to two experts."""
@@ -60,7 +60,7 @@ class TinyMixture(nn.Module):
         return found
 
 
-def tiny_experts(count: int = 4, hidden: int = 8, width: int = 6) -> TinyMixture:
+def tiny_experts(count: int = 4, hidden: int = 8, inner: int = 6) -> TinyMixture:
     """Return a model whose experts are two 3-D parameters, the same every time.
 
     >>> tiny_experts().experts.gate_up_proj.shape
@@ -68,4 +68,4 @@ def tiny_experts(count: int = 4, hidden: int = 8, width: int = 6) -> TinyMixture
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return TinyMixture(count, hidden, width)
+        return TinyMixture(count, hidden, inner)

@@ -76,9 +76,9 @@ class GroupPlan:
 
     @property
     def private(self) -> dict[str, int]:
-        """Width c_k of the private part of every module that has one."""
-        widths = zip(self.modules, self.private_ranks, strict=bool(self.private_ranks))
-        return {name: width for name, width in widths if width}
+        """Columns c_k of the private part of every module that has one."""
+        columns = zip(self.modules, self.private_ranks, strict=bool(self.private_ranks))
+        return {name: count for name, count in columns if count}
 
 
 def plan_groups(

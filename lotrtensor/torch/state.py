@@ -319,7 +319,7 @@ def _check_same(model: nn.Module, plans: tuple[GroupPlan, ...], dtype: torch.dty
     other = next((n for n in {**wanted, **own} if wanted.get(n) != own.get(n)), None)
     if other is not None:
         raise FormatError(
-            f"{other} has private factors of width {wanted.get(other, 0)} in the adapter and "
+            f"{other} has private factors of rank {wanted.get(other, 0)} in the adapter and "
             f"{own.get(other, 0)} in the model, or no place in one of them; load the adapter into "
             "the base model"
         )

@@ -277,11 +277,11 @@ def _updates(sources: Sequence[SourceGroup], goal: Goal, progress: Progress | No
     for done, (source, cost) in enumerate(zip(sources, costs, strict=True)):
         if progress:
             progress(source.name, done, len(sources))
-        width = goal.rank and goal.rank[0]
+        rank = goal.rank and goal.rank[0]
         if goal.parameters is not None:
             # What is left for this module where every other one has rank 1.
-            width = min(WIDEST, max(1, (goal.parameters - sum(costs)) // cost + 1))
-        found = dense_svd(source.stack.slice(0), width, goal.tolerance or 0.0)
+            rank = min(WIDEST, max(1, (goal.parameters - sum(costs)) // cost + 1))
+        found = dense_svd(source.stack.slice(0), rank, goal.tolerance or 0.0)
         if not found.converged:
             open_ends.append(source.name)
         error2 = partial(_error2, source)

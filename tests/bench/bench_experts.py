@@ -1,10 +1,10 @@
 """Training fused experts: LoTR beside PEFT LoRA on ``target_parameters``, and the frozen model.
 
-A stack of layers of 64 experts (hidden 512, width 256), 8 of them a token, 1,024 tokens. A step is
-forward, backward to the input, and AdamW where there is something to train; the frozen stack goes
-forward and backward to its input alone. Times are seconds of the processor and paired: every round
-runs each method once, in alternating order, and the medians are of the rounds' ratios. Peak memory
-is that of a process of its own that does three steps.
+A stack of layers of 64 experts (hidden 512, 256 inside an expert), 8 of them a token, 1,024 tokens.
+A step is forward, backward to the input, and AdamW where there is something to train; the frozen
+stack goes forward and backward to its input alone. Times are seconds of the processor and paired:
+every round runs each method once, in alternating order, and the medians are of the rounds' ratios.
+Peak memory is that of a process of its own that does three steps.
 
     python -m tests.bench.bench_experts [--rounds 9] [--json docs/bench-experts.json]
 """
@@ -27,7 +27,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lotrtensor.peft import LotrConfig
 
-EXPERTS, HIDDEN, WIDTH, ACTIVE, TOKENS, LAYERS = 64, 512, 256, 8, 1024, 2
+EXPERTS, HIDDEN, INNER, ACTIVE, TOKENS, LAYERS = 64, 512, 256, 8, 1024, 2
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 METHODS = ("frozen", "lotr", "lora")
 
@@ -51,7 +51,7 @@ class Stack(nn.Module):
         super().__init__()
         config = Qwen3MoeConfig(
             hidden_size=HIDDEN,
-            moe_intermediate_size=WIDTH,
+            moe_intermediate_size=INNER,
             num_experts=EXPERTS,
             num_experts_per_tok=ACTIVE,
         )

@@ -87,7 +87,7 @@ MIXED = [
 ]
 
 
-# Options for models of transformers; ranks up to their width of 32.
+# Options for models of transformers; ranks up to their hidden size of 32.
 _TRANSFORMERS: dict[str, dict[str, Any]] = {
     "alpha and dropout": {"r": 8, "lotr_alpha": 32, "lotr_dropout": 0.05, "bias": "none"},
     "pair of ranks": {"r": (4, 6), "use_rslora": True},

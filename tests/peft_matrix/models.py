@@ -44,14 +44,14 @@ def _llama() -> hf.LlamaConfig:
     return hf.LlamaConfig(**_DECODER, **_SPECIAL)
 
 
-def _opt(layers: int = 4, width: int = 32, std: float = 0.2) -> hf.OPTConfig:
+def _opt(layers: int = 4, hidden: int = 32, std: float = 0.2) -> hf.OPTConfig:
     return hf.OPTConfig(
         vocab_size=VOCABULARY,
-        hidden_size=width,
+        hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         ffn_dim=64,
-        word_embed_proj_dim=width,
+        word_embed_proj_dim=hidden,
         max_position_embeddings=128,
         init_std=std,
         **_SPECIAL,
@@ -63,7 +63,7 @@ MODELS: dict[str, tuple[Any, Callable[[], Any]]] = {
     # Quantised in blocks of 64. Twelve layers of large weights would magnify what that loses.
     "peft-internal-testing/opt-125m": (
         hf.OPTForCausalLM,
-        lambda: _opt(layers=12, width=64, std=0.05),
+        lambda: _opt(layers=12, hidden=64, std=0.05),
     ),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": (
         hf.GPT2LMHeadModel,

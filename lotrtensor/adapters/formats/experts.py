@@ -339,9 +339,9 @@ def stack_experts(
 
 
 def _padded(factor: np.ndarray, rank: int, axis: int) -> np.ndarray:
-    width = [(0, 0), (0, 0)]
-    width[axis] = (0, rank - factor.shape[axis])
-    return np.pad(factor, width)
+    padding = [(0, 0), (0, 0)]
+    padding[axis] = (0, rank - factor.shape[axis])
+    return np.pad(factor, padding)
 
 
 def _depth(parameter: str, held: list[str], path: str, where: object) -> int:

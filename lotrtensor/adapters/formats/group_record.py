@@ -87,9 +87,9 @@ class GroupRecord:
             if not holds(entry.get(field)):
                 raise _refusal(where, field, entry.get(field, "missing"), expected)
         modules, ranks, fit = entry["modules"], entry["slice_ranks"], entry.get("fit")
-        widths = tuple(entry.get("private_ranks") or ()) if private else ()
-        if widths and len(widths) != len(modules):
-            raise _refusal(where, "private_ranks", list(widths), f"{len(modules)} integers")
+        private_ranks = tuple(entry.get("private_ranks") or ()) if private else ()
+        if private_ranks and len(private_ranks) != len(modules):
+            raise _refusal(where, "private_ranks", list(private_ranks), f"{len(modules)} integers")
         if len(ranks) != len(modules):
             raise _refusal(
                 where, "slice_ranks", ranks, f"{len(modules)} positive integers, one per module"
@@ -103,7 +103,7 @@ class GroupRecord:
             scale=float(entry["scale"]),
             embedding=bool(entry.get("embedding")),
             fit=FitRecord(**fit) if fit else None,
-            private_ranks=widths,
+            private_ranks=private_ranks,
         )
 
 

@@ -82,16 +82,17 @@ def _read_group(
     if p:
         left, right = take(LEFT + record.name, (m, p)), take(RIGHT + record.name, (n, q))
     modules = []
-    for module, width in zip(
+    for module, private_rank in zip(
         record.modules, record.private_ranks or (0,) * len(record.modules), strict=True
     ):
         shared = private = None
         if p:
             core = take(PREFIX + module + CORE, (p, q)).astype(np.float64)
             shared = left, record.scale * core, right
-        if width:
+        if private_rank:
             key = PREFIX + module
-            private = take(key + PRIVATE_LEFT, (m, width)), take(key + PRIVATE_RIGHT, (n, width))
+            own_left = take(key + PRIVATE_LEFT, (m, private_rank))
+            private = own_left, take(key + PRIVATE_RIGHT, (n, private_rank))
         modules.append(
             thin_module(module, shared, private, record.shape, embedding=record.embedding)
         )

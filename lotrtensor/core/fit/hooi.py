@@ -118,11 +118,11 @@ class _Side:
     def leading(self, factor: Array) -> tuple[Array, Array]:
         """Directions and singular values of ``factor`` (a × c); see `leading_left`."""
         rank, side = self._rank, factor.shape[0]
-        width = rank + tuning.OVERSAMPLE
-        if not self._squared or side <= tuning.CHEAP or 4 * width > side:
+        columns = rank + tuning.OVERSAMPLE
+        if not self._squared or side <= tuning.CHEAP or 4 * columns > side:
             return leading_left(factor, rank, squared=self._squared)
         if self._block is None:
-            self._block, values = leading_left(factor, width, squared=True)
+            self._block, values = leading_left(factor, columns, squared=True)
         else:
             self._block, values = stepped_left(factor, self._block)
         return self._block[:, :rank], values[:rank]

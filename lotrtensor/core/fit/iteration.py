@@ -41,7 +41,7 @@ class Iteration(NamedTuple):
 
 def block_iteration(
     stack: SliceStack,
-    width: tuple[int, int],
+    columns: tuple[int, int],
     rank: tuple[int, int] | None = None,
     *,
     rtol: float = 1e-4,
@@ -62,8 +62,8 @@ def block_iteration(
     ----------
     stack : SliceStack
         Any stack; only `SliceStack.sweep` is asked for.
-    width : (int, int)
-        Block widths (b, c): the ranks wanted and some more, which speeds convergence.
+    columns : (int, int)
+        Columns of the blocks (b, c): the ranks wanted and some more, which speeds convergence.
     rank : (int, int), optional
         Ranks (p, q) whose captured energy decides when to stop, by default all of the block's.
         Columns beyond them need not have converged.
@@ -84,14 +84,14 @@ def block_iteration(
     """
     _, m, n = stack.shape
     rng = np.random.default_rng(seed)
-    left = _random_block(stack, rng, m, width[0], start and start[0])
-    right = _random_block(stack, rng, n, width[1], start and start[1])
+    left = _random_block(stack, rng, m, columns[0], start and start[0])
+    right = _random_block(stack, rng, n, columns[1], start and start[1])
     captured: list[float] = []
     while True:
         left, right = orthonormal_basis(left), orthonormal_basis(right)
         sweep = stack.sweep(left, right)
         core = as_accumulator(sweep.core)
-        captured.append(_leading_energy(core, rank or width))
+        captured.append(_leading_energy(core, rank or columns))
         norms2 = to_numpy(sweep.norms2)
         floor = float(namespace(left).finfo(left.dtype).eps) * float(norms2.sum())
         done = stalled(captured, float(norms2.sum()), rtol, floor)

@@ -121,7 +121,7 @@ def reduce_stack(
     if rank is None:
         return _wide_enough(stack, tolerance, iteration)
     rank = min(rank[0], stack.max_rank[0]), min(rank[1], stack.max_rank[1])
-    found = block_iteration(stack, _block(stack, rank), rank, **iteration)
+    found = block_iteration(stack, _columns(stack, rank), rank, **iteration)
     # A difference of norms is accurate enough here: the error that is reported is measured.
     lost2 = max(found.norm2 - found.core_norm2, 0.0)
     reduction = _reduction(found, lost2, discarded_energy(stack, rank), len(found.captured))
@@ -150,15 +150,15 @@ def reduce_between(stack: LowRankStack, left: Array, right: Array) -> Reduction:
 
 def _wide_enough(stack: SliceStack, tolerance: float, options: dict[str, Any]) -> Reduction:
     """The small problem of blocks so wide that at most half of ``tolerance`` is lost outside."""
-    width, passes = (tuning.FIRST_WIDTH, tuning.FIRST_WIDTH), 0
+    columns, passes = (tuning.FIRST_COLUMNS, tuning.FIRST_COLUMNS), 0
     start: tuple[Array, Array] | None = None
     while True:
-        found = block_iteration(stack, _block(stack, width), start=start, **options)
+        found = block_iteration(stack, _columns(stack, columns), start=start, **options)
         lost2 = float(to_numpy(stack.residual_norms2(found.left, found.right)).sum())
         passes += len(found.captured) + 1
-        if lost2 <= (tolerance / 2) ** 2 * found.norm2 or width[0] >= max(stack.max_rank):
+        if lost2 <= (tolerance / 2) ** 2 * found.norm2 or columns[0] >= max(stack.max_rank):
             return _reduction(found, lost2, 0.0, passes)
-        start, width = (found.left, found.right), (2 * width[0], 2 * width[1])
+        start, columns = (found.left, found.right), (2 * columns[0], 2 * columns[1])
 
 
 def _refined(
@@ -203,16 +203,16 @@ def _refined(
     )
 
 
-def _block(stack: SliceStack, rank: tuple[int, int]) -> tuple[int, int]:
-    """Width of the blocks for ``rank``: more columns, which speed convergence.
+def _columns(stack: SliceStack, rank: tuple[int, int]) -> tuple[int, int]:
+    """Columns of the blocks for ``rank``: more than it, which speeds convergence.
 
     A quarter more; twice as many where every pass reads the slices, which costs more than columns.
     """
 
-    def width(own: int, most: int) -> int:
+    def columns(own: int, most: int) -> int:
         return min(own + max(tuning.OVERSAMPLE, own if stack.lazy else own // 4), most)
 
-    return width(rank[0], stack.max_rank[0]), width(rank[1], stack.max_rank[1])
+    return columns(rank[0], stack.max_rank[0]), columns(rank[1], stack.max_rank[1])
 
 
 def _reduction(found: Iteration, lost2: float, discarded2: float, passes: int) -> Reduction:

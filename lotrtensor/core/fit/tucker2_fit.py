@@ -69,7 +69,7 @@ def tucker2(
         Of the random start of the matrix-free method.
     max_passes : int, optional
         Passes of the matrix-free method at most: 30 over thin factors, 5 over slices read on
-        demand, for every width that a tolerance tries. The error takes one more.
+        demand, for every number of columns that a tolerance tries. The error takes one more.
 
     Returns
     -------

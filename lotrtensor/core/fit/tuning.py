@@ -42,7 +42,7 @@ LAZY_RTOL = 3e-3
 LAZY_PASSES = 5
 """Passes over slices that are read on demand; the error of what is returned takes one more."""
 
-FIRST_WIDTH = 32
+FIRST_COLUMNS = 32
 """Width of the first blocks where a tolerance decides; it doubles until little is left outside."""
 
 GRAM_SIDE = 512

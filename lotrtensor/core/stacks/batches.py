@@ -30,12 +30,12 @@ class Batch(NamedTuple):
         return namespace(x).reshape(x[self.span, :], (self.slices, self.rank, x.shape[1]))
 
 
-def batches(ranks: Sequence[int], width: int) -> list[Batch]:
-    """Return the batches of slices of these ranks whose factors have ``width`` = m + n a column."""
+def batches(ranks: Sequence[int], column: int) -> list[Batch]:
+    """Return the batches of slices of these ranks; a column of their factors has m + n numbers."""
     found, start = [], 0
     for rank, run in groupby(ranks):
         slices = len(list(run))
-        most = max(1, ENTRIES // (rank * width))
+        most = max(1, ENTRIES // (rank * column))
         for first in range(0, slices, most):
             count = min(most, slices - first)
             found.append(Batch(slice(start, start + count * rank), count, rank))
