@@ -180,3 +180,33 @@ def test_the_commands_take_experts(tmp_path):
     )
     assert "experts" in str(found)
     assert lt.compare(lt.load(tmp_path / "lotr"), lt.load(tmp_path / "again")).relative_error < 1e-3
+
+
+def quantised(form, stack):
+    """A stack of experts as quantised checkpoints hold it: bytes, and scales beside them."""
+    if form == "scaled float8":
+        return {"": stack.to(torch.float8_e4m3fn), "_scale_inv": torch.ones(len(stack), 1, 1)}
+    packed = (stack[..., None, :8].abs() * 255).to(torch.uint8)
+    return {"_blocks": packed, "_scales": packed[..., 0]}
+
+
+@pytest.mark.parametrize("form", ["scaled float8", "MXFP4"])
+def test_quantised_experts_are_called_that(form, tmp_path):
+    for seed, side in enumerate(("base", "tuned")):
+        base = tiny("qwen3_moe", torch.float32, seed)
+        save_fused(base, tmp_path / side)
+        tensors = {}
+        for key, value in base.state_dict().items():
+            parts = quantised(form, value) if "mlp.experts" in key else {"": value}
+            tensors |= {key + end: part.contiguous() for end, part in parts.items()}
+        path = tmp_path / side / "model.safetensors"
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    _, model = adapted("qwen3_moe")
+    with pytest.raises(lt.DataError, match=r"mlp\.experts.*is quantised"):
+        lt.merge(tmp_path / "base", lotr.to_adapter(model), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(lt.DataError, match=r"mlp\.experts.*is quantised"):
+        lt.extract(tmp_path / "base", tmp_path / "tuned", rank=2)
+    with pytest.warns(lt.LotrWarning, match="are not part of the adapter"):
+        found = lt.extract(tmp_path / "base", tmp_path / "tuned", rank=32, modules="q_proj")
+    assert all("q_proj" in name for group in found.groups for name in group.modules)

@@ -13,6 +13,7 @@ from lotrtensor.adapters.architecture import Architecture
 from lotrtensor.adapters.formats.checkpoint import FLOAT_TYPES, Checkpoint
 from lotrtensor.adapters.formats.experts import DOWN, parameter_path
 from lotrtensor.adapters.layers import WEIGHT
+from lotrtensor.adapters.quantised import is_scaled
 from lotrtensor.errors import FormatError
 
 PARTS = {
@@ -24,7 +25,7 @@ PARTS = {
 HOLDERS = (".mlp.", ".block_sparse_moe.")
 """What the blocks of Mixtral are called today, and in checkpoints."""
 
-_FUSED = re.compile(r"(?:.*\.)?experts\.[^.]*[^.\d][^.]*")
+_FUSED = re.compile(r"(?:.*\.)?experts\.(?![^.]*_scale(?:_inv)?$)[^.]*[^.\d][^.]*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,8 @@ def expert_weights(checkpoint: Checkpoint, architecture: Architecture | None) ->
     tensors, parameters, layouts = {}, {}, {}
     for name, stored in checkpoint.tensors.items():
         count = stored.shape[0] if len(stored.shape) == 3 else 0
-        if not count or stored.dtype not in FLOAT_TYPES or not _FUSED.fullmatch(name):
+        plain = stored.dtype in FLOAT_TYPES and not is_scaled(checkpoint, name)
+        if not count or not plain or not _FUSED.fullmatch(name):
             tensors[name] = stored
             continue
         holder, _, parameter = name.rpartition(".")

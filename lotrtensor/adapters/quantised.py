@@ -20,6 +20,13 @@ def tensors_by_module(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return found
 
 
+def is_scaled(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a parameter is eight-bit floats with a scale of their own, as fused experts have."""
+    scales = (f"{name}_scale", f"{name}_scale_inv", f"{name}_weight_scale")
+    dtype = checkpoint.tensors[name].dtype
+    return dtype.startswith("F8") and any(scale in checkpoint.tensors for scale in scales)
+
+
 def quantised_modules(checkpoint: Checkpoint) -> dict[str, str]:
     """Modules whose weight is quantised, each with the name of a tensor that says so.
 
@@ -37,7 +44,8 @@ def quantised_modules(checkpoint: Checkpoint) -> dict[str, str]:
             continue
         for name in names:
             stored = checkpoint.tensors[name]
-            if stored.dtype not in FLOAT_TYPES and stored.dtype not in _COUNTERS and stored.shape:
+            packed = stored.dtype not in FLOAT_TYPES and stored.dtype not in _COUNTERS
+            if (packed and stored.shape) or is_scaled(checkpoint, name):
                 found[module] = name
                 break
     return found

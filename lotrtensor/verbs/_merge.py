@@ -14,6 +14,7 @@ from lotrtensor.adapters.expert_weights import ExpertWeights, expert_weights
 from lotrtensor.adapters.formats.checkpoint import Checkpoint, open_checkpoint
 from lotrtensor.adapters.formats.checkpoint_writer import rewrite_checkpoint
 from lotrtensor.adapters.formats.directory import expand
+from lotrtensor.adapters.formats.experts import parameter_path
 from lotrtensor.adapters.layers import WEIGHT, Layers
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.names import NameIndex, check_distinct
@@ -172,8 +173,9 @@ def _find_names(
             if found[0].removesuffix(WEIGHT) in packed:
                 raise refuse_quantised(source, packed[found[0].removesuffix(WEIGHT)])
             continue
+        owners = {module, (parameter_path(module) or "").rpartition(".")[0]} - {""}
         quantised = next(
-            (packed[m] for m in packed if m == module or m.endswith("." + module)), None
+            (packed[m] for m in packed if any(f".{m}".endswith(f".{own}") for own in owners)), None
         )
         if not found and quantised:
             raise refuse_quantised(source, quantised)
