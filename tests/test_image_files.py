@@ -130,6 +130,61 @@ def test_a_lotr_of_convolutions_is_refused_before_work_and_at_saving(peft, tmp_p
 
 
 @quiet
+@pytest.mark.parametrize("form", ["lora", "lotr"])
+def test_convolutions_are_merged_as_peft_does(peft, tmp_path, form):
+    base = net(peft)
+    weights = {key: x.numpy() for key, x in base.state_dict().items()}
+    (tmp_path / "base").mkdir()
+    safetensors.numpy.save_file(weights, tmp_path / "base" / "model.safetensors")
+    adapted = peft.adapt(base, tmp_path / "a", target_modules=NET)
+    adapter = lt.load(tmp_path / "a")
+    if form == "lotr":
+        adapter = lt.convert(adapter, tolerance=1e-6)
+    changed = lt.merge(tmp_path / "base", adapter, tmp_path / "merged")
+    assert set(changed) == {f"{name}.weight" for name in NET}
+    merged = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
+    for name, delta in peft.deltas(adapted).items():
+        expected = weights[f"{name}.weight"] + delta
+        np.testing.assert_allclose(merged[f"{name}.weight"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stored", "a", "fits"),
+    [
+        ((8, 4, 3, 1), (2, 4, 3, 1), True),
+        ((8, 4, 3, 1), (2, 4, 1, 3), False),  # as many numbers, in another order
+        ((8, 4, 1, 1), (2, 4), False),
+        ((8, 4, 3, 3), (2, 36), False),
+        ((8, 4), (2, 4, 1, 1), True),
+        ((8, 12), (2, 4, 3, 1), False),
+    ],
+)
+def test_an_update_is_merged_into_a_kernel_of_its_own_shape_alone(tmp_path, stored, a, fits):
+    rng = np.random.default_rng(0)
+    weight, down, up = (rng.normal(size=s).astype("f4") for s in (stored, a, (8, 2)))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "lora").mkdir()
+    safetensors.numpy.save_file({"c.weight": weight}, tmp_path / "base" / "model.safetensors")
+    tensors = {
+        "base_model.model.c.lora_A.weight": down,
+        "base_model.model.c.lora_B.weight": up.reshape(8, 2, *(1 for _ in a[2:])),
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "lora" / WEIGHTS)
+    (tmp_path / "lora" / CONFIG).write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2})
+    )
+    adapter = lt.load(tmp_path / "lora")
+    if not fits:
+        with pytest.raises(FormatError, match=r"c\.weight.*belong to different models"):
+            lt.merge(tmp_path / "base", adapter, tmp_path / "merged")
+        return
+    lt.merge(tmp_path / "base", adapter, tmp_path / "merged")
+    merged = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")["c.weight"]
+    expected = weight + (up @ down.reshape(2, -1)).reshape(stored)
+    np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6)
+
+
+@quiet
 def test_convolutions_of_a_unet_become_kohyas(peft, tmp_path):
     a = np.random.default_rng(0).normal(size=(2, 3, 3, 3)).astype("f4")
     b = np.random.default_rng(1).normal(size=(8, 2, 1, 1)).astype("f4")
@@ -351,3 +406,14 @@ def test_an_encoder_of_unknown_class_is_not_guessed_at(peft, tmp_path):
     found = lotr("export", tmp_path / "lotr", "-o", out, "--format", "kohya")
     assert_refused(found, LAYER, "no module of an image model")
     assert not out.exists()
+
+
+def test_differences_are_not_merged_and_the_message_names_a_way_out(tmp_path):
+    (tmp_path / "base").mkdir()
+    base = {f"blocks.{i}.self_attn.q.weight": np.eye(32, dtype="f4") for i in range(2)}
+    safetensors.numpy.save_file(base, tmp_path / "base" / "model.safetensors")
+    extras = {Q.format(0) + ".diff_b": np.ones(32, "f4")}
+    safetensors.numpy.save_file(wan(extras), tmp_path / "wan.safetensors")
+    with pytest.raises(FormatError, match=r"q\.diff_b.*difference of a whole tensor.*leave it out"):
+        lt.merge(tmp_path / "base", lt.load(tmp_path / "wan.safetensors"), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -11,6 +11,7 @@ import numpy as np
 
 from lotrtensor.adapters.formats.carried import PREFIX
 from lotrtensor.adapters.formats.checkpoint import Checkpoint
+from lotrtensor.adapters.formats.image_names import is_difference
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
@@ -126,7 +127,12 @@ def carried_changes(
             raise FormatError(
                 f"the adapter carries {key} {tensor.shape}, for which {source.directory} has "
                 + (f"{found[0]} {shape}" if shape else f"{len(found) or 'no'} tensors")
-                + "; use PEFT's merge_and_unload"
+                + (
+                    "; it is the difference of a whole tensor, which merging does not add: leave "
+                    "it out of the file, or merge the file with what it was made for"
+                    if is_difference(key)
+                    else "; use PEFT's merge_and_unload"
+                )
             )
         if _same(tensor, source.read(found[0])):
             same.append(key)

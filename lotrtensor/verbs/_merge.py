@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from lotrtensor.adapters.formats.checkpoint import Checkpoint, open_checkpoint
 from lotrtensor.adapters.formats.checkpoint_writer import rewrite_checkpoint
 from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.formats.experts import parameter_path
+from lotrtensor.adapters.formats.layout import read_kernels
 from lotrtensor.adapters.layers import WEIGHT, Layers
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.names import NameIndex, check_distinct
@@ -81,6 +83,8 @@ def merge(
 
     Notes
     -----
+    The m × (c · k · k) matrix of a convolution's update is added to its weight, m × c × k × k.
+
     The sum is taken in float32 (float64 for weights in float64) and rounded once. Memory holds one
     weight and its update at a time.
 
@@ -202,10 +206,14 @@ def _laid_on(
     said = bool(config.get("fan_in_fan_out")) if fan_in_fan_out is None else fan_in_fan_out
     layers = Layers(source, architecture, said, seen=experts.layouts)
     seen: dict[str, bool] = dict(experts.layouts)
+    kernels = read_kernels(config)
     for module, update in updates.items():
         name = names[module].removesuffix(WEIGHT)
         stored, (m, n) = source.tensors[names[module]].shape, update.shape
-        if len(stored) != 2:
+        kernel = tuple(kernels.get(module, ()))
+        if len(stored) > 2 and _fits_kernel(stored, update, kernel):
+            continue
+        if len(stored) != 2 or math.prod(kernel) > 1:
             raise _unlike(source, names[module], update, update.embedding)
         if name in experts.parameters and name not in experts.layouts and m != n:
             if stored not in ((m, n), (n, m)):
@@ -225,9 +233,16 @@ def _laid_on(
     changes = {}
     for module, update in updates.items():
         name = names[module].removesuffix(WEIGHT)
-        turned = update.embedding or (seen[name] if name in seen else layers.in_by_out(name))
+        turned = update.embedding
+        if not turned and len(source.tensors[names[module]].shape) == 2:
+            turned = seen[name] if name in seen else layers.in_by_out(name)
         changes[names[module]] = Change(update=update.turned() if turned else update)
     return changes
+
+
+def _fits_kernel(stored: tuple[int, ...], update: Update, kernel: tuple[int, ...]) -> bool:
+    """Whether an update is the m × (c · k · k) matrix of a convolution's weight, m × c × k × k."""
+    return stored[2:] == kernel and update.shape == (stored[0], math.prod(stored[1:]))
 
 
 def _unlike(source: Checkpoint, name: str, update: Update, turned: bool) -> FormatError:
@@ -255,6 +270,7 @@ def _changed(source: Checkpoint, name: str, change: Change) -> tuple[np.ndarray,
         b, a = change.update.factors()
         summed = b.astype(wide) @ a.astype(wide)
         update2 = float(norm2(summed)) if weight.dtype.itemsize == 1 else 0.0
+        summed = summed.reshape(weight.shape)
         summed += weight.astype(wide, copy=False) if weight.dtype.itemsize == 1 else weight
     with np.errstate(over="ignore"):
         found: np.ndarray = summed.astype(weight.dtype)

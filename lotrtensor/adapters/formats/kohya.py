@@ -43,9 +43,15 @@ from lotrtensor.adapters.formats.image_names import (
     split_key,
 )
 from lotrtensor.adapters.formats.json_text import parse_json
-from lotrtensor.adapters.formats.layout import LAYOUT, Layout, check_lora_file, read_layout
+from lotrtensor.adapters.formats.layout import (
+    LAYOUT,
+    Layout,
+    check_lora_file,
+    read_kernels,
+    read_layout,
+)
 from lotrtensor.adapters.formats.lora_config import Scales, check_plain
-from lotrtensor.adapters.formats.peft import KERNELS, LoraContent
+from lotrtensor.adapters.formats.peft import LoraContent
 from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME, Tensors, file_bytes, read_file
 from lotrtensor.adapters.formats.wrappers import unwrapped_names
 from lotrtensor.adapters.grouping import layer_order
@@ -148,7 +154,7 @@ def write_single_file(
             f"{next(iter(extras))} is no LoRA factor, and has no place in a single file of these "
             "names; write the adapter in the form that it came in, which carries it"
         )
-    kernels = layout.kernels | config.get(KERNELS, {})
+    kernels = read_kernels(config, path)
     tensors: Tensors = dict(extras)
     for module in modules:
         style, name = styles[module.name], names[module.name]

@@ -22,6 +22,9 @@ from lotrtensor.errors import FormatError
 LAYOUT = "single_file"
 """Field of an adapter's config that holds the layout of the file it came from."""
 
+KERNELS = "conv_kernels"
+"""Field of a config in memory: kernels of the modules that are convolutions, never in a file."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -152,3 +155,14 @@ def read_layout(config: Mapping[str, Any], path: Path | str = "the adapter") -> 
     if not (known and texts and sizes):
         raise FormatError(f"{path}: {LAYOUT} of the config is damaged; convert the source again")
     return layout
+
+
+def read_kernels(config: Mapping[str, Any], path: Path | str = "the adapter") -> dict[str, Any]:
+    """Return the kernel of every module that is a convolution, wherever the adapter came from.
+
+    Raises
+    ------
+    FormatError
+        If the layout in the config is damaged.
+    """
+    return {**read_layout(config, path).kernels, **config.get(KERNELS, {})}

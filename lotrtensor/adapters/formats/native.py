@@ -25,9 +25,8 @@ from lotrtensor.adapters.formats.carried import PREFIX, split_extras
 from lotrtensor.adapters.formats.directory import write_directory
 from lotrtensor.adapters.formats.experts import TARGETS, fused_parameters
 from lotrtensor.adapters.formats.group_record import GroupRecord
-from lotrtensor.adapters.formats.layout import LAYOUT, read_layout
+from lotrtensor.adapters.formats.layout import KERNELS, LAYOUT, read_layout
 from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
-from lotrtensor.adapters.formats.peft import KERNELS
 from lotrtensor.adapters.formats.tensors import (
     Tensors,
     adapter_files,

@@ -28,6 +28,7 @@ from lotrtensor.adapters.formats.factors import (
     widest,
     with_kernel,
 )
+from lotrtensor.adapters.formats.layout import KERNELS
 from lotrtensor.adapters.formats.lora_config import OWN_FIELDS, Scales, check_plain
 from lotrtensor.adapters.formats.tensors import (
     Tensors,
@@ -52,9 +53,6 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?"
 )
-
-KERNELS = "conv_kernels"
-"""Field of a config in memory: kernels of the modules that are convolutions, never in a file."""
 
 LoraContent = tuple[tuple[LoraModule, ...], Mapping[str, Any], np.dtype, Mapping[str, np.ndarray]]
 """Modules, config, storage type and carried tensors: the fields of a `LoraAdapter`."""
