@@ -295,7 +295,8 @@ def test_carried_tensors_without_a_place_are_refused_by_name(tmp_path, shape):
     assert not (tmp_path / "out").exists()
 
 
-def test_carried_tensors_replace_the_bases(tmp_path):
+@pytest.mark.parametrize("wrapped", ["", "base_layer."])
+def test_carried_tensors_replace_the_bases(tmp_path, wrapped):
     """A head that was trained in full is written in the base's type; biases are, too."""
     rng = np.random.default_rng(0)
     head, bias = rng.random((2, 10), np.float32), rng.random(12, np.float32)
@@ -303,7 +304,7 @@ def test_carried_tensors_replace_the_bases(tmp_path):
     (name,) = pairs
     extras = {
         "base_model.model.classifier.weight": head,
-        f"base_model.model.{name}.bias": bias,
+        f"base_model.model.{name}.{wrapped}bias": bias,
     }
     fields = {"modules_to_save": ["classifier"], "bias": "all"}
     write_lora(tmp_path / "lora", pairs, extras=extras, **fields)

@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from lotrtensor.adapters.formats.carried import PREFIX
+from lotrtensor.adapters.formats.carried import PREFIX, carried_tensors
 from lotrtensor.adapters.formats.checkpoint import Checkpoint
 from lotrtensor.adapters.formats.image_names import is_difference
 from lotrtensor.adapters.loading import Adapter
@@ -88,6 +89,7 @@ def _transposed(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
 def carried_changes(
     source: Checkpoint,
     extras: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
     updates: Mapping[str, Change],
     rename: Callable[[str], str],
 ) -> tuple[dict[str, Change], list[str]]:
@@ -101,6 +103,8 @@ def carried_changes(
         The base.
     extras : mapping of str to ndarray
         What the adapter carries, under PEFT's keys.
+    config : mapping
+        The adapter's config, which says whether biases were trained.
     updates : mapping of str to Change
         What is added to weights.
     rename : callable
@@ -114,6 +118,7 @@ def carried_changes(
         If the base's is quantised.
     """
     index, packed = NameIndex(source.tensors), quantised_modules(source)
+    kinds = carried_tensors(extras, config)
     changes, same = {}, []
     for key, tensor in extras.items():
         plain = re.sub(r"\.modules_to_save(\.default)?\.", ".", key.removeprefix(PREFIX))
@@ -136,7 +141,7 @@ def carried_changes(
             )
         if _same(tensor, source.read(found[0])):
             same.append(key)
-        elif name != plain or found[0] in updates:
+        elif (name != plain and kinds[key].kind != "bias") or found[0] in updates:
             raise FormatError(
                 f"the adapter carries {key}, which is not the weight of {source.directory}: it "
                 "was trained on another base; use PEFT's merge_and_unload"

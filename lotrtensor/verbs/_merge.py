@@ -120,7 +120,7 @@ def merge(
     names = _find_names(source, updates, architecture)
     changes = _laid_on(experts, updates, names, architecture, adapter.config, fan_in_fan_out)
     rename = architecture.rename if architecture is not None else str
-    carried, notes = carried_changes(source, adapter.extras, changes, rename)
+    carried, notes = carried_changes(source, adapter.extras, adapter.config, changes, rename)
     changes |= carried
     check_tied(source, architecture, changes)
     lost: dict[str, float] = {}
