@@ -25,6 +25,7 @@ TABLES = "<!-- tables: written by make peft-matrix -->\n"
 FILES = (
     "test_custom_models",
     "test_decoder_models",
+    "test_target_parameters",
     "test_encoder_decoder_models",
     "test_feature_extraction_models",
     "test_seq_classifier",

@@ -105,6 +105,37 @@ def _of_task(task: str) -> list[Any]:
     ]
 
 
+LEFT_OUT = ("trl-internal-testing/tiny-Llama4ForCausalLM",)
+"""Models whose cases are left out, LoRA's too. Llama 4's fused experts do not follow the interface
+that tells how experts compute: LoTR refuses them by name."""
+
+# Names of the layers of GPT-OSS.
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "one parameter": {"target_parameters": ["mlp.experts.down_proj"], "r": 4},
+    "a parameter a layer": {
+        "target_parameters": ["0.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"],
+    },
+    "both parameters": {
+        "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+        "lotr_alpha": 32,
+    },
+    "pair of ranks": {"target_parameters": ["mlp.experts.down_proj"], "r": (3, 5)},
+    "beside modules": {
+        "target_parameters": ["mlp.experts.down_proj"],
+        "target_modules": ["q_proj", "v_proj"],
+    },
+}
+
+
+def _of_experts() -> list[Any]:
+    """Cases for a model with fused experts."""
+    model, task = "trl-internal-testing/tiny-GptOssForCausalLM", {"task_type": "CAUSAL_LM"}
+    return [
+        pytest.param(model, LotrConfig, {**task, **kwargs}, id=f"LoTR {name}")
+        for name, kwargs in _EXPERTS.items()
+    ]
+
+
 LISTS: dict[str, dict[str, list[Any]]] = {
     "test_custom_models": {
         "TEST_CASES": CUSTOM,
@@ -113,6 +144,7 @@ LISTS: dict[str, dict[str, list[Any]]] = {
         "MIXED_ADAPTER_TEST_CASES": MIXED,
     },
     "test_decoder_models": {"ALL_CONFIGS": _of_task("CAUSAL_LM")},
+    "test_target_parameters": {"ALL_CONFIGS": _of_experts()},
     "test_encoder_decoder_models": {"ALL_CONFIGS": _of_task("SEQ_2_SEQ_LM")},
     "test_feature_extraction_models": {"ALL_CONFIGS": _of_task("FEATURE_EXTRACTION")},
     "test_seq_classifier": {"ALL_CONFIGS": _of_task("SEQ_CLS")},

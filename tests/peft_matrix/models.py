@@ -83,6 +83,14 @@ MODELS: dict[str, tuple[Any, Callable[[], Any]]] = {
         hf.Gemma3ForCausalLM,
         lambda: hf.Gemma3TextConfig(**_DECODER, **_SPECIAL),
     ),
+    "trl-internal-testing/tiny-GptOssForCausalLM": (
+        hf.GptOssForCausalLM,
+        lambda: hf.GptOssConfig(
+            **{**_DECODER, "num_hidden_layers": 2, "num_local_experts": 4},
+            num_experts_per_tok=2,
+            **_SPECIAL,
+        ),
+    ),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
         hf.T5ForConditionalGeneration,
         lambda: hf.T5Config(
