@@ -210,3 +210,51 @@ def test_quantised_experts_are_called_that(form, tmp_path):
     with pytest.warns(lt.LotrWarning, match="are not part of the adapter"):
         found = lt.extract(tmp_path / "base", tmp_path / "tuned", rank=32, modules="q_proj")
     assert all("q_proj" in name for group in found.groups for name in group.modules)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_an_adapter_of_experts_one_by_one_for_fused_ones_names_the_way_out(name, tmp_path):
+    """The way out is walked: export anew, and merge and load what comes of it."""
+    base = tiny(name, torch.float32)
+    save_fused(base, tmp_path / "base")
+    inside = 48 if name == "mixtral" else 16
+    gate, up, down = (
+        ("w1", "w3", "w2") if name == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    )
+    holder = "block_sparse_moe" if name == "mixtral" else "mlp"
+    rng = np.random.default_rng(0)
+    modules = tuple(
+        lt.LoraModule(
+            f"model.layers.{layer}.{holder}.experts.{expert}.{part}",
+            rng.standard_normal((32 if part == down else inside, 2)) / 8,
+            rng.standard_normal((2, inside if part == down else 32)) / 8,
+        )
+        for layer in range(2)
+        for expert in range(4)
+        for part in (gate, up, down)
+    )
+    apart = lt.LoraAdapter(modules, {}, np.dtype("float32"))
+    with pytest.raises(lt.FormatError, match=r"one by one.*lotr export --experts parameters"):
+        lt.merge(tmp_path / "base", apart, tmp_path / "merged")
+    with pytest.raises(lt.FormatError, match=r"one by one.*lotr export --experts parameters"):
+        lotr.load_lotr(copy.deepcopy(base), lt.convert(apart, tolerance=1e-6))
+    apart.save(tmp_path / "apart", experts="modules")
+    out = ["-o", tmp_path / "fused"]
+    document("export", tmp_path / "apart", *out, "--experts", "parameters")
+    fused = lt.load(tmp_path / "fused")
+    lt.merge(tmp_path / "base", fused, tmp_path / "merged")
+    merged = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
+    deltas = {module.name: torch.from_numpy(module.B @ module.A).float() for module in modules}
+    for layer in range(2):
+        for expert in range(4):
+            path = f"model.layers.{layer}.{holder}.experts.{expert}"
+            own = f"model.layers.{layer}.mlp.experts"
+            both = torch.cat([deltas[f"{path}.{gate}"], deltas[f"{path}.{up}"]])
+            for key, delta in (("gate_up_proj", both), ("down_proj", deltas[f"{path}.{down}"])):
+                found = merged[f"{own}.{key}"][expert] - base.state_dict()[f"{own}.{key}"][expert]
+                torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-5)
+    loaded = copy.deepcopy(base)
+    lotr.load_lotr(loaded, lt.convert(fused, tolerance=1e-6))
+    torch.testing.assert_close(
+        logits(loaded), logits(load(base, tmp_path / "merged")), rtol=1e-3, atol=1e-3
+    )

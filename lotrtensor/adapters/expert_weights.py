@@ -6,7 +6,7 @@ An expert is a range of bytes of the tensor, so that it is read, compared and wr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from lotrtensor.adapters.architecture import Architecture
@@ -101,6 +101,42 @@ def expert_weights(checkpoint: Checkpoint, architecture: Architecture | None) ->
             if layout is not None:
                 layouts[module] = layout
     return ExpertWeights(replace(checkpoint, tensors=tensors), parameters, layouts)
+
+
+def fused_hint(module: str, names: Container[str], ending: str = "") -> str:
+    """Return what to do with an expert's module where ``names`` have it in a fused one.
+
+    Parameters
+    ----------
+    module : str
+        Path of a module that is not found, such as ``layers.0.mlp.experts.3.gate_proj``.
+    names : container of str
+        What there is: paths of modules, with ``ending``.
+    ending : str
+        End of all names.
+
+    Returns
+    -------
+    str
+        A sentence; empty for any other module.
+
+    Examples
+    --------
+    >>> fused_hint("mlp.experts.3.w1", {"mlp.experts.3.gate_up_proj"})[:48]
+    'its experts are one by one, and fused in the mod'
+    >>> fused_hint("mlp.experts.3.w1", {"mlp.experts.3.w1"})
+    ''
+    """
+    path, _, part = module.rpartition(".")
+    new, old = HOLDERS
+    for name, options in PARTS.items():
+        fused = f"{path.replace(old, new)}.{name}"
+        if fused != module and any(part in parts for parts in options) and fused + ending in names:
+            return (
+                "its experts are one by one, and fused in the model: lay them out anew with lotr "
+                "export --experts parameters, which gives a LoRA"
+            )
+    return ""
 
 
 def joined_experts(

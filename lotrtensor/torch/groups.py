@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lotrtensor.adapters.expert_weights import fused_hint
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.errors import (
     DataError,
@@ -214,8 +215,8 @@ def check_plans(plans: Iterable[GroupPlan], layers: Mapping[str, Layer]) -> None
         if missing:
             raise FormatError(
                 f"group {plan.name!r} adapts {missing[0]!r}, which this model does not have "
-                f"({len(missing)} of {len(plan.modules)} layers are missing); the adapter was "
-                "made for another model"
+                f"({len(missing)} of {len(plan.modules)} layers are missing); "
+                + (fused_hint(missing[0], layers) or "the adapter was made for another model")
             )
         for name in plan.modules:
             slot = slot_of(name, layers[name])

@@ -11,7 +11,7 @@ import numpy as np
 
 from lotrtensor.adapters.architecture import Architecture, read_architecture
 from lotrtensor.adapters.deltas import with_tied
-from lotrtensor.adapters.expert_weights import ExpertWeights, expert_weights
+from lotrtensor.adapters.expert_weights import ExpertWeights, expert_weights, fused_hint
 from lotrtensor.adapters.formats.checkpoint import Checkpoint, open_checkpoint
 from lotrtensor.adapters.formats.checkpoint_writer import rewrite_checkpoint
 from lotrtensor.adapters.formats.directory import expand
@@ -186,7 +186,8 @@ def _find_names(
         raise FormatError(
             f"{source.directory} has {len(found) or 'no'} weights for {module}"
             + (f", such as {' and '.join(sorted(found)[:2])}" if found else "")
-            + "; the adapter belongs to another model"
+            + "; "
+            + (fused_hint(module, source.tensors, WEIGHT) or "the adapter belongs to another model")
         )
     check_distinct(names, source.directory)
     return names
