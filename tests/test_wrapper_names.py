@@ -170,6 +170,55 @@ def test_what_is_exported_has_effect_in_peft(tmp_path, prefix):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def compiled_layers(peft, model):
+    """Compile every layer of an encoder by itself."""
+    layers = model.encoder.layer
+    for k, layer in enumerate(layers):
+        layers[k] = peft.torch.compile(layer, backend="eager")
+    return model
+
+
+@quiet
+@pytest.mark.filterwarnings("ignore:.*names of wrappers:lotrtensor.errors.LotrWarning")
+@pytest.mark.parametrize("bias", ["none", "lotr_only", "all"])
+@pytest.mark.parametrize("compiled", ["before", "after", "for the state", "to load", "never"])
+def test_a_lotr_goes_from_compiled_models_to_plain_ones_and_back(tmp_path, compiled, bias):
+    peft = Peft()
+    method = pytest.importorskip("lotrtensor.peft")
+    base = peft.bert(2)
+    if compiled == "before":
+        base = compiled_layers(peft, base)
+    config = method.LotrConfig(r=4, target_modules=["query", "value"], bias=bias)
+    adapted = peft.peft.get_peft_model(base, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * peft.torch.randn_like(parameter)
+    expected = peft.outputs(adapted.eval())
+    options = {}
+    if compiled == "after":
+        compiled_layers(peft, adapted.base_model.model)
+    if compiled == "for the state":
+        options["state_dict"] = peft.torch.compile(adapted, backend="eager").state_dict()
+    adapted.save_pretrained(tmp_path / "a", **options)
+    fresh = peft.bert(2)
+    if compiled == "to load":
+        fresh = compiled_layers(peft, fresh)
+    found = peft.outputs(peft.load(fresh, tmp_path / "a"))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@quiet
+@pytest.mark.filterwarnings("ignore:.*names of wrappers:lotrtensor.errors.LotrWarning")
+def test_what_was_trained_in_full_in_a_compiled_model_is_not_lost_in_silence(tmp_path):
+    peft = Peft()
+    method = pytest.importorskip("lotrtensor.peft")
+    config = method.LotrConfig(r=4, target_modules=["query"], modules_to_save=["LayerNorm"])
+    adapted = peft.peft.get_peft_model(compiled_layers(peft, peft.bert(2)), config)
+    adapted.save_pretrained(tmp_path / "a")
+    with pytest.raises(FormatError, match="made for another"):
+        peft.load(peft.bert(2), tmp_path / "a")
+
+
 @quiet
 def test_a_lotr_that_was_trained_in_a_compiled_model_is_exported_for_the_plain_one(tmp_path):
     peft = Peft()

@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from lotrtensor.adapters.formats.carried import PREFIX
+from lotrtensor.adapters.formats.wrappers import matched_names
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.parts import group_parts
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
@@ -84,6 +85,9 @@ def plan_adapter(
     """
     if config.groups is not None:
         groups = config.plans()
+        if not (config.modules_to_save or config.trainable_token_indices):
+            # PEFT looks for these by the file's own keys, and would not find them.
+            groups = tuple(_in_this_wrapper(group, layers) for group in groups)
         check_plans(groups, layers)
         check_train(config.train, cores=any(min(group.rank) for group in groups))
         return AdapterPlan(groups if config.inference_mode else tuple(map(trained, groups)))
@@ -103,6 +107,12 @@ def plan_adapter(
         rslora=config.use_rslora,
     )
     return AdapterPlan(plans)
+
+
+def _in_this_wrapper(group: GroupPlan, layers: Mapping[str, Layer]) -> GroupPlan:
+    """Return a group with its layers by the paths that this model, compiled or not, has."""
+    names = matched_names(group.modules, layers.keys())
+    return replace(group, modules=tuple(names[name] for name in group.modules))
 
 
 def base_layers(model: nn.Module) -> dict[str, Layer]:

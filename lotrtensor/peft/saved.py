@@ -7,6 +7,7 @@ from typing import Any
 from peft.tuners import tuners_utils
 from torch import Tensor, nn
 
+from lotrtensor.adapters.formats.wrappers import matched_names
 from lotrtensor.errors import LotrError
 from lotrtensor.peft import state as keys
 from lotrtensor.peft.several import SeveralAdapters
@@ -31,6 +32,9 @@ class SavedAdapters(SeveralAdapters):
         tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
         if tuner is not None and adapter_name in tuner._lotr_configs:
             config.settle(tuner._lotr_configs[adapter_name])
+        # The state may be that of a wrapper around the model, whose name leads its keys.
+        names = matched_names(state_dict, model.state_dict().keys())
+        state_dict = {names[key]: value for key, value in state_dict.items()}
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -52,9 +56,11 @@ class SavedAdapters(SeveralAdapters):
             expected = cls._expected(model, adapter_name)
             state_dict = keys.dequantise(state_dict, expected, f"adapter {adapter_name!r}")
             state_dict = keys.multiply_cores(state_dict)
-            keys.check_state(
-                state_dict, {k: x.shape for k, x in keys.split_cores(expected).items()}
-            )
+            places = keys.split_cores(expected)
+            # Biases of the base model have the model's own keys.
+            names = matched_names(state_dict, {**places, **model.state_dict()}.keys())
+            state_dict = {names[key]: value for key, value in state_dict.items()}
+            keys.check_state(state_dict, {key: x.shape for key, x in places.items()})
             state_dict = keys.join_cores(state_dict, expected)
         except LotrError:
             if tuner is not None and adapter_name in tuner._lotr_pending:

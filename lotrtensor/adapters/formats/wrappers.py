@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from lotrtensor.adapters.formats.carried import PREFIX
@@ -90,6 +90,33 @@ def without_wrappers(value: Any) -> Any:
     if isinstance(value, list):
         return [without_wrappers(item) for item in value]
     return value
+
+
+def matched_names(names: Iterable[str], own: Collection[str]) -> dict[str, str]:
+    """Return for every name the one of ``own`` that differs by private names of wrappers alone.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Names of a file, or of a model in a wrapper.
+    own : collection of str
+        Names that there are: of a compiled model with the wrapper's, say.
+
+    Returns
+    -------
+    dict of str to str
+        The name of ``own`` for every name, which is kept where there is none, or itself.
+
+    Examples
+    --------
+    >>> matched_names(["layers.0._orig_mod.q", "other"], ["layers.0.q", "layers.1.q"])
+    {'layers.0._orig_mod.q': 'layers.0.q', 'other': 'other'}
+    """
+    names = list(names)
+    if all(name in own for name in names):
+        return {name: name for name in names}
+    plain = {without_wrappers(name): name for name in own}
+    return {n: n if n in own else plain.get(without_wrappers(n), n) for n in names}
 
 
 def _plain_paths(keys: list[str], *, peft: bool) -> dict[str, str]:
