@@ -214,9 +214,16 @@ def test_what_was_trained_in_full_in_a_compiled_model_is_not_lost_in_silence(tmp
     method = pytest.importorskip("lotrtensor.peft")
     config = method.LotrConfig(r=4, target_modules=["query"], modules_to_save=["LayerNorm"])
     adapted = peft.peft.get_peft_model(compiled_layers(peft, peft.bert(2)), config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * peft.torch.randn_like(parameter)
+    expected = peft.outputs(adapted.eval())
     adapted.save_pretrained(tmp_path / "a")
-    with pytest.raises(FormatError, match="made for another"):
+    with pytest.raises(FormatError, match=r"compiled or wrapped model.*save it anew"):
         peft.load(peft.bert(2), tmp_path / "a")
+    lt.load(tmp_path / "a").save(tmp_path / "anew")
+    found = peft.outputs(peft.load(peft.bert(2), tmp_path / "anew"))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @quiet

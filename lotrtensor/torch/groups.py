@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lotrtensor.adapters.expert_weights import fused_hint
+from lotrtensor.adapters.formats.wrappers import matched_names
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.errors import (
     DataError,
@@ -200,6 +201,16 @@ def scale_of(rank: tuple[int, int], alpha: float, *, rslora: bool = False) -> fl
     return alpha / (math.sqrt(mean) if rslora else mean)
 
 
+def _way_out(missing: str, layers: Mapping[str, Layer]) -> str:
+    """What to do about a layer of an adapter that a model does not have."""
+    if matched_names([missing], layers)[missing] in layers:
+        return (
+            "its name is that of a compiled or wrapped model: lotrtensor.load it and save it anew, "
+            "which takes the wrapper off"
+        )
+    return fused_hint(missing, layers) or "the adapter was made for another model"
+
+
 def check_plans(plans: Iterable[GroupPlan], layers: Mapping[str, Layer]) -> None:
     """Check plans that were read from a file against a model, its layers and experts by path.
 
@@ -216,7 +227,7 @@ def check_plans(plans: Iterable[GroupPlan], layers: Mapping[str, Layer]) -> None
             raise FormatError(
                 f"group {plan.name!r} adapts {missing[0]!r}, which this model does not have "
                 f"({len(missing)} of {len(plan.modules)} layers are missing); "
-                + (fused_hint(missing[0], layers) or "the adapter was made for another model")
+                + _way_out(missing[0], layers)
             )
         for name in plan.modules:
             slot = slot_of(name, layers[name])
