@@ -109,3 +109,14 @@ def test_the_table_of_commands_is_what_was_measured():
             ratio = row["seconds"] / row["limit"]
             assert 0.3 < row["times_limit"] / ratio < 3
     assert table(measured) in page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_formulas_are_of_what_the_renderer_knows(page):
+    """A command that it does not know stops the build of all pages, minutes after it began."""
+    tex2mathml = pytest.importorskip("docutils.utils.math.latex2mathml").tex2mathml
+    text = re.sub(r"^(`{3,}|:{3,}).*?^\1\s*$", "", page.read_text("utf-8"), flags=re.M | re.S)
+    text = re.sub(r"`[^`\n]*`", "", text)
+    inline = r"(?<!\$)\$([^$\n]+)\$(?!\$)"
+    for formula in re.findall(r"\$\$(.+?)\$\$", text, re.DOTALL) + re.findall(inline, text):
+        assert tex2mathml(formula.strip())
