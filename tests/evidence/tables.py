@@ -1,0 +1,76 @@
+"""The tables of the results page, made of the recorded cells alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.evidence.measures import DRAWS, unpacked
+
+Cell = dict[str, Any]
+
+
+def read(path: Path) -> list[Cell]:
+    """The cells that have been run, a JSON line each."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def differences(cells: Iterable[Cell], others: dict[str, Cell]) -> tuple[float, float, float]:
+    """Mean over tasks of the accuracy's difference from others', and its 95 % interval.
+
+    A paired bootstrap: the rows of every task are drawn anew, the same for both; the interval is
+    that of the mean over these tasks, not over tasks that were not looked at.
+    """
+    rng = np.random.default_rng(0)
+    means, drawn = [], []
+    for cell in cells:
+        count = cell["rows"]
+        lost = unpacked(cell["right"], count) - unpacked(others[cell["task"]]["right"], count)
+        means.append(lost.mean())
+        drawn.append(lost[rng.integers(count, size=(DRAWS, count))].mean(1))
+    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
+    return float(np.mean(means)), float(low), float(high)
+
+
+def after_table(cells: list[Cell]) -> list[str]:
+    """A line a form and size: means over all tasks."""
+    before = {c["task"]: c for c in cells if c["form"] == "LoRA, as trained"}
+    lines = [
+        "| form | smaller by | relative error | KL, nats | accuracy | difference, points |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    kinds = list(dict.fromkeys((c["form"], c["ratio"]) for c in cells))
+    for form, ratio in kinds:
+        some = [c for c in cells if (c["form"], c["ratio"]) == (form, ratio)]
+        if len(some) < len(before) or any("refused" in c for c in some):
+            continue
+        accuracy = np.mean([c["accuracy"] for c in some])
+        mean, low, high = (100 * x for x in differences(some, before))
+        apart = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+        if form == "frozen":
+            lines.append(f"| nothing trained but a head | | | | {accuracy:.3f} | {apart} |")
+            continue
+        smaller = np.mean([c["source_bytes"] / c["bytes"] for c in some])
+        error, kl = (np.mean([c[key] for c in some]) for key in ("error", "kl"))
+        lines.append(
+            f"| {form} | {smaller:.1f} × | {error:.3f} | {kl:.4f} | {accuracy:.3f} | {apart} |"
+        )
+    return lines
+
+
+def tasks_table(cells: list[Cell], ratios: tuple[int, ...] = (8, 16, 32, 64)) -> list[str]:
+    """A line a task: accuracy as trained, and compressed."""
+    names = list(dict.fromkeys(c["task"] for c in cells))
+    found = {(c["task"], c["form"], c["ratio"]): c for c in cells}
+    head = ["task", "rows", "frozen", "LoRA", *(f"{ratio} ×" for ratio in ratios)]
+    lines = [" | ".join(["", *head, ""]).strip(), "| --- " * len(head) + "|"]
+    for name in names:
+        row = found[name, "frozen", 0]
+        forms = [("frozen", 0), ("LoRA, as trained", 1), *(("compressed", r) for r in ratios)]
+        scores = [f"{found[name, form, ratio]['accuracy']:.3f}" for form, ratio in forms]
+        lines.append(" | ".join(["", name, f"{row['rows']:,}", *scores, ""]).strip())
+    return lines
