@@ -68,7 +68,7 @@ def cells(
     assert isinstance(lora, LoraAdapter)
     texts, labels = zip(*task.test, strict=True)
     scorer = Scorer(source, encoder.tokens(texts), np.array(labels))
-    if ("frozen",) not in known:
+    if ("frozen", "0") not in known:
         yield scorer.frozen(task) | {"form": "frozen", "ratio": 0}
     before = scorer.outputs(lora)
     for form, ratio in FORMS:
