@@ -124,10 +124,12 @@ def test_a_table_is_of_means_over_tasks_and_paired():
         cell("a", "compressed", 4, [1, 1, 0, 0] * 50, bytes=2, source_bytes=8, error=0.1, kl=0.01),
         cell("b", "compressed", 4, [0, 1, 0, 0] * 50, bytes=2, source_bytes=8, error=0.3, kl=0.03),
     ]
-    half = [cell("a", "int4", 0, [1] * 200, bytes=2, source_bytes=8, error=0, kl=0)]
+    half = [dict(before[0], task="c")]
     lines = tables.after_table(before + after + half)
-    assert len(lines) == 4  # what was not run on every task has no line
+    assert len(lines) == 4  # a task that is not finished does not count
     assert lines[3].startswith("| compressed | 4.0 × | 0.200 | 0.0200 | 0.375 | -12.5 (")
+    refused = [{"task": t, "form": "int4", "ratio": 0, "refused": "too small"} for t in "ab"]
+    assert len(tables.after_table(before + after + refused)) == 4
     mean, low, high = tables.differences(after, {c["task"]: c for c in before})
     assert low < mean == -0.125 < high
     assert tables.differences(before, {c["task"]: c for c in before}) == (0, 0, 0)

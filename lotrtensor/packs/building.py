@@ -33,8 +33,9 @@ from lotrtensor.packs.files import (
 )
 from lotrtensor.packs.members import Cell
 from lotrtensor.packs.plan import PlannedCell, plan_cells, write_plan
+from lotrtensor.packs.prices import Prices, crossing
 from lotrtensor.packs.spool import Source, Spooled, fingerprint, read_spooled, spool, write_once
-from lotrtensor.packs.tasks import STEPS, Encoded, Priced
+from lotrtensor.packs.tasks import STEPS, Encoded
 from lotrtensor.verbs._compress import MARGIN, NUDGE, SPARE, Form
 from lotrtensor.verbs._fit_groups import Progress
 
@@ -117,7 +118,6 @@ class _Builder:
         self.folder = str(path / BUILD)
         self.adapters: dict[int, Spooled] = {}
         self.cells: list[PlannedCell] = []
-        self.prices: list[Priced] = []
 
     def run(self) -> Index:
         """All of it."""
@@ -130,10 +130,12 @@ class _Builder:
         budget = None if request.budget is None else budget_bytes(request.budget, source)
         most = math.inf if budget is None else float(budget)
         work = [(self.folder, i, fine, most) for i in range(len(self.cells))]
-        self.prices = self._all("pricing", tasks.price_cell, work)
+        priced = self._all("pricing", tasks.price_cell, work)
+        norms = {number: adapter.norm for number, adapter in self.adapters.items()}
+        self.prices = Prices(self.cells, priced, norms, request.share)
         if budget is None:
             assert request.tolerance is not None
-            step = FINER * self._step_for(request.tolerance)
+            step = FINER * self.prices.step_for(request.tolerance)
             draft = self._draft(step, request.tolerance)
             return self._write(draft, {"tolerance": request.tolerance})
         return self._within(budget)
@@ -174,32 +176,13 @@ class _Builder:
                 piece.cancel()
         return found
 
-    def _table(self, scope: str) -> list[int]:
-        return [i for i, cell in enumerate(self.cells) if cell.scope == scope]
-
-    def _totals(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes of all codes and squared relative error of an adapter, at `STEPS`."""
-        count = sum(1 for adapter in self.adapters.values() if adapter.norm) or 1
-        bits, lost2 = np.zeros(len(STEPS)), np.zeros(len(STEPS))
-        for i in self._table("adapters"):
-            rows = np.array(self.prices[i].rows or [[0.0] * 5])
-            rows = np.vstack([rows, np.repeat(rows[-1:], len(STEPS) - len(rows), axis=0)])
-            first = 0 if self.request.share in ("none", "layers") else 2
-            bits, lost2 = bits + rows[:, first], lost2 + rows[:, first + 1]
-        return bits / 8, lost2 / count
-
-    def _step_for(self, tolerance: float) -> float:
-        """The step at which the relative error of adapters is a tolerance, as priced."""
-        _, lost2 = self._totals()
-        return _crossing(np.maximum(lost2, 1e-30), tolerance**2)
-
     def _within(self, budget: int) -> Index:
         """The pack of the least error found within a size."""
         best: tuple[float, Draft] | None = None
-        sizes = np.maximum(self._totals()[0], 1e-3)
+        sizes = np.maximum(self.prices.bytes, 1e-3)
         target, smallest, coarser = float(budget), math.inf, 0.0
         for _ in range(SIZES):
-            step = _crossing(sizes[::-1], max(target, 1e-3), STEPS[::-1])
+            step = crossing(sizes[::-1], max(target, 1e-3), STEPS[::-1])
             step = max(step, coarser)
             draft = self._draft(step, None)
             size = self._size(draft)
@@ -250,8 +233,8 @@ class _Builder:
 
     def _fit(self, step: float, weights: str) -> list[tuple[int, str]]:
         """The bases that are worth their bits: numbers of their cells, and files."""
-        chosen = self._chosen(step)
-        work = [(self.folder, i, step, weights) for i in chosen]
+        chosen = self.prices.chosen(step)
+        work = [(self.folder, i, step, self.prices.widest(i, step), weights) for i in chosen]
         files = self._all("sharing", tasks.fit_cell, work)
         return [(i, file) for i, file in zip(chosen, files, strict=True) if file]
 
@@ -272,30 +255,6 @@ class _Builder:
         return tasks.write_weights(
             self.folder, {n: min(max(error, 0.5), 2.0) for n, error in errors.items()}
         )
-
-    def _chosen(self, step: float) -> list[int]:
-        """The cells that are made: of single modules or of whole kinds, kind by kind."""
-        share = self.request.share
-        if share in ("none", "layers"):
-            return []
-        if share in ("adapters", "both"):
-            both = set() if share == "adapters" else set(self._table("both"))
-            kinds = {self.cells[i].kind for i in both}
-            rest = [i for i in self._table("adapters") if self.cells[i].kind not in kinds]
-            return sorted([*both, *(i for i in rest if self.prices[i].rows)])
-        place = int(np.argmin(np.abs(np.log(np.array(STEPS) / step))))
-        found = []
-        for kind in dict.fromkeys(cell.kind for cell in self.cells):
-            totals: dict[str, tuple[float, list[int]]] = {}
-            for scope in ("adapters", "both"):
-                own = [i for i in self._table(scope) if self.cells[i].kind == kind]
-                rows = [self.prices[i].rows for i in own if self.prices[i].rows]
-                if rows and all(len(row) > place for row in rows):
-                    price = sum(row[place][4] for row in rows)
-                    totals[scope] = price, [i for i in own if self.prices[i].rows]
-            if totals:
-                found += min(totals.values())[1]
-        return sorted(found)
 
     def _cells_tensors(self, cells: Sequence[tuple[int, str]]) -> list[Tensors]:
         """Tensors of the shards of cells."""
@@ -365,7 +324,7 @@ class _Builder:
         )
 
     def _index(self, draft: Draft, files: Sequence[str], goal: Mapping[str, float]) -> Index:
-        means = self._mean_errors()
+        means = self.prices.mean_errors()
         entries = {
             self.adapters[number].name: Entry(
                 shard=file,
@@ -379,16 +338,6 @@ class _Builder:
         }
         return Index(adapters=entries, goal=goal, share=self.request.share)
 
-    def _mean_errors(self) -> dict[int, float]:
-        """Relative error of the mean of all adapters, each brought to norm 1, taken for each."""
-        lost2 = dict.fromkeys(self.adapters, 0.0)
-        for i in self._table("adapters"):
-            for (number, _), own in zip(
-                self.cells[i].members, self.prices[i].distances2, strict=True
-            ):
-                lost2[number] += own
-        return {number: math.sqrt(value) for number, value in lost2.items()}
-
 
 def _spool_or_error(build: str, number: int, name: str, source: Source) -> LotrError | None:
     try:
@@ -396,14 +345,3 @@ def _spool_or_error(build: str, number: int, name: str, source: Source) -> LotrE
     except LotrError as error:
         return error
     return None
-
-
-def _crossing(values: np.ndarray, target: float, steps: Sequence[float] = STEPS) -> float:
-    """The step at which values that fall along ``steps`` come down to a target."""
-    below = np.nonzero(values <= target)[0]
-    if not len(below) or below[0] == 0:
-        return float(steps[int(below[0])] if len(below) else steps[-1])
-    i = int(below[0])
-    ends = np.log(values[[i - 1, i]])
-    share = (math.log(target) - ends[0]) / (ends[1] - ends[0]) if ends[0] != ends[1] else 1.0
-    return float(steps[i - 1] * (steps[i] / steps[i - 1]) ** share)

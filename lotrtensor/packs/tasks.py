@@ -42,8 +42,8 @@ class Priced(NamedTuple):
     """What a cell would cost at `STEPS`.
 
     ``rows`` holds, by falling step, bits and squared error of the slices alone, those of the best
-    basis, and its price; they end where the error is small enough. ``distances2`` are the squared
-    distances of the slices from their mean.
+    basis, its price and its ranks; they end where the error is small enough. ``distances2`` are the
+    squared distances of the slices from their mean.
     """
 
     rows: list[list[float]]
@@ -86,6 +86,7 @@ def price_cell(build: str, number: int, error: float, most_bytes: float) -> Pric
         shares = collection.shares(step)
         best = min(shares, key=lambda share: share.price(step))
         row = [shares[0].bits, shares[0].lost2, best.bits, best.lost2, best.price(step)]
+        row += best.ranks
         rows.append([float(value) for value in row])
         if best.lost2 <= error**2 * collection.norm2 or shares[0].bits > 8 * most_bytes:
             break
@@ -94,7 +95,9 @@ def price_cell(build: str, number: int, error: float, most_bytes: float) -> Pric
     return Priced(rows, distances2)
 
 
-def fit_cell(build: str, number: int, step: float, weights: str = "") -> str:
+def fit_cell(
+    build: str, number: int, step: float, widest: tuple[int, int], weights: str = ""
+) -> str:
     """Make the basis of a cell; the name of its file, empty where none is worth its bits.
 
     Parameters
@@ -105,13 +108,15 @@ def fit_cell(build: str, number: int, step: float, weights: str = "") -> str:
         Number of the cell in the plan.
     step : float
         Step of its grid, in norms of an adapter.
+    widest : (int, int)
+        Ranks that it does not exceed.
     weights : str
         File of `write_weights`, if adapters do not weigh the same.
     """
     mark = weights.removeprefix("weights-").removesuffix(".json")
     target = Path(build) / f"cell-{number:05}-{step:.9e}{mark and '-' + mark}.npz"
     if not target.is_file():
-        collection = CollectionInBits(stack_of(build, read_cell(build, number), weights))
+        collection = CollectionInBits(stack_of(build, read_cell(build, number), weights), widest)
         basis = collection.quantise(collection.best(step).ranks, step)
         content = io.BytesIO()
         if basis is None:

@@ -62,10 +62,13 @@ class CollectionInBits:
     ----------
     stack : LowRankStack
         K slices ΔW_k, all weighing the same: bring them to one size first.
+    widest : (int, int), optional
+        Ranks that no basis exceeds, where they are known: decomposing a stack to few columns takes
+        a small part of the time.
     """
 
-    def __init__(self, stack: LowRankStack) -> None:
-        self.stack = stack
+    def __init__(self, stack: LowRankStack, widest: tuple[int, int] | None = None) -> None:
+        self.stack, self.widest = stack, widest
         self.spectra = [svd.values for svd in slice_svds(stack)]
         self.norm2 = float(sum(np.sum(values**2) for values in self.spectra))
         self._residuals: dict[tuple[int, int], list[np.ndarray]] = {}
@@ -83,6 +86,10 @@ class CollectionInBits:
     @cached_property
     def _reduced(self) -> ReducedStack:
         (a, b), most = self.stack.max_rank, math.isqrt(MOST_CORES // self.slices)
+        if self.widest and 2 * self.widest[0] < a and 2 * self.widest[1] < b:
+            return ReducedStack(
+                self.stack, reduce_stack(self.stack, self.widest, kind="matrix-free")
+            )
         if a * b <= most**2:
             return ReducedStack(self.stack, reduce_stack(self.stack, kind="exact"))
         widest = min(4 * most // 5, most - tuning.OVERSAMPLE)  # the block is wider by that much
