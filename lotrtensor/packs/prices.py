@@ -61,9 +61,20 @@ class Prices:
         return found
 
     def step_for(self, tolerance: float) -> float:
-        """The step at which the relative error of adapters is a tolerance, as priced."""
-        _, lost2 = self._totals
-        return crossing(np.maximum(lost2, 1e-30), tolerance**2)
+        """The step at which the relative error of adapters is a tolerance, as priced.
+
+        On a grid of given columns the squared error falls as the square of the step at most. Where
+        it falls faster from one price to the next, bases become worth their bits in between, and
+        it is not known where: the finer of the two has them.
+        """
+        lost2 = np.maximum(self._totals[1], 1e-30)
+        step = crossing(lost2, tolerance**2)
+        finer = sum(1 for priced in STEPS if priced > step)
+        if 0 < finer < len(STEPS) and step > STEPS[finer]:
+            ratio = STEPS[finer - 1] / STEPS[finer]
+            if lost2[finer - 1] > ratio**2 * lost2[finer]:
+                return float(STEPS[finer])
+        return step
 
     def chosen(self, step: float) -> list[int]:
         """The cells that are made: of single modules or of whole kinds, kind by kind."""
