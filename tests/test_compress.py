@@ -216,6 +216,8 @@ def test_very_small_and_very_large_updates(tmp_path, scale):
         ({}, "exactly one"),
         ({"budget": "10%", "tolerance": 0.1}, "exactly one"),
         ({"budget": 100}, "smallest file"),
+        ({"budget": 0}, "expected a byte at least"),
+        ({"budget": "0%"}, "expected a byte at least"),
         ({"budget": "100p"}, "bytes"),
         ({"budget": "much"}, "much"),
         ({"tolerance": 1.5}, "between 0 and 1"),
@@ -479,3 +481,10 @@ def test_the_command_says_what_other_forms_would_reach(bundled, tmp_path):
     expected = [a._asdict() for a in lt.compress(bundled, budget="10%").alternatives]
     assert told["alternatives"] == expected
     assert not lt.compress(bundled, budget="10%", form="lora").alternatives
+
+
+def test_a_file_in_which_nothing_is_left_is_warned_of(bundled, tmp_path):
+    with pytest.warns(lt.LotrWarning, match="nothing of the updates is left in 7.. bytes"):
+        small = lt.compress(bundled, budget=1000, bits=16)
+    assert small.relative_error == 1.0
+    assert not any(module.B.any() for module in small.to_lora().modules)

@@ -58,7 +58,9 @@ def budget_bytes(budget: int | str, source_bytes: int) -> int:
     >>> budget_bytes("1KiB", 4096), budget_bytes("25%", 4096)
     (1024, 1024)
     """
-    found = budget_parameters(budget, 1, source_bytes)
+    found = budget_parameters(budget, 1, source_bytes, smallest=0)
+    if not found:
+        raise RankError(f"budget is {shown(budget)}; expected a byte at least")
     if str(budget).strip().upper().endswith("P"):
         raise RankError(
             f"budget is {shown(budget)}; expected bytes such as 500KB, or a share such as 25%"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -27,7 +28,7 @@ from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank, make_goal
 from lotrtensor.core.threads import on_one_thread
-from lotrtensor.errors import DataError, OptionError, RankError
+from lotrtensor.errors import DataError, LotrWarning, OptionError, RankError
 from lotrtensor.verbs._alternatives import PriceInBits, Prices, alternatives, prices_in_bits
 from lotrtensor.verbs._fit_groups import Progress
 from lotrtensor.verbs._goals import Asked, groups_goal
@@ -95,6 +96,11 @@ def compress(
     OptionError
         If ``form`` is unknown, or a rank is given without ``form="lotr"`` and a width.
 
+    Warns
+    -----
+    LotrWarning
+        If nothing of the updates is left at this size.
+
     Notes
     -----
     All columns are rounded to one grid and coded by their entropy; a term or column is kept where
@@ -129,6 +135,13 @@ def compress(
         found = job.within_tolerance(goal.tolerance or 0.0)
     else:
         found = job.within_bytes(given, budget)
+    if job.norm2 and not any(group.parameters for group in found.groups):
+        warnings.warn(
+            f"nothing of the updates is left in {found.file_bytes} bytes, and the error is 1: ask "
+            "for a larger budget or a smaller error",
+            LotrWarning,
+            stacklevel=2,
+        )
     # A form or width that was asked for is not one way among several.
     asked = form != "auto" or width is not None
     return found if asked else replace(found, alternatives=job.alternatives(found))
