@@ -140,6 +140,7 @@ def test_the_tables_of_the_page_are_the_recorded_cells():
     cells = tables.read(ROOT / "docs" / "evidence" / "after.jsonl")
     for lines in (tables.after_table(cells), tables.tasks_table(cells)):
         assert "\n".join(lines) + "\n" in page
+    assert "\n".join(tables.short_table(cells)) + "\n" in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_what_is_asked_for_is_explained():

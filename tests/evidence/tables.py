@@ -13,6 +13,9 @@ from tests.evidence.measures import DRAWS, unpacked
 
 Cell = dict[str, Any]
 
+FIRST = ("frozen", "LoRA, as trained", "compressed", "compressed and healed")
+"""Forms that come first in a table; others follow as they were run."""
+
 
 def read(path: Path) -> list[Cell]:
     """The cells that have been run, a JSON line each."""
@@ -53,6 +56,7 @@ def after_table(cells: list[Cell]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     kinds = list(dict.fromkeys((c["form"], c["ratio"]) for c in cells))
+    kinds.sort(key=lambda kind: FIRST.index(kind[0]) if kind[0] in FIRST else len(FIRST))
     for form, ratio in kinds:
         some = [c for c in cells if (c["form"], c["ratio"]) == (form, ratio)]
         if any("refused" in c for c in some):
@@ -69,6 +73,13 @@ def after_table(cells: list[Cell]) -> list[str]:
             f"| {form} | {smaller:.1f} × | {error:.3f} | {kl:.4f} | {accuracy:.3f} | {apart} |"
         )
     return lines
+
+
+def short_table(cells: list[Cell]) -> list[str]:
+    """The lines of `after_table` that the README has."""
+    lines = after_table(cells)
+    wanted = ("LoRA, as trained", "compressed", "compressed and healed", "16-bit terms")
+    return [*lines[:2], *(line for line in lines[2:] if line.split(" | ")[0][2:] in wanted)]
 
 
 def tasks_table(cells: list[Cell], ratios: tuple[int, ...] = (8, 16, 32, 64)) -> list[str]:
