@@ -78,7 +78,7 @@ evidence: $(TEST)/installed ## Measure the tasks that the documentation reports 
 	@$(BIN)/python examples/evidence.py
 	@$(BIN)/python examples/finetune.py --out docs/finetune.json
 	@$(BIN)/python examples/experts.py --out docs/experts.json
-	@$(BIN)/python -m tests.evidence
+	@$(BIN)/python -m tests.evidence after
 
 peft-matrix: $(TEST)/installed ## Run PEFT's own tests on LoTR; fetches them (docs/peft-matrix.md)
 	@nice -n 10 $(BIN)/python -m tests.peft_matrix

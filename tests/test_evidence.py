@@ -80,24 +80,17 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(harness, "PARTS", {"after": cells})
     monkeypatch.setattr(harness, "load_task", lambda name, cache: name)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "x",
-            "after",
-            "--tasks",
-            "amazon",
-            f"--cache={tmp_path / 'c'}",
-            f"--out={tmp_path / 'out'}",
-        ],
-    )
+    for name in ("after_table", "tasks_table"):
+        monkeypatch.setattr(harness, name, lambda cells: [f"a table of {len(cells)} cells"])
+    folders = [f"--cache={tmp_path / 'c'}", f"--out={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["x", "after", "--tasks", "amazon", *folders])
     with pytest.raises(KeyboardInterrupt):
         harness.main()
     harness.main()
     assert made == [1, 2, 2, 3]
     lines = (tmp_path / "out" / "after.jsonl").read_text().splitlines()
     assert [json.loads(line)["ratio"] for line in lines] == [1, 2, 3]
+    assert "a table of 3 cells" in capsys.readouterr().out
 
 
 def cell(task, form, ratio, flags, **fields):

@@ -1,4 +1,4 @@
-"""Run what has not been run yet, a JSON line a cell, and print the tables.
+"""Run what has not been run yet, a JSON line a cell, and print the tables of what is done.
 
     python -m tests.evidence [after] [training] [--tasks amazon …] [--cache DIR]
 
@@ -17,7 +17,7 @@ import torch
 from transformers import logging
 
 from tests.evidence import after, training
-from tests.evidence.tables import read
+from tests.evidence.tables import after_table, read, tasks_table
 from tests.evidence.tasks import TASKS, load_task
 
 RESULTS = Path("docs/evidence")
@@ -52,6 +52,9 @@ def main() -> None:
                 with path.open("a") as file:
                     file.write(line + "\n")
                 print(line, flush=True)
+    cells = read(options.out / "after.jsonl")
+    if "after" in options.parts and cells:
+        print("\n".join([*after_table(cells), "", *tasks_table(cells)]))
 
 
 if __name__ == "__main__":
