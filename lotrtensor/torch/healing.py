@@ -44,7 +44,8 @@ class Target(NamedTuple):
     is_logits: bool
 
 
-Outputs = Callable[[Any, Mapping[str, Update]], Target]
+Updates = Mapping[str, Update]
+Outputs = Callable[[Any, Updates], Target]
 
 
 class Healed(NamedTuple):
@@ -122,9 +123,10 @@ def heal(
     >>> pairs = [(rng.normal(size=(32, 4)), rng.normal(size=(4, 32))) for _ in "01"]
     >>> modules = tuple(lt.LoraModule(f"{k}", B, A) for k, (B, A) in enumerate(pairs))
     >>> lora = lt.LoraAdapter(modules, {}, np.dtype("float32"))
-    >>> small = lt.compress(lora, tolerance=0.5)
+    >>> small = lt.compress(lora, tolerance=0.6, form="lora")
+    >>> generator = torch.manual_seed(0)
     >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
-    >>> healed = lotr.heal(model, small, lora, torch.randn(20, 8, 32))
+    >>> healed = lotr.heal(model, small, lora, torch.randn(60, 8, 32))
     >>> healed.after < healed.before
     True
     """
@@ -148,15 +150,12 @@ def heal(
     changed = {name: (*pair, scales.get(name)) for name, pair in _compressed_pairs(compressed)}
     whole = {name: (*pair, None) for name, pair in _original_pairs(lora, compressed)}
     with _outputs_of(model, _layers(model, compressed), read or _read) as outputs:
-        with torch.no_grad():
-            wanted = [outputs(batch, whole) for batch in inputs]
-        pairs = list(zip(inputs, wanted, strict=True))
-        held = pairs[::HELD_OUT]
-        before = _mean_distance(outputs, held, changed)
-        _train(outputs, [p for k, p in enumerate(pairs) if k % HELD_OUT], changed, rate)
+        held = inputs[::HELD_OUT]
+        before = _mean_distance(outputs, held, changed, whole)
+        _train(outputs, [x for k, x in enumerate(inputs) if k % HELD_OUT], changed, whole, rate)
         healed = _with_values(compressed, lora, scales)
         rounded = {name: (*pair, None) for name, pair in _compressed_pairs(healed)}
-        after = _mean_distance(outputs, held, rounded)
+        after = _mean_distance(outputs, held, rounded, whole)
     return Healed(healed, before, after) if after < before else Healed(compressed, before, before)
 
 
@@ -198,25 +197,24 @@ def _layers(model: nn.Module, adapter: CompressedAdapter) -> dict[str, nn.Module
 
 
 @contextmanager
-def _outputs_of(
-    model: nn.Module, layers: Mapping[str, nn.Module], read: Read
-) -> Iterator[Callable[[Any, Mapping[str, Update]], Target]]:
+def _outputs_of(model: nn.Module, layers: Mapping[str, nn.Module], read: Read) -> Iterator[Outputs]:
     """A function that runs a batch with given updates; the model only evaluates meanwhile."""
-    current: Mapping[str, Update] = {}
+    current: Updates = {}
     called: set[str] = set()
 
-    def add(name: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    def add(name: str, _: nn.Module, args: Any, kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
         called.add(name)
-        b, a, scale = (None if x is None else x.to(args[0]) for x in current[name])
+        x = args[0] if args else next(iter(kwargs.values()))
+        b, a, scale = (None if part is None else part.to(x) for part in current[name])
         assert b is not None
         assert a is not None
-        h = args[0] @ a.T
+        h = x @ a.T
         if scale is not None:
             shared = h.shape[-1] - len(scale)
             h = torch.cat([h[..., :shared], h[..., shared:] * scale], dim=-1)
         return y + h @ b.T
 
-    def outputs(batch: Any, updates: Mapping[str, Update]) -> Target:
+    def outputs(batch: Any, updates: Updates) -> Target:
         nonlocal current
         current = updates
         found = _call(model, batch)
@@ -235,7 +233,10 @@ def _outputs_of(
 
     training = model.training
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    hooks = [layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_hook(partial(add, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         model.eval().requires_grad_(False)
         yield outputs
@@ -277,28 +278,30 @@ def _distance(found: Target, wanted: Target) -> Tensor:
 
 @torch.no_grad()
 def _mean_distance(
-    outputs: Outputs, pairs: Sequence[tuple[Any, Target]], updates: Mapping[str, Update]
+    outputs: Outputs, batches: Sequence[Any], updates: Updates, whole: Updates
 ) -> float:
-    found = [float(_distance(outputs(batch, updates), wanted)) for batch, wanted in pairs]
+    found = [float(_distance(outputs(b, updates), outputs(b, whole))) for b in batches]
     return sum(found) / len(found)
 
 
 def _train(
-    outputs: Outputs,
-    pairs: Sequence[tuple[Any, Target]],
-    updates: Mapping[str, Update],
-    rate: float,
+    outputs: Outputs, batches: Sequence[Any], updates: Updates, whole: Updates, rate: float
 ) -> None:
-    """A step of Adam a batch on all scales; the rate falls to a twentieth."""
+    """A step of Adam a batch on all scales; the rate falls to a twentieth.
+
+    The original's outputs are computed as they are needed: logits of all batches may be large.
+    """
     scales = [scale for _, _, scale in updates.values() if scale is not None]
     optimizer = torch.optim.Adam(scales, lr=rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, len(pairs))
-    with torch.enable_grad():
-        for batch, wanted in pairs:
-            optimizer.zero_grad()
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, len(batches))
+    for batch in batches:
+        with torch.no_grad():
+            wanted = outputs(batch, whole)
+        optimizer.zero_grad()
+        with torch.enable_grad():
             _distance(outputs(batch, updates), wanted).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
+        optimizer.step()
+        schedule.step()
 
 
 def _with_values(
