@@ -159,6 +159,10 @@ def test_an_output_may_be_named(lora, small, batches):
         (lambda a: a | {"rate": 0.0}, lt.OptionError, "rate is 0; expected a positive"),
         (lambda a: a | {"batches": a["batches"][:9]}, lt.OptionError, "9 batches.*at least 10"),
         (lambda a: a | {"model": 3}, lt.DataError, "expected a torch.nn.Module"),
+        (lambda a: a | {"batches": "text"}, lt.DataError, "batches is a str"),
+        (lambda a: a | {"batches": 3}, lt.DataError, "batches is a int"),
+        (lambda a: a | {"read": 3}, lt.OptionError, "read is a int; expected a function"),
+        (lambda a: a | {"original": "lora"}, lt.DataError, "original is a str"),
         (lambda a: a | {"model": torch.nn.Linear(2, 2)}, lt.DataError, "the model has no first"),
         (lambda a: a | {"model": Model(side=8)}, lt.ShapeError, r"first is \(8, 8\) in the model"),
         (

@@ -58,6 +58,17 @@ class Healed(NamedTuple):
     before, after : float
         Mean distance of the outputs from the original's on the held-out batches: nats of
         divergence where the model gives logits, else a squared relative error.
+
+    Examples
+    --------
+    >>> import numpy as np, torch, lotrtensor as lt, lotrtensor.torch as lotr
+    >>> B, A = np.random.default_rng(0).normal(size=(2, 32, 4))
+    >>> lora = lt.LoraAdapter((lt.LoraModule("0", B, A.T),), {}, np.dtype("float32"))
+    >>> small = lt.compress(lora, tolerance=0.6, form="lora")
+    >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    >>> healed = lotr.heal(model, small, lora, torch.randn(10, 8, 32))
+    >>> healed.after <= healed.before
+    True
     """
 
     adapter: CompressedAdapter
@@ -131,6 +142,17 @@ def heal(
     True
     """
     check_model(model)
+    for adapter, name, kinds in (
+        (compressed, "compressed", (CompressedAdapter,)),
+        (original, "original", (LoraAdapter, LotrAdapter)),
+    ):
+        if not isinstance(adapter, kinds):
+            expected = " or ".join(f"a {kind.__name__}" for kind in kinds)
+            raise DataError(f"{name} is a {type(adapter).__name__}; expected {expected}")
+    if read is not None and not callable(read):
+        raise OptionError(f"read is a {type(read).__name__}; expected a function")
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise DataError(f"batches is a {type(batches).__name__}; expected several of them")
     if not check_number(rate, "rate") > 0:
         raise OptionError(f"rate is {rate:g}; expected a positive number")
     inputs = list(batches)
