@@ -153,7 +153,7 @@ CELLS, ADAPTERS, INDEX = "cells-00001.safetensors", "adapters-00002.safetensors"
         ((INDEX, lambda x: x[:50]), "cannot be read as JSON"),
         ((INDEX, lambda x: x.replace(b'"cells-', b'"../cells-')), "damaged"),
         ((INDEX, lambda x: x.replace(b"[0,1,", b"[7,1,")), "damaged"),
-        ((INDEX, lambda x: x.replace(b"[0,1,", b"[0,9,")), "lotr_groups is missing"),
+        ((INDEX, lambda x: x.replace(b"[0,1,", b"[0,9,")), "coded is missing"),
         ((INDEX, lambda x: x.replace(b'"next":3', b'"next":"x"')), "damaged"),
     ],
     ids=lambda x: x if isinstance(x, str) else x[0],

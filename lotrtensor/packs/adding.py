@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lotrtensor.adapters.formats.compressed import rounded_up
+from lotrtensor.adapters.formats.compressed_record import rounded_up
 from lotrtensor.adapters.formats.tensors import Tensors
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.core.bits.terms import slope

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lotrtensor.adapters.formats.compressed import rounded_up
+from lotrtensor.adapters.formats.compressed_record import rounded_up
 from lotrtensor.adapters.formats.tensors import Tensors, read_file
 from lotrtensor.adapters.sizes import budget_bytes
 from lotrtensor.core.bits.terms import slope
@@ -28,7 +28,6 @@ from lotrtensor.packs.files import (
     Index,
     Shard,
     clear_build,
-    pack_bytes,
     write_shard,
 )
 from lotrtensor.packs.members import Cell
@@ -279,12 +278,23 @@ class _Builder:
 
     def _size(self, draft: Draft) -> int:
         """Bytes of a pack's files, without tensors that are carried along."""
-        shards = -(-len(draft.members) // SHARD_MEMBERS)
-        some = Shard(f"{ADAPTER_SHARD}-00000.safetensors", 0, "")
-        index = self._index(draft, [some.file] * len(draft.members), {})
-        index = replace(index, shards=(some,))
+        cells = self._cells_tensors(draft.cells)
+        # Sizes of eight digits, and digests of the length that they have.
+        shards = [
+            Shard(f"{kind}-{i:05}.safetensors", 10**7, "0" * 64)
+            for kind, count in (
+                (CELL_SHARD, len(cells)),
+                (ADAPTER_SHARD, -(-len(draft.members) // SHARD_MEMBERS)),
+            )
+            for i in range(count)
+        ]
+        index = self._index(draft, [shards[-1].file] * len(draft.members), {"step": draft.step})
+        index = replace(
+            index, cells=tuple(shards[: len(cells)]), shards=tuple(shards[len(cells) :])
+        )
         own = sum(member.bytes for member in draft.members.values())
-        return pack_bytes(index) + 40 * shards + own + self._cells_bytes(draft.cells)
+        own += sum(tasks.tensor_bytes(k, x) for tensors in cells for k, x in tensors.items())
+        return len(index.to_json()) + 40 * len(shards) + own
 
     def _write(self, draft: Draft, goal: Mapping[str, float]) -> Index:
         """Write the shards, and return the index."""

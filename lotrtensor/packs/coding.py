@@ -8,8 +8,8 @@ The tensors of a shard of cells are
 
 and those of a member, each key behind the member's number,
 
-    lotr_groups, lotr_codes, lotr_kinds, lotr_values      its own part, as format version 2 has it
-    lotr_cores    bytes   codes of its cores; missing where it uses no basis
+    coded         bytes   its own part and its cores; see `parts`
+    carried.…             tensors that it carries along
 
 Codes of a core whose places are of one kind are one column, whose kinds the bases tell.
 """
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lotrtensor.adapters.compressed import CompressedAdapter
-from lotrtensor.adapters.formats.compressed import GROUPS, LONGEST, coded_tensors, take_groups
+from lotrtensor.adapters.formats.compressed import LONGEST, code_groups, decode_groups
 from lotrtensor.adapters.formats.json_text import parse_json
 from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
 from lotrtensor.adapters.formats.names import fold, unfold
@@ -34,9 +34,10 @@ from lotrtensor.core.bits import stream
 from lotrtensor.core.bits.basis import QuantisedBasis
 from lotrtensor.errors import FormatError
 from lotrtensor.packs.members import Cell, Member
+from lotrtensor.packs.parts import Parts, from_row, to_row
 
 CELLS, CODES, KINDS = "lotr_cells", "lotr_codes", "lotr_kinds"
-CORES, CARRIED = "lotr_cores", "carried."
+CODED, CARRIED = "coded", "carried."
 
 
 def deflated(content: Any) -> np.ndarray:
@@ -207,18 +208,19 @@ def is_number(value: Any) -> bool:
 
 def member_to_tensors(member: Member, cells: Sequence[Cell]) -> Tensors:
     """Return the tensors of a member, without its number; ``cells`` are all of the pack."""
-    record: dict[str, Any] = {"config": member.own.config} if member.own.config else {}
+    coded = code_groups(member.own.groups, member.own.source)
+    index = coded.records | ({"config": member.own.config} if member.own.config else {})
+    cores = b""
     if member.cores:
-        record |= {"weight": member.weight, "step": member.step}
-    tensors = coded_tensors(member.own.groups, member.own.source, record)
-    if member.cores:
-        parts = []
+        index |= {"weight": member.weight, "step": member.step}
+        shared = []
         for cell in cells:
             own = [member.cores[name] for name in cell.modules if name in member.cores]
             if own:
-                parts.append(by_kind(cell.basis.kinds, np.stack(own)))
-        tensors[CORES] = np.frombuffer(_pack(parts), np.uint8)
-    return tensors | {CARRIED + key: tensor for key, tensor in member.own.extras.items()}
+                shared.append(by_kind(cell.basis.kinds, np.stack(own)))
+        cores = _pack(shared)
+    row = to_row(Parts(coded._replace(records=index), cores))
+    return {CODED: row} | {CARRIED + key: tensor for key, tensor in member.own.extras.items()}
 
 
 def member_from_tensors(tensors: Tensors, cells: Sequence[Cell], where: str) -> Member:
@@ -229,27 +231,27 @@ def member_from_tensors(tensors: Tensors, cells: Sequence[Cell], where: str) -> 
     FormatError
         If the tensors are damaged, incomplete, or contradict each other; ``where`` names the file.
     """
-    tensors = dict(tensors)
-    record = inflated(_bytes(tensors, GROUPS, where), f"{where}: {GROUPS}")
-    config = record.get("config", {}) if isinstance(record, dict) else None
+    coded, content = from_row(_bytes(tensors, CODED, where), f"{where}: {CODED}")
+    record = coded.records
+    config = record.get("config", {})
     if not isinstance(config, dict):
-        raise FormatError(f"{where}: {GROUPS} holds no config; fetch the pack again")
+        raise FormatError(f"{where}: {CODED} holds no config; fetch the pack again")
     check_types(config, CARRIED_FIELDS, where)
-    groups, source = take_groups(tensors, where)
+    groups, source = decode_groups(coded, where)
     extras = {k.removeprefix(CARRIED): x for k, x in tensors.items() if k.startswith(CARRIED)}
     own = CompressedAdapter(groups, config, source, extras)
-    if CORES not in tensors:
+    weight: Any = record.get("weight")
+    step: Any = record.get("step")
+    if weight is None and step is None and not content:
         return Member(own)
-    weight, step = record.get("weight"), record.get("step")
     if not is_number(weight) or not is_number(step) or not step:
-        raise FormatError(f"{where}: {GROUPS} has no weight and step; fetch the pack again")
+        raise FormatError(f"{where}: {CODED} has no weight and step; fetch the pack again")
     shapes = {name: group.shape for group in groups for name in group.modules}
     named = [(cell, [name for name in cell.modules if name in shapes]) for cell in cells]
     used = [(cell, names) for cell, names in named if names]
     unlike = next((n for c, ns in used for n in ns if shapes[n] != c.shape), None)
     if unlike is not None:
         raise FormatError(f"{where}: {unlike} has another shape in the pack; fetch the pack again")
-    content = _bytes(tensors, CORES, where).tobytes()
     try:
         told = [column_sizes(cell.basis.kinds, len(names)) for cell, names in used]
         parts = _unpack(content, told)

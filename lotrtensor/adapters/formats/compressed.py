@@ -16,7 +16,6 @@ kinds follow from U and V (see `lotrtensor.core.bits.shared.core_kinds`).
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,11 +26,15 @@ import numpy as np
 
 from lotrtensor.adapters.compressed_group import CompressedGroup, SourceRecord
 from lotrtensor.adapters.formats.carried import split_extras
+from lotrtensor.adapters.formats.compressed_record import (
+    GroupIndex,
+    read_record,
+    read_source,
+    write_record,
+)
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, write_directory
-from lotrtensor.adapters.formats.group_record import LARGEST_NUMBER
 from lotrtensor.adapters.formats.json_text import parse_json
 from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
-from lotrtensor.adapters.formats.names import fold, unfold
 from lotrtensor.adapters.formats.native import (
     COMMON_FIELDS,
     COMPRESSED_VERSION,
@@ -40,7 +43,6 @@ from lotrtensor.adapters.formats.native import (
     check_version,
 )
 from lotrtensor.adapters.formats.tensors import (
-    FLOATS,
     WEIGHTS_NAME,
     Tensors,
     file_bytes,
@@ -100,29 +102,40 @@ def compressed_files(content: CompressedContent) -> dict[str, bytes]:
     }
 
 
-def coded_tensors(
-    groups: Sequence[CompressedGroup],
-    source: SourceRecord,
-    beside: Mapping[str, Any] | None = None,
-) -> Tensors:
-    """Return groups as the four tensors that `take_groups` reads; ``beside`` goes to the index."""
-    tensors: Tensors = {}
+class Coded(NamedTuple):
+    """Groups in bits: their records, kinds of columns, values of terms, and codes."""
+
+    records: dict[str, Any]
+    kinds: np.ndarray
+    values: np.ndarray
+    codes: bytes
+
+
+def code_groups(groups: Sequence[CompressedGroup], source: SourceRecord) -> Coded:
+    """Return what `decode_groups` reads."""
     columns = [column for group in groups for column in _columns(group.stack)]
     kinds = stream.kinds_of(columns)
     places = [place for group in groups for place in _places(group.stack)]
     told = np.concatenate([_told_kinds(group.stack) for group in groups])
-    codes = stream.pack(columns, kinds) + stream.pack(places, told)
     values = [terms.values for group in groups for terms in group.stack.private]
-    tensors[CODES] = np.frombuffer(codes, np.uint8)
-    tensors[KINDS] = kinds
-    tensors[VALUES] = np.concatenate(values).astype(groups[0].stack.value_dtype)
-    index = dict(beside or {}) | {
+    index = {
         "source": [source.dtype.name, source.parameters, source.bytes],
-        "groups": [_record(group) for group in groups],
+        "groups": [write_record(group) for group in groups],
     }
+    codes = stream.pack(columns, kinds) + stream.pack(places, told)
+    return Coded(index, kinds, np.concatenate(values).astype(groups[0].stack.value_dtype), codes)
+
+
+def coded_tensors(groups: Sequence[CompressedGroup], source: SourceRecord) -> Tensors:
+    """Return groups as the four tensors that `take_groups` reads."""
+    index, kinds, values, codes = code_groups(groups, source)
     text = json.dumps(index, separators=(",", ":"), sort_keys=True).encode()
-    tensors[GROUPS] = np.frombuffer(zlib.compress(text, 9), np.uint8)
-    return tensors
+    return {
+        CODES: np.frombuffer(codes, np.uint8),
+        KINDS: kinds,
+        VALUES: values,
+        GROUPS: np.frombuffer(zlib.compress(text, 9), np.uint8),
+    }
 
 
 def read_compressed(directory: Path) -> CompressedContent:
@@ -160,11 +173,28 @@ def take_groups(
         If they are damaged, incomplete, or contradict each other; ``directory`` names the file.
     """
     index = _read_index(bytes(_take(tensors, GROUPS, ("uint8",), directory)), directory)
-    records = [_read_record(record, directory) for record in index.get("groups") or [None]]
-    source = _read_source(index.get("source"), directory)
     codes = bytes(_take(tensors, CODES, ("uint8",), directory))
     kinds = _take(tensors, KINDS, ("int8",), directory)
     values = _take(tensors, VALUES, ("float16", "float32"), directory)
+    return decode_groups(Coded(index, kinds, values, codes), directory)
+
+
+def decode_groups(
+    coded: Coded, directory: object
+) -> tuple[tuple[CompressedGroup, ...], SourceRecord]:
+    """Return groups from what `code_groups` made, and what they were made of.
+
+    Raises
+    ------
+    FormatError
+        If its parts are damaged, or contradict each other; ``directory`` names the file.
+    """
+    index, kinds, values, codes = coded
+    listed = index.get("groups")
+    records = [
+        read_record(r, directory) for r in (listed if isinstance(listed, list) else None) or [None]
+    ]
+    source = read_source(index.get("source"), directory)
     if not np.isfinite(values).all():
         raise FormatError(f"{directory}: {VALUES} holds NaN or infinite values; expected numbers")
     wanted = sum(record.columns for record in records), sum(sum(r.private) for r in records)
@@ -214,126 +244,6 @@ def _told_kinds(stack: QuantisedStack) -> np.ndarray:
     return core_kinds(stack.shared.left, stack.shared.right, stack.shared.core.shape[0]).ravel()
 
 
-class _Record(NamedTuple):
-    """A group of the config, checked."""
-
-    name: str
-    modules: tuple[str, ...]
-    shape: tuple[int, int]
-    slice_ranks: tuple[int, ...]
-    shared: tuple[int, int]
-    private: tuple[int, ...]
-    step: float
-    fit: tuple[float, float]
-    embedding: bool
-
-    @property
-    def columns(self) -> int:
-        """Columns of codes."""
-        return sum(self.shared) + 2 * sum(self.private)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Entries of every column."""
-        (m, n), (p, q) = self.shape, self.shared
-        terms = [side for rank in self.private for side in [m] * rank + [n] * rank]
-        return [m] * p + [n] * q + terms
-
-
-def _record(group: CompressedGroup) -> dict[str, Any]:
-    stack, ranks = group.stack, set(group.slice_ranks)
-    record: dict[str, Any] = {
-        "name": group.name,
-        "modules": fold(group.modules),
-        "shape": list(group.shape),
-        "slice_ranks": list(group.slice_ranks) if len(ranks) > 1 else ranks.pop(),
-        "private_ranks": list(group.private_ranks),
-        # Rounded up: what is told is never below what is stored.
-        "relative_error": rounded_up(group.relative_error),
-        "norm": float(f"{group.norm:.9g}"),
-    }
-    if stack.shared is not None:
-        record |= {"shared_ranks": list(stack.shared.rank), "step": stack.shared.step}
-    if group.embedding:
-        record["embedding"] = True
-    return record
-
-
-def rounded_up(x: float) -> float:
-    """Return a number with six digits that is not below ``x``."""
-    found = float(f"{x:.6g}")
-    return found if found >= x else float(f"{x * (1 + 1e-5):.6g}")
-
-
-def _read_record(record: Any, directory: object) -> _Record:
-    def refuse(field: str, expected: str) -> FormatError:
-        found = record.get(field) if isinstance(record, dict) else record
-        return FormatError(
-            f"{directory}: {field} of a group is {str(found)[:80]}; expected {expected}"
-        )
-
-    if not isinstance(record, dict):
-        raise refuse("groups", "a list of objects")
-    name, modules = record.get("name"), unfold(record.get("modules"))
-    if not isinstance(name, str) or not name:
-        raise refuse("name", "a string")
-    if not modules or len(set(modules)) != len(modules):
-        raise refuse("modules", "different module paths, or a pattern and its numbers")
-    count = len(modules)
-    shape = _integers(record.get("shape"), 2, 1)
-    private = _integers(record.get("private_ranks"), count, 0)
-    slice_ranks = record.get("slice_ranks")
-    slice_ranks = [slice_ranks] * count if isinstance(slice_ranks, int) else slice_ranks
-    ranks = _integers(slice_ranks, count, 1)
-    shared = _integers(record.get("shared_ranks", [0, 0]), 2, 0)
-    if shape is None:
-        raise refuse("shape", "two positive integers")
-    if ranks is None or max(ranks) > min(shape):
-        raise refuse(
-            "slice_ranks", f"{count} positive integers no larger than {min(shape)}, or one"
-        )
-    if private is None or max(private) > min(shape):
-        raise refuse("private_ranks", f"{count} integers between 0 and {min(shape)}")
-    fits = shared is not None and shared[0] <= shape[0] and shared[1] <= shape[1]
-    if shared is None or not fits or (0 in shared and shared != (0, 0)):
-        raise refuse("shared_ranks", "two positive integers no larger than the shape")
-    step = record.get("step", 1.0)
-    fit = record.get("relative_error"), record.get("norm")
-    if not all(_number(x) for x in (step, *fit)) or not step:
-        raise refuse("step, relative_error and norm", "positive numbers")
-    return _Record(
-        name,
-        modules,
-        (shape[0], shape[1]),
-        ranks,
-        (shared[0], shared[1]),
-        private,
-        float(step),
-        (float(fit[0] or 0), float(fit[1] or 0)),
-        bool(record.get("embedding")),
-    )
-
-
-def _integers(value: Any, length: int, least: int) -> tuple[int, ...] | None:
-    if not isinstance(value, list) or len(value) != length:
-        return None
-    return tuple(value) if all(type(x) is int and least <= x < 2**31 for x in value) else None
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value < LARGEST_NUMBER
-
-
-def _read_source(record: Any, directory: object) -> SourceRecord:
-    if isinstance(record, list) and len(record) == 3:
-        dtype = next((known for known in FLOATS if known.name == record[0]), None)
-        if dtype is not None and all(type(x) is int and 0 < x < 2**63 for x in record[1:]):
-            return SourceRecord(dtype, record[1], record[2])
-    raise FormatError(
-        f"{directory}: source is {str(record)[:80]}; expected a type, its numbers and its bytes"
-    )
-
-
 def _take(tensors: Tensors, key: str, dtypes: Sequence[str], directory: object) -> np.ndarray:
     if key not in tensors:
         raise FormatError(f"{directory}: {key} is missing; fetch the adapter again")
@@ -347,7 +257,7 @@ def _take(tensors: Tensors, key: str, dtypes: Sequence[str], directory: object) 
 
 
 def _unpack(
-    records: Sequence[_Record], codes: bytes, kinds: np.ndarray, values: np.ndarray
+    records: Sequence[GroupIndex], codes: bytes, kinds: np.ndarray, values: np.ndarray
 ) -> tuple[CompressedGroup, ...]:
     lengths = [length for record in records for length in record.lengths]
     if (kinds == stream.ZERO).any():
@@ -372,7 +282,7 @@ def _unpack(
     return tuple(groups)
 
 
-def _stack(record: _Record, columns: list[np.ndarray], values: np.ndarray) -> QuantisedStack:
+def _stack(record: GroupIndex, columns: list[np.ndarray], values: np.ndarray) -> QuantisedStack:
     """The stack of a group, its cores still zero."""
     (m, n), (p, q), slices = record.shape, record.shared, len(record.modules)
     shared = None
@@ -395,7 +305,7 @@ def _with_core(stack: QuantisedStack, places: Sequence[np.ndarray]) -> Quantised
     return replace(stack, shared=replace(stack.shared, core=core))
 
 
-def _group(record: _Record, stack: QuantisedStack) -> CompressedGroup:
+def _group(record: GroupIndex, stack: QuantisedStack) -> CompressedGroup:
     return CompressedGroup(
         name=record.name,
         modules=record.modules,
