@@ -8,7 +8,6 @@ piece that is run twice does no harm.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lotrtensor.adapters.formats.tensors import Tensors, file_bytes
+from lotrtensor.adapters.formats.header import read_header
+from lotrtensor.adapters.formats.tensors import Tensors, file_bytes, read_file
 from lotrtensor.core.bits.basis import QuantisedBasis
 from lotrtensor.core.bits.collection import CollectionInBits
 from lotrtensor.core.stacks.low_rank import LowRankStack
@@ -114,19 +114,17 @@ def fit_cell(
         File of `write_weights`, if adapters do not weigh the same.
     """
     mark = weights.removeprefix("weights-").removesuffix(".json")
-    target = Path(build) / f"cell-{number:05}-{step:.9e}{mark and '-' + mark}.npz"
+    target = Path(build) / f"cell-{number:05}-{step:.9e}{mark and '-' + mark}.safetensors"
     if not target.is_file():
         collection = CollectionInBits(stack_of(build, read_cell(build, number), weights), widest)
         basis = collection.quantise(collection.best(step).ranks, step)
-        content = io.BytesIO()
-        if basis is None:
-            np.savez(content, step=step)
-        else:
-            left, right, mean = basis.left, basis.right, basis.mean
-            np.savez(content, step=step, slices=basis.slices, left=left, right=right, mean=mean)
-        write_once(target, content.getvalue())
-    with np.load(target) as found:
-        return target.name if "left" in found else ""
+        # Not an npz, whose header NumPy parses as Python: in threads that fails now and then.
+        content: Tensors = {"step": np.array([step])}
+        if basis is not None:
+            content |= {"left": basis.left, "right": basis.right, "mean": basis.mean}
+            content["slices"] = np.array([basis.slices])
+        write_once(target, file_bytes(content, {}))
+    return target.name if "left" in read_header(target) else ""
 
 
 def write_weights(build: str, weights: Mapping[int, float]) -> str:
@@ -176,9 +174,9 @@ class CellFiles(Mapping[str, Cell]):
             return self._kept[place]
         number, file = self.files[place]
         planned = self._planned[number]
-        with np.load(Path(self.build) / file) as found:
-            sides = found["left"], found["right"], found["mean"]
-            basis = QuantisedBasis(*sides, float(found["step"]), int(found["slices"]))
+        found, _ = read_file(Path(self.build) / file)
+        sides = found["left"], found["right"], found["mean"]
+        basis = QuantisedBasis(*sides, float(found["step"][0]), int(found["slices"][0]))
         cell = Cell(planned.modules, planned.shape, basis)
         if sum(side.size for side in sides) <= self._room:
             self._room -= sum(side.size for side in sides)
