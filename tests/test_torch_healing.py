@@ -1,6 +1,7 @@
 """Healing: values of terms fitted to the original's outputs, beside models with dense weights."""
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -145,6 +146,86 @@ def test_places_that_are_padded_do_not_count(lora, small, batches):
     assert found[0].after == found[1].after
 
 
+def test_a_mask_of_places_is_none_of_classes(lora, small):
+    """Sequences may have as many places as there are classes: every row's output counts whole."""
+    model = Model("logits")
+    x = torch.randn(20, 16, 24, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(16, 24, dtype=torch.long)
+    mask[:, 9:] = 0
+    healed = lotr.heal(model, small, lora, [{"x": b, "attention_mask": mask} for b in x])
+    assert healed.before == pytest.approx(divergence(small, lora, x[::5]), rel=1e-4)
+
+
+@torch.no_grad()
+def divergence(one, other, held):
+    """Mean over batches of the divergence of softmax outputs, by torch's own distributions."""
+    found = []
+    for batch in held:
+        p, q = (
+            torch.distributions.Categorical(logits=dense(Model(), a)(batch)) for a in (other, one)
+        )
+        found.append(float(torch.distributions.kl_divergence(p, q).mean()))
+    return np.mean(found)
+
+
+class Regression(Model):
+    """Outputs that are no classes: one number, or several by the model's config."""
+
+    def __init__(self, width, problem_type=None):
+        super().__init__("logits")
+        self.width = width
+        self.config = SimpleNamespace(problem_type=problem_type)
+
+    def forward(self, x):
+        return SimpleNamespace(logits=super().forward(x).logits[..., : self.width])
+
+
+@pytest.mark.parametrize(
+    ("width", "problem"),
+    [(1, None), (3, "regression"), (3, "multi_label_classification")],
+)
+def test_logits_of_no_single_class_are_compared_by_their_error(
+    lora, small, batches, width, problem
+):
+    healed = lotr.heal(Regression(width, problem), small, lora, batches)
+    found = []
+    with torch.no_grad():
+        for batch in batches[::5]:
+            y, wanted = (dense(Model(), a)(batch)[..., :width] for a in (small, lora))
+            found.append(float((y - wanted).square().sum() / wanted.square().sum()))
+    assert healed.before == pytest.approx(np.mean(found), rel=1e-4)
+    assert healed.after < healed.before
+
+
+def test_hidden_states_are_read_where_logits_are_no_tensor(lora, small, batches):
+    class Both(Model):
+        def forward(self, x):
+            return SimpleNamespace(logits=(1, 2), last_hidden_state=super().forward(x))
+
+    healed = lotr.heal(Both(), small, lora, batches)
+    assert healed.before == pytest.approx(lotr.heal(Model(), small, lora, batches).before)
+
+
+def test_every_module_keeps_its_mode(lora, small, batches):
+    model = Model().train()
+    model.norm = torch.nn.BatchNorm1d(24).eval()  # frozen, as many train on
+    lotr.heal(model, small, lora, batches)
+    assert model.training
+    assert model.first.training
+    assert not model.norm.training
+
+
+def test_what_is_carried_has_to_be_in_the_model(lora, small, batches):
+    model = Model()
+    key = "base_model.model.second.bias"
+    trained = model.second.bias.detach().numpy() + 1
+    carrying = dataclasses.replace(lora, extras={key: trained})
+    with pytest.raises(lt.DataError, match=r"carries second\.bias.*load them into the model"):
+        lotr.heal(model, small, carrying, batches)
+    model.second.bias.data += 1
+    assert lotr.heal(model, small, carrying, batches).adapter is not small
+
+
 def test_an_output_may_be_named(lora, small, batches):
     model = Model("pooled")
     with pytest.raises(lt.OptionError, match="read="):
@@ -172,6 +253,56 @@ def test_an_output_may_be_named(lora, small, batches):
             lt.DataError,
             "the original has no second",
         ),
+        (
+            lambda a: (
+                a
+                | {
+                    "original": lt.LoraAdapter(
+                        (
+                            *a["original"].modules,
+                            lt.LoraModule("third", np.ones((2, 1)), np.ones((1, 2))),
+                        ),
+                        {},
+                        np.dtype("f4"),
+                    )
+                }
+            ),
+            lt.DataError,
+            "the compressed adapter has no third, which the original has",
+        ),
+        (
+            lambda a: (
+                a
+                | {
+                    "original": lt.LoraAdapter(
+                        (
+                            a["original"].modules[0],
+                            lt.LoraModule("second", np.ones((2, 1)), np.ones((1, 2))),
+                        ),
+                        {},
+                        np.dtype("f4"),
+                    )
+                }
+            ),
+            lt.ShapeError,
+            r"second is \(2, 2\) in the original and \(24, 24\) in the compressed",
+        ),
+        (lambda a: a | {"read": lambda y: 3}, lt.OptionError, "read gave a int; expected a tensor"),
+        (
+            lambda a: (
+                a
+                | {
+                    "model": Model("last_hidden_state"),
+                    "batches": [
+                        {"x": torch.ones(2, 3, 24), "attention_mask": torch.zeros(2, 3)}
+                        for _ in range(10)
+                    ],
+                }
+            ),
+            lt.DataError,
+            "cannot be compared: its mask leaves nothing",
+        ),
+        (lambda a: a | {"read": torch.zeros_like}, lt.DataError, "cannot be compared"),
     ],
 )
 def test_what_cannot_be_healed_is_refused(lora, small, batches, change, error, text):

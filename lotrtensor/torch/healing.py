@@ -8,10 +8,8 @@ arXiv 1503.02531). No labels are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lotrtensor.adapters.compressed import CompressedAdapter
+from lotrtensor.adapters.formats.carried import PREFIX
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.core.bits.terms import QuantisedTerms
 from lotrtensor.core.options import check_number
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import DataError, OptionError, ShapeError, UnsupportedAdapterError
+from lotrtensor.torch.distillation import Read, mean_distance, outputs_of, train_scales
 from lotrtensor.torch.expert_slices import ExpertSlice, layers_by_name
 from lotrtensor.torch.groups import check_model, slot_of
 from lotrtensor.torch.sources import from_numpy
@@ -32,20 +32,7 @@ from lotrtensor.torch.sources import from_numpy
 HELD_OUT = 5
 """Every so-manieth batch is not trained on: the outputs are compared on these."""
 
-Read = Callable[[Any], Tensor]
 Pair = tuple[Tensor, Tensor]
-Update = tuple[Tensor, Tensor, Tensor | None]
-
-
-class Target(NamedTuple):
-    """What a batch gives: values of the places that count, and whether they are logits."""
-
-    values: Tensor
-    is_logits: bool
-
-
-Updates = Mapping[str, Update]
-Outputs = Callable[[Any, Updates], Target]
 
 
 class Healed(NamedTuple):
@@ -106,9 +93,10 @@ def heal(
     rate : float
         Learning rate of the values, relative to them.
     read : callable, optional
-        Takes the model's output, returns the tensor to compare. By default ``logits``, else
-        ``last_hidden_state``, else the output itself; places that an ``attention_mask`` of the
-        batch leaves out do not count.
+        Takes the model's output, returns the tensor to compare, by its squared relative error. By
+        default ``logits``, by their divergence where they are of several classes, else
+        ``last_hidden_state``, else the output itself. Places of sequences that an
+        ``attention_mask`` of the batch leaves out do not count.
 
     Returns
     -------
@@ -120,10 +108,11 @@ def heal(
     OptionError
         If there are fewer than ten batches, no terms to fit, or ``rate`` is not positive.
     DataError
-        If an adapted layer is missing in the model or never runs, a module in ``original``, or an
-        output is not finite.
+        If an adapted layer is missing in the model or never runs, the two adapters have other
+        modules, the model lacks what the adapter carries, or outputs are not finite or cannot be
+        compared.
     ShapeError
-        If a layer has another shape than its update.
+        If a layer or the original has another shape than the update.
     UnsupportedAdapterError
         If embeddings or experts are adapted.
 
@@ -142,23 +131,12 @@ def heal(
     True
     """
     check_model(model)
-    for adapter, name, kinds in (
-        (compressed, "compressed", (CompressedAdapter,)),
-        (original, "original", (LoraAdapter, LotrAdapter)),
-    ):
-        if not isinstance(adapter, kinds):
-            expected = " or ".join(f"a {kind.__name__}" for kind in kinds)
-            raise DataError(f"{name} is a {type(adapter).__name__}; expected {expected}")
+    lora = _checked(compressed, original)
+    inputs = _batches(batches)
     if read is not None and not callable(read):
         raise OptionError(f"read is a {type(read).__name__}; expected a function")
-    if isinstance(batches, str) or not isinstance(batches, Iterable):
-        raise DataError(f"batches is a {type(batches).__name__}; expected several of them")
     if not check_number(rate, "rate") > 0:
         raise OptionError(f"rate is {rate:g}; expected a positive number")
-    inputs = list(batches)
-    if len(inputs) < 2 * HELD_OUT:
-        raise OptionError(f"there are {len(inputs)} batches; healing needs at least {2 * HELD_OUT}")
-    lora = original.to_lora() if isinstance(original, LotrAdapter) else original
     scales = {
         name: nn.Parameter(torch.ones(terms.rank))
         for group in compressed.groups
@@ -169,33 +147,76 @@ def heal(
         raise OptionError(
             "the adapter has no terms of single modules, whose values could be fitted"
         )
-    changed = {name: (*pair, scales.get(name)) for name, pair in _compressed_pairs(compressed)}
-    whole = {name: (*pair, None) for name, pair in _original_pairs(lora, compressed)}
-    with _outputs_of(model, _layers(model, compressed), read or _read) as outputs:
-        held = inputs[::HELD_OUT]
-        before = _mean_distance(outputs, held, changed, whole)
-        _train(outputs, [x for k, x in enumerate(inputs) if k % HELD_OUT], changed, whole, rate)
+    changed = {name: (*pair, scales.get(name)) for name, pair in _pairs(compressed)}
+    wanted = {
+        m.name: (from_numpy(m.B).float(), from_numpy(m.A).float(), None) for m in lora.modules
+    }
+    layers = _layers(model, compressed)
+    _check_carried(model, lora)
+    with outputs_of(model, layers, read) as outputs:
+        held, trained = inputs[::HELD_OUT], [x for k, x in enumerate(inputs) if k % HELD_OUT]
+        before = mean_distance(outputs, held, changed, wanted)
+        train_scales(outputs, trained, changed, wanted, rate)
         healed = _with_values(compressed, lora, scales)
-        rounded = {name: (*pair, None) for name, pair in _compressed_pairs(healed)}
-        after = _mean_distance(outputs, held, rounded, whole)
+        rounded = {name: (*pair, None) for name, pair in _pairs(healed)}
+        after = mean_distance(outputs, held, rounded, wanted)
     return Healed(healed, before, after) if after < before else Healed(compressed, before, before)
 
 
-def _compressed_pairs(adapter: CompressedAdapter) -> Iterator[tuple[str, Pair]]:
+def _checked(compressed: CompressedAdapter, original: LoraAdapter | LotrAdapter) -> LoraAdapter:
+    """The original as a LoRA of the very modules and shapes that were compressed."""
+    if not isinstance(compressed, CompressedAdapter):
+        raise DataError(
+            f"compressed is a {type(compressed).__name__}; expected a CompressedAdapter"
+        )
+    if not isinstance(original, LoraAdapter | LotrAdapter):
+        raise DataError(
+            f"original is a {type(original).__name__}; expected a LoraAdapter or a LotrAdapter"
+        )
+    lora = original.to_lora() if isinstance(original, LotrAdapter) else original
+    shapes = {name: group.shape for group in compressed.groups for name in group.modules}
+    known = {module.name: module.shape for module in lora.modules}
+    for name in [*shapes, *known]:
+        if name not in known or name not in shapes:
+            one, other = ("original", "compressed adapter")[:: 1 if name in shapes else -1]
+            raise DataError(f"the {one} has no {name}, which the {other} has")
+        if known[name] != shapes[name]:
+            raise ShapeError(
+                f"{name} is {known[name]} in the original and {shapes[name]} in the compressed "
+                "adapter; expected what it was made of"
+            )
+    return lora
+
+
+def _batches(batches: Iterable[Any]) -> list[Any]:
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise DataError(f"batches is a {type(batches).__name__}; expected several of them")
+    found = list(batches)
+    if len(found) < 2 * HELD_OUT:
+        raise OptionError(f"there are {len(found)} batches; healing needs at least {2 * HELD_OUT}")
+    return found
+
+
+def _check_carried(model: nn.Module, lora: LoraAdapter) -> None:
+    """Refuse a model without the tensors, a trained head say, that the adapter carries."""
+    own = model.state_dict()
+    for key, value in lora.extras.items():
+        name = key.removeprefix(PREFIX)
+        carried = from_numpy(np.asarray(value))
+        found = own.get(name)
+        if found is None or not torch.equal(found.cpu().to(carried.dtype), carried):
+            raise DataError(
+                f"the adapter carries {name}, and the model has no such values: load them into the "
+                "model first, or the outputs are not the original's"
+            )
+
+
+def _pairs(adapter: CompressedAdapter) -> Iterator[tuple[str, Pair]]:
     """B and A of every module; the columns of its own terms come last."""
     for group in adapter.groups:
         for k, name in enumerate(group.modules):
             b, a = group.stack.factors(k)
             yield name, (from_numpy(b).float(), from_numpy(a).float())
-
-
-def _original_pairs(lora: LoraAdapter, compressed: CompressedAdapter) -> Iterator[tuple[str, Pair]]:
-    known = {module.name: module for module in lora.modules}
-    for name in (name for group in compressed.groups for name in group.modules):
-        if name not in known:
-            raise DataError(f"the original has no {name}, which the compressed adapter has")
-        module = known[name]
-        yield name, (from_numpy(module.B).float(), from_numpy(module.A).float())
 
 
 def _layers(model: nn.Module, adapter: CompressedAdapter) -> dict[str, nn.Module]:
@@ -216,114 +237,6 @@ def _layers(model: nn.Module, adapter: CompressedAdapter) -> dict[str, nn.Module
                 raise ShapeError(f"{name} is {shape} in the model and {group.shape} in the adapter")
             found[name] = layer
     return found
-
-
-@contextmanager
-def _outputs_of(model: nn.Module, layers: Mapping[str, nn.Module], read: Read) -> Iterator[Outputs]:
-    """A function that runs a batch with given updates; the model only evaluates meanwhile."""
-    current: Updates = {}
-    called: set[str] = set()
-
-    def add(name: str, _: nn.Module, args: Any, kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
-        called.add(name)
-        x = args[0] if args else next(iter(kwargs.values()))
-        b, a, scale = (None if part is None else part.to(x) for part in current[name])
-        assert b is not None
-        assert a is not None
-        h = x @ a.T
-        if scale is not None:
-            shared = h.shape[-1] - len(scale)
-            h = torch.cat([h[..., :shared], h[..., shared:] * scale], dim=-1)
-        return y + h @ b.T
-
-    def outputs(batch: Any, updates: Updates) -> Target:
-        nonlocal current
-        current = updates
-        found = _call(model, batch)
-        if missing := set(layers) - called:
-            raise DataError(
-                f"{min(missing)} did not run on the first batch: its values cannot be fitted"
-            )
-        is_logits = read is _read and getattr(found, "logits", None) is not None
-        y = read(found)
-        if not bool(torch.isfinite(y).all()):
-            raise DataError("the model's output is not finite")
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if mask is not None and mask.shape == y.shape[: mask.ndim]:
-            y = y[mask.bool()]
-        return Target(y, is_logits)
-
-    training = model.training
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    hooks = [
-        layer.register_forward_hook(partial(add, name), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
-        model.eval().requires_grad_(False)
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        model.train(training)
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
-
-
-def _read(output: Any) -> Tensor:
-    """What the outputs are compared by."""
-    for name in ("logits", "last_hidden_state"):
-        if isinstance(found := getattr(output, name, None), Tensor):
-            return found
-    first = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(first, Tensor):
-        raise OptionError(
-            f"the model's output is a {type(first).__name__}; name the tensor to compare by read="
-        )
-    return first
-
-
-def _distance(found: Target, wanted: Target) -> Tensor:
-    """Divergence from the original's logits in nats, or a squared relative error."""
-    if wanted.is_logits:
-        p, q = (x.values.float().log_softmax(-1) for x in (wanted, found))
-        return (p.exp() * (p - q)).sum(-1).mean()
-    difference = (found.values - wanted.values).float()
-    return difference.square().sum() / wanted.values.float().square().sum()
-
-
-@torch.no_grad()
-def _mean_distance(
-    outputs: Outputs, batches: Sequence[Any], updates: Updates, whole: Updates
-) -> float:
-    found = [float(_distance(outputs(b, updates), outputs(b, whole))) for b in batches]
-    return sum(found) / len(found)
-
-
-def _train(
-    outputs: Outputs, batches: Sequence[Any], updates: Updates, whole: Updates, rate: float
-) -> None:
-    """A step of Adam a batch on all scales; the rate falls to a twentieth.
-
-    The original's outputs are computed as they are needed: logits of all batches may be large.
-    """
-    scales = [scale for _, _, scale in updates.values() if scale is not None]
-    optimizer = torch.optim.Adam(scales, lr=rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, len(batches))
-    for batch in batches:
-        with torch.no_grad():
-            wanted = outputs(batch, whole)
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            _distance(outputs(batch, updates), wanted).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
 
 
 def _with_values(

@@ -1,0 +1,187 @@
+"""Distillation of scales: a model's outputs under two updates, their distance, and its descent.
+
+Updates are added by hooks on the layers, so that any model is taken as it is and left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lotrtensor.errors import DataError, OptionError
+
+Read = Callable[[Any], Tensor]
+Update = tuple[Tensor, Tensor, Tensor | None]
+"""B (m × c), A (c × n), and scales of the last of the c terms, if there are any."""
+
+Updates = Mapping[str, Update]
+
+
+class Output(NamedTuple):
+    """What a batch gives: values of the places that count, and whether they are logits."""
+
+    values: Tensor
+    logits: bool
+
+
+Outputs = Callable[[Any, Updates], Output]
+
+
+@contextmanager
+def outputs_of(
+    model: nn.Module, layers: Mapping[str, nn.Module], read: Read | None
+) -> Iterator[Outputs]:
+    """A function that runs a batch with given updates; the model only evaluates meanwhile.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The base model.
+    layers : mapping of str to nn.Module
+        Its linear layers that updates are for, by path.
+    read : callable or None
+        Takes the model's output, returns the tensor to compare; see `lotrtensor.torch.heal`.
+
+    Raises
+    ------
+    DataError
+        From the function: if a layer did not run, or an output is not finite.
+    OptionError
+        From the function: if what is read is no tensor.
+    """
+    current: Updates = {}
+    called: set[str] = set()
+
+    def add(name: str, _: nn.Module, args: Any, kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
+        called.add(name)
+        x = args[0] if args else next(iter(kwargs.values()))
+        b, a, scale = (None if part is None else part.to(x) for part in current[name])
+        assert b is not None
+        assert a is not None
+        h = x @ a.T
+        if scale is not None:
+            shared = h.shape[-1] - len(scale)
+            h = torch.cat([h[..., :shared], h[..., shared:] * scale], dim=-1)
+        return y + h @ b.T
+
+    def outputs(batch: Any, updates: Updates) -> Output:
+        nonlocal current
+        current = updates
+        found = _call(model, batch)
+        if missing := set(layers) - called:
+            raise DataError(
+                f"{min(missing)} did not run on the first batch: its values cannot be fitted"
+            )
+        y, name = (read(found), "") if read else _read(found)
+        if not isinstance(y, Tensor):
+            raise OptionError(f"read gave a {type(y).__name__}; expected a tensor")
+        if not bool(torch.isfinite(y).all()):
+            raise DataError("the model's output is not finite")
+        return Output(_kept(y, batch), name == "logits" and _are_classes(y, model))
+
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    hooks = [
+        layer.register_forward_hook(partial(add, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        model.eval().requires_grad_(False)
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _read(output: Any) -> tuple[Tensor, str]:
+    """What outputs are compared by where nothing is said, and its name."""
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(output, name, None), Tensor):
+            return found, name
+    first = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(first, Tensor):
+        raise OptionError(
+            f"the model's output is a {type(first).__name__}; name the tensor to compare by read="
+        )
+    return first, ""
+
+
+def _kept(y: Tensor, batch: Any) -> Tensor:
+    """Places (rows × …) that the mask of a batch of sequences leaves; all of an output a row."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    # An output a sequence may have as many classes as the sequence has places.
+    if not isinstance(mask, Tensor) or y.ndim <= mask.ndim or mask.shape != y.shape[: mask.ndim]:
+        return y
+    return y[mask.bool()]
+
+
+def _are_classes(logits: Tensor, model: nn.Module) -> bool:
+    """Whether logits are those of one class among several; of a regression their shift counts."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    return logits.shape[-1] > 1 and problem in (None, "single_label_classification")
+
+
+def distance(found: Output, wanted: Output) -> Tensor:
+    """Divergence Σ p (log p − log q) from the wanted logits in nats, or a squared relative error.
+
+    Raises
+    ------
+    DataError
+        If there is none: no place counts, or the wanted output is zero throughout.
+    """
+    if wanted.logits:
+        p, q = (x.values.float().log_softmax(-1) for x in (wanted, found))
+        result = (p.exp() * (p - q)).sum(-1).mean()
+    else:
+        lost2 = (found.values - wanted.values).float().square().sum()
+        result = lost2 / wanted.values.float().square().sum()
+    if not bool(torch.isfinite(result)):
+        raise DataError(
+            "outputs of a batch cannot be compared: its mask leaves nothing, the original gives "
+            "zeros, or the values have left the range of numbers"
+        )
+    return result
+
+
+@torch.no_grad()
+def mean_distance(
+    outputs: Outputs, batches: Sequence[Any], updates: Updates, wanted: Updates
+) -> float:
+    """Mean `distance` of the outputs over batches."""
+    found = [float(distance(outputs(x, updates), outputs(x, wanted))) for x in batches]
+    return sum(found) / len(found)
+
+
+def train_scales(
+    outputs: Outputs, batches: Sequence[Any], updates: Updates, wanted: Updates, rate: float
+) -> None:
+    """A step of Adam a batch on the scales of ``updates``; the rate falls to a twentieth.
+
+    The wanted outputs are computed as they are needed: logits of all batches may be large.
+    """
+    scales = [scale for _, _, scale in updates.values() if scale is not None]
+    optimizer = torch.optim.Adam(scales, lr=rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, len(batches))
+    for batch in batches:
+        with torch.no_grad():
+            target = outputs(batch, wanted)
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            distance(outputs(batch, updates), target).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
