@@ -287,6 +287,32 @@ def test_the_error_of_a_stack_is_that_of_its_slices(parts, width, seed, step):
     assert error2 == pytest.approx(sum(np.linalg.norm(x) ** 2 for x in dense), rel=1e-6)
 
 
+@pytest.mark.parametrize("parts", ["shared", "private", "both"])
+@given(SEEDS, st.sampled_from([0.01, 0.1, 0.5]))
+def test_no_parts_of_the_ranks_fall_below_the_bound(parts, seed, step):
+    """Beside singular values of the dense slices and unfoldings; rounding alone lies between."""
+    stack = random_stack(seed)
+    job = StackInBits(stack, parts)
+    found, error2 = job.quantise(step)
+    dense = [stack.slice(k) for k in range(4)]
+    (p, q), terms = found.shared_ranks, [own.rank for own in found.private]
+    values = [np.linalg.svd(x, compute_uv=False) for x in dense]
+    bounds2 = [sum(np.sum(v[min(p, q) + c :] ** 2) for v, c in zip(values, terms, strict=True))]
+    if parts != "private":
+        for rank, sides in ((p, dense), (q, [x.T for x in dense])):
+            v = np.linalg.svd(np.hstack(sides), compute_uv=False)
+            bounds2.append(np.sum(v[rank + sum(terms) :] ** 2))
+    assert job.lower_bound2(found) == pytest.approx(max(bounds2), rel=1e-9, abs=1e-12 * job.norm2)
+    assert error2 >= job.lower_bound2(found) * (1 - 1e-9) - 1e-12 * job.norm2
+
+
+def test_the_bound_of_fine_codes_is_nearly_reached():
+    """A shared part in sixteen bits loses what its ranks lose: within what HOOI leaves open."""
+    job = StackInBits(random_stack(3), "shared", 16)
+    found, error2 = job.of_ranks((3, 3))
+    assert job.lower_bound2(found) <= error2 <= 1.2 * job.lower_bound2(found)
+
+
 def lagrangian(stack, parts, step):
     prediction = StackInBits(stack, parts).predict(step)
     return prediction.lost2 + slope(step) * prediction.bits

@@ -34,7 +34,8 @@ class CompressedSummary(NamedTuple):
 
     ``shared_ranks`` is (p, q) of the shared part, (0, 0) where there is none; ``private_ranks`` the
     number of terms of every slice; ``bits`` the mean bits of a stored number; ``relative_error`` a
-    relative Frobenius error.
+    relative Frobenius error, and ``lower_bound`` what no parts of these ranks fall below, None
+    where the adapter was read from a file.
 
     Examples
     --------
@@ -54,6 +55,7 @@ class CompressedSummary(NamedTuple):
     bits: float
     relative_error: float
     parameters: int
+    lower_bound: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +141,16 @@ class CompressedAdapter:
         return math.sqrt(lost2 / norm2) if norm2 else 0.0
 
     @property
+    def lower_bound(self) -> float | None:
+        """Relative error that no parts of these ranks fall below; None of a file that was read."""
+        known = [(group.lower_bound, group.norm) for group in self.groups]
+        norm2 = sum(norm**2 for _, norm in known)
+        if any(bound is None for bound, _ in known):
+            return None
+        lost2 = sum((bound * norm) ** 2 for bound, norm in known if bound is not None)
+        return math.sqrt(lost2 / norm2) if norm2 else 0.0
+
+    @property
     def summary(self) -> tuple[CompressedSummary, ...]:
         """One row per group: slices, shape, ranks of both parts, numbers, mean bits, error."""
         return tuple(
@@ -151,6 +163,7 @@ class CompressedAdapter:
                 bits=_mean_bits(group),
                 relative_error=group.relative_error,
                 parameters=group.parameters,
+                lower_bound=group.lower_bound,
             )
             for group in self.groups
         )

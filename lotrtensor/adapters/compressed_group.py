@@ -71,6 +71,9 @@ class CompressedGroup:
         √(Σ_k ‖ΔW_k‖²) of the updates before.
     embedding : bool
         Whether the modules are embeddings, whose weights are n × m.
+    lower_bound : float or None
+        Relative error that no parts of these ranks fall below, whatever their bits; None where the
+        group was read from a file, which does not hold it.
 
     Examples
     --------
@@ -90,6 +93,7 @@ class CompressedGroup:
     relative_error: float
     norm: float
     embedding: bool = False
+    lower_bound: float | None = None
 
     @property
     def private_ranks(self) -> tuple[int, ...]:

@@ -57,6 +57,7 @@ def compressed_document(adapter: CompressedAdapter) -> Document:
     """
     return {
         "relative_error": adapter.relative_error,
+        "lower_bound": adapter.lower_bound,
         "parameters": adapter.parameters,
         "file_bytes": adapter.file_bytes,
         "bytes": adapter.bytes,
@@ -73,6 +74,7 @@ def compressed_document(adapter: CompressedAdapter) -> Document:
                 "private_ranks": list(row.private_ranks),
                 "bits": row.bits,
                 "relative_error": row.relative_error,
+                "lower_bound": row.lower_bound,
                 "parameters": row.parameters,
             }
             for row, group in zip(adapter.summary, adapter.groups, strict=True)

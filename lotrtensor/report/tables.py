@@ -66,9 +66,11 @@ def lotr_table(document: Document) -> Table:
 
 def compressed_table(document: Document) -> Table:
     """Groups of a compressed adapter: ranks of both parts, mean bits of a number, errors."""
+    bounds = () if document["lower_bound"] is None else ("lower bound",)
     table = new_table(
         "compressed: ΔW = U · G · Vᵀ + P · Qᵀ, shared and private, in bits",
         *("group", "slices", "shape", "shared p, q", "private", "numbers", "bits", "error"),
+        *bounds,
     )
     for group in document["groups"]:
         ranks = group["private_ranks"]
@@ -82,12 +84,14 @@ def compressed_table(document: Document) -> Table:
             f"{group['parameters']:,}",
             f"{group['bits']:.2f}",
             error(group["relative_error"]),
+            *(error(group["lower_bound"]) for _ in bounds),
         )
     table.add_section()
     slices = sum(len(group["modules"]) for group in document["groups"])
     numbers = document["parameters"]
     bits = sum(g["bits"] * g["parameters"] for g in document["groups"]) / max(numbers, 1)
-    whole = ("", "", "", f"{numbers:,}", f"{bits:.2f}", error(document["relative_error"]))
+    errors = [error(document[key]) for key in ("relative_error", *(["lower_bound"] * len(bounds)))]
+    whole = ("", "", "", f"{numbers:,}", f"{bits:.2f}", *errors)
     table.add_row("all", str(slices), *whole, style="bold")
     return table
 

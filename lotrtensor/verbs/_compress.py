@@ -85,7 +85,8 @@ def compress(
     Returns
     -------
     CompressedAdapter
-        Its ``relative_error`` is that of what is stored, its ``file_bytes`` what that takes; its
+        Its ``relative_error`` is that of what is stored, its ``lower_bound`` what no parts of its
+        ranks fall below, whatever their bits, its ``file_bytes`` what it takes; its
         ``alternatives`` say what other forms would reach there, where form and bits are auto.
 
     Raises
@@ -347,13 +348,15 @@ def _group(
     source: SourceGroup, stack: StackInBits, made: tuple[QuantisedStack, float]
 ) -> CompressedGroup:
     found, error2 = made
+    norm2 = stack.norm2
     return CompressedGroup(
         name=source.name,
         modules=source.modules,
         shape=stack.sides,
         slice_ranks=source.slice_ranks or (),
         stack=found,
-        relative_error=math.sqrt(error2 / stack.norm2) if stack.norm2 else 0.0,
-        norm=math.sqrt(stack.norm2),
+        relative_error=math.sqrt(error2 / norm2) if norm2 else 0.0,
+        norm=math.sqrt(norm2),
         embedding=source.embedding,
+        lower_bound=math.sqrt(stack.lower_bound2(found) / norm2) if norm2 else 0.0,
     )

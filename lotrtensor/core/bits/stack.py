@@ -167,6 +167,23 @@ class StackInBits:
             kept.append(int(keep.sum()))
         return np.array(lost), np.array(kept)
 
+    def lower_bound2(self, found: QuantisedStack) -> float:
+        """Lower bound on the squared error of any parts of the ranks that ``found`` has.
+
+        With ranks (p, q) and c_k terms, slice k has rank min(p, q) + c_k at most, and the
+        unfoldings [ΔW_1 … ΔW_K] and [ΔW_1ᵀ … ΔW_Kᵀ] have ranks p + Σ c_k and q + Σ c_k: what their
+        leading singular values leave is out of reach (Eckart and Young, Psychometrika 1 (1936)).
+        Bits are not counted: rounding is what the error has beside it.
+        """
+        (p, q), terms = found.shared_ranks, [own.rank for own in found.private]
+        slices = zip(self.svds, terms, strict=True)
+        bounds2 = [float(sum(np.sum(svd.values[min(p, q) + c :] ** 2) for svd, c in slices))]
+        if self.parts != "private":
+            for axis, rank in ((1, p), (0, q)):
+                # Cores between the bases of the HOSVD have the squared singular values as sums.
+                bounds2.append(float(self.squares.sums2.sum(axis)[rank + sum(terms) :].sum()))
+        return max(bounds2)
+
     def quantise(
         self, step: float, value_dtype: np.dtype = FLOAT16
     ) -> tuple[QuantisedStack, float]:
