@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
@@ -134,8 +135,16 @@ def compress(
         found = job.of_rank(goal.rank, rank)
     elif budget is None or given is None:
         found = job.within_tolerance(goal.tolerance or 0.0)
+        for other in job.simpler(found):
+            with suppress(RankError):
+                made = other.within_tolerance(goal.tolerance or 0.0)
+                found = min(found, made, key=lambda adapter: adapter.file_bytes)
     else:
         found = job.within_bytes(given, budget)
+        for other in job.simpler(found):
+            with suppress(RankError):
+                made = other.within_bytes(given, budget)
+                found = min(found, made, key=lambda adapter: adapter.relative_error)
     if job.norm2 and not any(group.parameters for group in found.groups):
         warnings.warn(
             f"nothing of the updates is left in {found.file_bytes} bytes, and the error is 1: ask "
@@ -229,6 +238,23 @@ class CompressionJob:
             groups.append(_group(source, stack, stack.of_ranks(ranks)))
         return self._adapter(tuple(groups))
 
+    def simpler(self, made: CompressedAdapter) -> list[CompressionJob]:
+        """Jobs of either part alone, where records weigh so much that predictions may mislead.
+
+        What parts a group has is chosen by the bits of its codes; a shared part also asks for some
+        bytes of the index, which count in small files.
+        """
+        both = all(stack.parts == "both" for _, stack in self.groups)
+        if not both or made.file_bytes > SMALL * len(self.groups):
+            return []
+        parts: tuple[Parts, Parts] = ("shared", "private")
+        return [
+            replace(
+                self, groups=[(source, stack.restricted(part)) for source, stack in self.groups]
+            )
+            for part in parts
+        ]
+
     @property
     def largest(self) -> float:
         largest = max(float(svd.values[0]) for _, stack in self.groups for svd in stack.svds)
@@ -305,25 +331,33 @@ class CompressionJob:
                 f"budget is {shown(asked)}; the smallest file of this adapter takes "
                 f"{smallest.file_bytes} bytes, its config and index"
             )
-        best, target, finer, before = smallest, float(budget), 0.0, 0.0
+        best, target, finer, coarser = smallest, float(budget), 0.0, self.coarsest
         for _ in range(TRIES):
             _, step = self.solve(partial(self._takes_no_more, target))
-            step = step if step > finer else finer * NUDGE  # as within a tolerance
-            if step == before:
+            if not finer < step < coarser:  # a model of normal columns knows no short ones
+                step = math.sqrt(finer * coarser) if finer else coarser / NUDGE
+            if coarser <= NUDGE * finer:
                 break
-            found, before = self.at(step), step
+            found = self.at(step)
             if found.file_bytes > budget:
-                finer = max(finer, step)
-            if found.file_bytes <= budget and found.relative_error <= best.relative_error:
-                best = found
-            if SPARE * budget <= found.file_bytes <= budget:
-                break
-            target *= MARGIN * budget / found.file_bytes
+                finer = step
+            else:
+                coarser = step
+                if found.relative_error <= best.relative_error:
+                    best = found
+                if found.file_bytes >= SPARE * budget:
+                    break
+            # Index, kinds and values take room that the model does not know of.
+            target = self.predict(step)[0] + MARGIN * budget - found.file_bytes
         return best
 
 
 SMALLEST, LARGEST = 1e-25, 1e30
 """Between these the largest singular value is: values in float32 then hold what is beside it."""
+
+SMALL = 10_000
+"""Bytes a group below which a hundred, about what the record of a shared part takes, are more than
+a hundredth: predictions are no nearer than that."""
 
 TRIES = 8
 """Files made on the way to a size or an error; two or three do where the model is right."""

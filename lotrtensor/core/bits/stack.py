@@ -9,6 +9,7 @@ step Δ for both, and the slope λ that belongs to it, the choice is the least �
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,6 +121,12 @@ class StackInBits:
             if parts == "both":
                 # The bases are large; they are needed again only where a shared part is tried.
                 del self._reduced
+
+    def restricted(self, parts: Parts) -> StackInBits:
+        """The same stack, decomposed already, of one of the parts that it may have here."""
+        found = copy.copy(self)
+        found.parts, found._predictions = parts, {}
+        return found
 
     @cached_property
     def _reduced(self) -> ReducedStack:
