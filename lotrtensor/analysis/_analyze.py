@@ -38,7 +38,7 @@ from lotrtensor.core.slice_svd import SliceSvd
 from lotrtensor.core.subspaces import Subspaces, chance, leading_subspaces, overlaps
 from lotrtensor.core.threads import on_one_thread
 from lotrtensor.errors import OptionError
-from lotrtensor.verbs._compress import CompressionJob, compression_job
+from lotrtensor.verbs._compression_job import CompressionJob, compression_job
 from lotrtensor.verbs._fit_groups import Progress
 from lotrtensor.verbs._sources import lora_groups
 

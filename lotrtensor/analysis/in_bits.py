@@ -14,7 +14,7 @@ from lotrtensor.core.bits.stack import Parts, StackInBits
 from lotrtensor.core.fit.reduced_stack import ReducedStack
 from lotrtensor.core.squared_error import SquaredError, relative_errors
 from lotrtensor.verbs._alternatives import PriceInBits, error_at, size_of, step_at
-from lotrtensor.verbs._compress import CompressionJob
+from lotrtensor.verbs._compression_job import CompressionJob
 
 FORMS: dict[Kind, tuple[Parts, str]] = {
     Kind.COMPRESSED: ("both", "compressed"),

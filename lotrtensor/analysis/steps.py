@@ -10,7 +10,7 @@ import numpy as np
 from lotrtensor.analysis.in_bits import InBits, compressed_point
 from lotrtensor.analysis.representations import Lotr, Representation
 from lotrtensor.analysis.rows import AdapterPoint, Kind, Step
-from lotrtensor.verbs._compress import CompressionJob
+from lotrtensor.verbs._compression_job import CompressionJob
 
 STOPS = 28
 """Sizes of the slider."""

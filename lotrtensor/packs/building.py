@@ -35,7 +35,8 @@ from lotrtensor.packs.plan import PlannedCell, plan_cells, write_plan
 from lotrtensor.packs.prices import Prices, crossing
 from lotrtensor.packs.spool import Source, Spooled, fingerprint, read_spooled, spool, write_once
 from lotrtensor.packs.tasks import STEPS, Encoded
-from lotrtensor.verbs._compress import MARGIN, NUDGE, SPARE, Form
+from lotrtensor.verbs._compress import Form
+from lotrtensor.verbs._compression_job import MARGIN, NUDGE, SPARE
 from lotrtensor.verbs._fit_groups import Progress
 
 SHARES = ("auto", "adapters", "layers", "both", "none")

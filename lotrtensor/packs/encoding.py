@@ -21,7 +21,8 @@ from lotrtensor.core.slice_svd import slice_svds
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import RankError
 from lotrtensor.packs.members import Cell, Member
-from lotrtensor.verbs._compress import FINE, MARGIN, PARTS, SPARE, TRIES, Form, compression_job
+from lotrtensor.verbs._compress import PARTS, Form
+from lotrtensor.verbs._compression_job import FINE, MARGIN, SPARE, TRIES, compression_job
 from lotrtensor.verbs._sources import lora_groups
 
 T = TypeVar("T", bound=Any)

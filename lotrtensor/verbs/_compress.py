@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
 from typing import Literal
 
 from lotrtensor.adapters.compressed import CompressedAdapter
-from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, SourceRecord
-from lotrtensor.adapters.formats.native import COMMON_FIELDS
+from lotrtensor.adapters.compressed_group import SourceRecord
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.modules import module_stack
 from lotrtensor.adapters.sizes import budget_bytes
 from lotrtensor.core.bits.grid import check_width
-from lotrtensor.core.bits.stack import (
-    FLOAT16,
-    FLOAT32,
-    Parts,
-    QuantisedStack,
-    StackInBits,
-)
-from lotrtensor.core.bits.stream import LARGEST_CODE
+from lotrtensor.core.bits.stack import Parts
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank, make_goal
 from lotrtensor.core.threads import on_one_thread
-from lotrtensor.errors import DataError, LotrWarning, OptionError, RankError
-from lotrtensor.verbs._alternatives import PriceInBits, Prices, alternatives, prices_in_bits
+from lotrtensor.errors import LotrWarning, OptionError
+from lotrtensor.verbs._compression_job import compression_job
 from lotrtensor.verbs._fit_groups import Progress
-from lotrtensor.verbs._goals import Asked, groups_goal
-from lotrtensor.verbs._sources import SourceGroup, lora_groups, source_group
 
 Form = Literal["auto", "lotr", "lora"]
 
@@ -135,16 +120,8 @@ def compress(
         found = job.of_rank(goal.rank, rank)
     elif budget is None or given is None:
         found = job.within_tolerance(goal.tolerance or 0.0)
-        for other in job.simpler(found):
-            with suppress(RankError):
-                made = other.within_tolerance(goal.tolerance or 0.0)
-                found = min(found, made, key=lambda adapter: adapter.file_bytes)
     else:
         found = job.within_bytes(given, budget)
-        for other in job.simpler(found):
-            with suppress(RankError):
-                made = other.within_bytes(given, budget)
-                found = min(found, made, key=lambda adapter: adapter.relative_error)
     if job.norm2 and not any(group.parameters for group in found.groups):
         warnings.warn(
             f"nothing of the updates is left in {found.file_bytes} bytes, and the error is 1: ask "
@@ -157,31 +134,6 @@ def compress(
     return found if asked else replace(found, alternatives=job.alternatives(found))
 
 
-def compression_job(
-    lora: LoraAdapter,
-    parts: Parts = "both",
-    width: int | None = None,
-    group_by: str = "type",
-    progress: Progress | None = None,
-    source: SourceRecord | None = None,
-) -> CompressionJob:
-    """Decompose the groups of an adapter once, for all sizes."""
-    members = lora_groups(lora, group_by)
-    groups = []
-    for done, (name, modules) in enumerate(members):
-        if progress:
-            progress(name, done, len(members))
-        group = source_group(name, modules, lora.dtype)
-        groups.append((group, StackInBits(module_stack(modules), parts, width)))
-    job = CompressionJob(groups, lora, source or _source_of(lora))
-    if not SMALLEST < job.largest < LARGEST:
-        raise DataError(
-            f"an update has a singular value of {job.largest:.3g}, which the values of a "
-            "compressed file do not hold; convert the adapter, or scale it"
-        )
-    return job
-
-
 def _source_of(adapter: Adapter) -> SourceRecord:
     """What an adapter is stored in; of a compressed one, what it was stored in before that."""
     if isinstance(adapter, CompressedAdapter):
@@ -191,206 +143,3 @@ def _source_of(adapter: Adapter) -> SourceRecord:
 
 def _number(bits: int | str) -> object:
     return int(bits) if isinstance(bits, str) and bits.isdecimal() and len(bits) < 4 else bits
-
-
-@dataclass(frozen=True, eq=False)
-class CompressionJob:
-    """Groups on their way, and the adapter that they come from."""
-
-    groups: list[tuple[SourceGroup, StackInBits]]
-    lora: LoraAdapter
-    source: SourceRecord
-
-    @property
-    def norm2(self) -> float:
-        return sum(stack.norm2 for _, stack in self.groups)
-
-    def predict(self, step: float) -> tuple[float, float]:
-        """Bytes of all codes, and relative error."""
-        found = [stack.predict(step) for _, stack in self.groups]
-        lost2 = sum(prediction.lost2 for prediction in found)
-        bits = sum(prediction.bits for prediction in found)
-        return bits / 8, math.sqrt(max(lost2, 0.0) / self.norm2) if self.norm2 else 0.0
-
-    def at(self, step: float) -> CompressedAdapter:
-        """The adapter on a grid of this step, measured."""
-        predicted = self.predict(step)[1]
-        # The rounding of a value to half precision is a relative error of 3e-4.
-        dtype = FLOAT32 if predicted < FINE or not 1e-2 < self.largest < 6e4 else FLOAT16
-        return self._adapter(
-            tuple(
-                _group(source, stack, stack.quantise(step, dtype)) for source, stack in self.groups
-            )
-        )
-
-    def _adapter(self, groups: tuple[CompressedGroup, ...]) -> CompressedAdapter:
-        lora = self.lora
-        config = {key: lora.config[key] for key in COMMON_FIELDS if key in lora.config}
-        return CompressedAdapter(groups, config, self.source, lora.extras)
-
-    def of_rank(self, pair: tuple[int, int], asked: Rank | None) -> CompressedAdapter:
-        """The adapter with shared factors of these ranks, or what a group needs, in one width."""
-        sources = [source for source, _ in self.groups]
-        groups_goal(Asked(rank=asked), sources, self.lora.dtype)  # refuses what none can need
-        groups = []
-        for source, stack in self.groups:
-            ranks = min(pair[0], source.max_rank[0]), min(pair[1], source.max_rank[1])
-            groups.append(_group(source, stack, stack.of_ranks(ranks)))
-        return self._adapter(tuple(groups))
-
-    def simpler(self, made: CompressedAdapter) -> list[CompressionJob]:
-        """Jobs of either part alone, where records weigh so much that predictions may mislead.
-
-        What parts a group has is chosen by the bits of its codes; a shared part also asks for some
-        bytes of the index, which count in small files.
-        """
-        both = all(stack.parts == "both" for _, stack in self.groups)
-        if not both or made.file_bytes > SMALL * len(self.groups):
-            return []
-        parts: tuple[Parts, Parts] = ("shared", "private")
-        return [
-            replace(
-                self, groups=[(source, stack.restricted(part)) for source, stack in self.groups]
-            )
-            for part in parts
-        ]
-
-    @property
-    def largest(self) -> float:
-        largest = max(float(svd.values[0]) for _, stack in self.groups for svd in stack.svds)
-        return largest or 1.0  # of an adapter of zeros any step is as good
-
-    @property
-    def coarsest(self) -> float:
-        """A step at which about the largest term alone is left."""
-        return 4.0 * self.largest / math.sqrt(min(self.groups[0][1].sides))
-
-    @cached_property
-    def smallest(self) -> CompressedAdapter:
-        """The adapter of which next to nothing is left but config and index."""
-        return self.at(self.coarsest)
-
-    def prices(self, largest: float) -> Prices:
-        """Sizes and errors of files of either part and of both, as predicted."""
-        stacks = [stack for _, stack in self.groups]
-        return prices_in_bits(stacks, self.coarsest, self.smallest.file_bytes, largest)
-
-    def alternatives(self, made: CompressedAdapter) -> tuple[Alternative, ...]:
-        """What other forms would reach at the size of what was made."""
-        stacks = [stack for _, stack in self.groups]
-        ranks = [source.slice_ranks or () for source, _ in self.groups]
-        price = PriceInBits(made.file_bytes, made.relative_error)
-        prices = self.prices(price.bytes)
-        return alternatives(stacks, ranks, self.lora.dtype.itemsize, price, prices)
-
-    def solve(self, crossed: Callable[[float], bool]) -> tuple[float, float]:
-        """Neighbouring steps between which ``crossed`` turns true, as it does at coarse ones."""
-        # No entry of a column exceeds its norm, and codes are integers of 16 bits.
-        low, high = self.largest / LARGEST_CODE, self.coarsest
-        while high > low * (1.0 + FINEST):
-            middle = math.sqrt(low * high)
-            low, high = (low, middle) if crossed(middle) else (middle, high)
-        return low, high
-
-    def _loses_more(self, tolerance: float, step: float) -> bool:
-        return self.predict(step)[1] > tolerance
-
-    def _takes_no_more(self, size: float, step: float) -> bool:
-        return self.predict(step)[0] <= size
-
-    def within_tolerance(self, tolerance: float) -> CompressedAdapter:
-        """The smallest file found of at most this error."""
-        best, target, error, coarser, before = None, tolerance, 0.0, math.inf, 0.0
-        for _ in range(TRIES):
-            step, _ = self.solve(partial(self._loses_more, target))
-            # Where ranks jump, other targets lead to one step: it is left behind by itself.
-            step = step if step < coarser else coarser / NUDGE
-            if step == before:
-                break
-            found, before = self.at(step), step
-            error = found.relative_error
-            if error > tolerance:
-                coarser = min(coarser, step)
-            if error <= tolerance and (best is None or found.file_bytes < best.file_bytes):
-                best = found
-            if SPARE * tolerance <= error <= tolerance:
-                break
-            target *= MARGIN * tolerance / error if error else 2.0
-        if best is None:
-            raise RankError(
-                f"tolerance is {tolerance}; the smallest error reached is {error:.3g}: convert or "
-                "truncate the adapter instead, which keep 16 bits a number or more"
-            )
-        return best
-
-    def within_bytes(self, budget: int, asked: int | str) -> CompressedAdapter:
-        """The file of the least error found of at most so many bytes."""
-        smallest = self.smallest
-        if budget < smallest.file_bytes:
-            raise RankError(
-                f"budget is {shown(asked)}; the smallest file of this adapter takes "
-                f"{smallest.file_bytes} bytes, its config and index"
-            )
-        best, target, finer, coarser = smallest, float(budget), 0.0, self.coarsest
-        for _ in range(TRIES):
-            _, step = self.solve(partial(self._takes_no_more, target))
-            if not finer < step < coarser:  # a model of normal columns knows no short ones
-                step = math.sqrt(finer * coarser) if finer else coarser / NUDGE
-            if coarser <= NUDGE * finer:
-                break
-            found = self.at(step)
-            if found.file_bytes > budget:
-                finer = step
-            else:
-                coarser = step
-                if found.relative_error <= best.relative_error:
-                    best = found
-                if found.file_bytes >= SPARE * budget:
-                    break
-            # Index, kinds and values take room that the model does not know of.
-            target = self.predict(step)[0] + MARGIN * budget - found.file_bytes
-        return best
-
-
-SMALLEST, LARGEST = 1e-25, 1e30
-"""Between these the largest singular value is: values in float32 then hold what is beside it."""
-
-SMALL = 10_000
-"""Bytes a group below which a hundred, about what the record of a shared part takes, are more than
-a hundredth: predictions are no nearer than that."""
-
-TRIES = 8
-"""Files made on the way to a size or an error; two or three do where the model is right."""
-
-NUDGE = 1.01
-"""Ratio of a step to the one that did not do, where the model leads to the same one again."""
-
-FINEST = 1e-5
-"""Steps nearer than this share are one."""
-
-SPARE = 0.99
-"""Share of a budget or tolerance that has to be used."""
-
-MARGIN = 0.998
-"""How far below its goal a corrected try aims."""
-
-FINE = 0.01
-"""Relative error below which values are kept in float32."""
-
-
-def _group(
-    source: SourceGroup, stack: StackInBits, made: tuple[QuantisedStack, float]
-) -> CompressedGroup:
-    found, error2 = made
-    norm2 = stack.norm2
-    return CompressedGroup(
-        name=source.name,
-        modules=source.modules,
-        shape=stack.sides,
-        slice_ranks=source.slice_ranks or (),
-        stack=found,
-        relative_error=math.sqrt(error2 / norm2) if norm2 else 0.0,
-        norm=math.sqrt(norm2),
-        embedding=source.embedding,
-        lower_bound=math.sqrt(stack.lower_bound2(found) / norm2) if norm2 else 0.0,
-    )
