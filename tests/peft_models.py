@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -86,3 +88,16 @@ def randomize(model: nn.Module, adapter: str = "default", seed: int = 0) -> None
 def lotr_layers(model: nn.Module) -> dict[str, lotr.LotrLayer]:
     """Adapted layers by path."""
     return {n: m for n, m in model.named_modules() if isinstance(m, lotr.LotrLayer)}
+
+
+def trained(**options) -> nn.Module:
+    """A small BERT with an adapter of random numbers."""
+    model = get_peft_model(bert(), config(**options))
+    randomize(model)
+    return model
+
+
+def saved(path: Path, **options) -> Path:
+    """The directory of such an adapter."""
+    trained(**options).save_pretrained(path)
+    return path

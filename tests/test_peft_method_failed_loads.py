@@ -20,7 +20,8 @@ from tests.peft_models import (  # noqa: E402
     bert,
     classifier,
     config,
-    randomize,
+    saved,
+    trained,
 )
 
 pytestmark = [
@@ -29,17 +30,6 @@ pytestmark = [
 ]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def trained(**options) -> nn.Module:
-    model = get_peft_model(bert(), config(**options))
-    randomize(model)
-    return model
-
-
-def saved(path: Path, **options) -> Path:
-    trained(**options).save_pretrained(path)
-    return path
 
 
 def edit(path: Path, config_change=None, weights_change=None) -> Path:

@@ -32,6 +32,8 @@ from tests.peft_models import (  # noqa: E402
     lotr_layers,
     output,
     randomize,
+    saved,
+    trained,
 )
 
 pytestmark = [
@@ -40,17 +42,6 @@ pytestmark = [
 ]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def trained(**options) -> nn.Module:
-    model = get_peft_model(bert(), config(**options))
-    randomize(model)
-    return model
-
-
-def saved(path: Path, **options) -> Path:
-    trained(**options).save_pretrained(path)
-    return path
 
 
 def lora(path: Path, make=bert, **options) -> nn.Module:
