@@ -26,7 +26,7 @@ class Output(NamedTuple):
     """What a batch gives: values of the places that count, and whether they are logits."""
 
     values: Tensor
-    logits: bool
+    are_logits: bool
 
 
 Outputs = Callable[[Any, Updates], Output]
@@ -144,7 +144,7 @@ def distance(found: Output, wanted: Output) -> Tensor:
     DataError
         If there is none: no place counts, or the wanted output is zero throughout.
     """
-    if wanted.logits:
+    if wanted.are_logits:
         p, q = (x.values.float().log_softmax(-1) for x in (wanted, found))
         result = (p.exp() * (p - q)).sum(-1).mean()
     else:
