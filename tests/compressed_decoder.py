@@ -13,16 +13,46 @@ from pathlib import Path
 
 import numpy as np
 
-NUMBERS = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}
+NUMBERS = {"U8": "u1", "I8": "i1"}
+DICTIONARY = (
+    b'classifier"score","lm_head"],"modules_to_save":["bias":"lora_only","fan_in_fan_out":true,'
+    b'"embedding":true,"list":["mlp.gate_proj","name":"mlp.up_proj","name":"mlp.down_proj",'
+    b'"name":"self_attn.o_proj","name":"self_attn.k_proj","name":"self_attn.v_proj",'
+    b'"name":"self_attn.q_proj","pattern":"model.layers.*.self_attn.q_proj"},'
+    b'"pattern":"encoder.layer.*.attention.output.dense"},"name":"attention.self.query",'
+    b'"name":"intermediate.dense","name":"output.dense","step":0.0,"weight":1.,'
+    b'"task_type":"SEQ_CLS"},"task_type":"FEATURE_EXTRACTION"},"task_type":"CAUSAL_LM"},'
+    b'{"config":{"base_model_name_or_path":"meta-llama/sentence-transformers/'
+    b'"private_ranks":[0,0,0,1,1,1,2,2,2,3,4,5],"shared_ranks":[8,8],"step":0.0'
+    b',"shape":[4096,4096],"slice_ranks":16},{"modules":{"at":"0-31","pattern":"'
+    b',"source":["float32",["float16",["bfloat16",'
+    b'{"groups":[{"modules":{"list":["layers.0.'
+    b'"],"name":"*","norm":1.,"private_ranks":[1],"relative_error":0.'
+)
 
 
 def read_updates(directory):
     """ΔW (m × n, float64) of every module of a compressed adapter, by its path."""
-    return decode(*read_parts(Path(directory) / "adapter_model.safetensors"))
+    row = read_tensors(Path(directory) / "adapter_model.safetensors", "")["lotr_coded"]
+    *parts, rest = read_row(row.tobytes())
+    assert not rest
+    return decode(*parts)
 
 
-def decode(codes, kinds, values, index):
-    """ΔW of every module, from codes, kinds, values and the index."""
+def read_row(row):
+    """Index, kinds, values and codes of a row of bytes, and what follows them."""
+    first, second, third = struct.unpack("<III", row[:12])
+    ends = 12 + first, 12 + first + second, 12 + first + second + third
+    text = zlib.decompressobj(zdict=DICTIONARY).decompress(row[12 : ends[0]])
+    text, _, kinds = text.partition(b"\0")
+    index = json.loads(text)
+    number = "<f4" if index.get("values") == "float32" else "<f2"
+    values = np.frombuffer(row[ends[0] : ends[1]], number).astype(float)
+    return index, np.frombuffer(kinds, "i1"), values, row[ends[1] : ends[2]], row[ends[2] :]
+
+
+def decode(index, kinds, values, codes):
+    """ΔW of every module, from the index, kinds, values and codes."""
     groups = [dict(g, modules=module_paths(g["modules"])) for g in index["groups"]]
     columns, codes = read_columns(codes, kinds, [s for g in groups for s in column_sizes(g)])
     sides, updates = [], {}
@@ -54,14 +84,6 @@ def decode(codes, kinds, values, index):
             for name, code in zip(g["modules"], cores.pop(0), strict=True):
                 updates[name] += g["step"] * code * outer
     return updates
-
-
-def read_parts(path):
-    """Codes, kinds, values and the index of a file."""
-    found = read_tensors(path, "")
-    keys = ("lotr_codes", "lotr_kinds", "lotr_values", "lotr_groups")
-    codes, kinds, values, index = (found[key] for key in keys)
-    return codes.tobytes(), kinds, values.astype(float), json.loads(zlib.decompress(index))
 
 
 def read_tensors(path, prefix):

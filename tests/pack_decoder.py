@@ -8,29 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from compressed_decoder import decode, module_paths, read_columns, read_tensors
-
-DICTIONARY = (
-    b'classifier"score","lm_head"],"modules_to_save":["bias":"lora_only","fan_in_fan_out":true,'
-    b'"embedding":true,"list":["mlp.gate_proj","name":"mlp.up_proj","name":"mlp.down_proj",'
-    b'"name":"self_attn.o_proj","name":"self_attn.k_proj","name":"self_attn.v_proj",'
-    b'"name":"self_attn.q_proj","pattern":"model.layers.*.self_attn.q_proj"},'
-    b'"pattern":"encoder.layer.*.attention.output.dense"},"name":"attention.self.query",'
-    b'"name":"intermediate.dense","name":"output.dense","step":0.0,"weight":1.,'
-    b'"task_type":"SEQ_CLS"},"task_type":"FEATURE_EXTRACTION"},"task_type":"CAUSAL_LM"},'
-    b'{"config":{"base_model_name_or_path":"meta-llama/sentence-transformers/'
-    b'"private_ranks":[0,0,0,1,1,1,2,2,2,3,4,5],"shared_ranks":[8,8],"step":0.0'
-    b',"shape":[4096,4096],"slice_ranks":16},{"modules":{"at":"0-31","pattern":"'
-    b',"source":["float32",["float16",["bfloat16",'
-    b'{"groups":[{"modules":{"list":["layers.0.'
-    b'"],"name":"*","norm":1.,"private_ranks":[1],"relative_error":0.'
-)
+from compressed_decoder import decode, module_paths, read_columns, read_row, read_tensors
 
 
 def read_adapter(directory, name):
@@ -40,7 +23,7 @@ def read_adapter(directory, name):
     shard = Path(directory) / index["shards"][place]["file"]
     own = read_tensors(shard, f"{number}.")
     record, kinds, values, codes, content = read_row(own["coded"].tobytes())
-    updates = decode(codes, kinds, values, record)
+    updates = decode(record, kinds, values, codes)
     if not uses_bases:
         return updates
     cells = [c for s in index["cells"] for c in read_cells(Path(directory) / s["file"])]
@@ -53,18 +36,6 @@ def read_adapter(directory, name):
             whole = record["weight"] * mean + record["step"] * core
             updates[module] = updates[module] + left @ whole @ right.T
     return updates
-
-
-def read_row(row):
-    """Record, kinds, values, codes and cores of an adapter."""
-    first, second, third = struct.unpack("<III", row[:12])
-    ends = 12 + first, 12 + first + second, 12 + first + second + third
-    text = zlib.decompressobj(zdict=DICTIONARY).decompress(row[12 : ends[0]])
-    text, _, kinds = text.partition(b"\0")
-    record = json.loads(text)
-    number = "<f4" if record.get("values") == "float32" else "<f2"
-    values = np.frombuffer(row[ends[0] : ends[1]], number).astype(float)
-    return record, np.frombuffer(kinds, "i1"), values, row[ends[1] : ends[2]], row[ends[2] :]
 
 
 def read_cells(path):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from adapters_fixtures import (
 from compressed_decoder import read_updates
 from compressed_fixtures import codes, dense_updates, terms
 from lotrtensor.adapters.compressed_group import CompressedGroup, SourceRecord
+from lotrtensor.adapters.formats.coded_row import from_row
 from lotrtensor.core.bits.shared import QuantisedTucker2
 from lotrtensor.core.bits.stack import QuantisedStack
 from lotrtensor.core.bits.terms import QuantisedTerms
@@ -121,7 +120,7 @@ def test_the_page_shows_the_decoder_and_every_field_of_the_index():
     assert "{literalinclude} ../tests/compressed_decoder.py" in page
     section = page[page.index("## Compressed") : page.index("## PEFT LoRA")]
     tensors = safetensors.numpy.load_file(GOLDEN / WEIGHTS)
-    index = json.loads(zlib.decompress(tensors["lotr_groups"].tobytes()))
+    index = from_row(tensors["lotr_coded"], "golden")[0].records
     fields = {key for group in index["groups"] for key in group} | set(index)
     told = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
     assert fields | {key for key in tensors if key.startswith("lotr_")} <= told

@@ -24,6 +24,7 @@ import lotrtensor.peft as lotr  # noqa: E402
 from adapters_fixtures import edit_config  # noqa: E402
 from adapters_fixtures import lotr as lotr_command  # noqa: E402
 from compressed_fixtures import adapter, dense_updates, group  # noqa: E402
+from lotrtensor.adapters.formats.coded_row import from_row, to_row  # noqa: E402
 from tests.peft_models import bert, output  # noqa: E402
 from tests.test_torch_compressed import base, mixed, private_only, state, tuned  # noqa: E402
 
@@ -374,11 +375,17 @@ def damaged(directory: Path, change) -> Path:
     return directory
 
 
+def recoded(tensors, **parts):
+    coded, _ = from_row(tensors["lotr_coded"].numpy(), "file")
+    tensors["lotr_coded"] = torch.from_numpy(to_row(coded._replace(**parts)).copy())
+
+
 DAMAGES = {
-    "codes": lambda t: t.update(lotr_codes=t["lotr_codes"][:-1].clone()),
-    "no kinds": lambda t: t.pop("lotr_kinds"),
-    "infinite": lambda t: t["lotr_values"].fill_(float("inf")),
-    "no groups": lambda t: t.pop("lotr_groups"),
+    "codes": lambda t: recoded(t, codes=b""),
+    "no kinds": lambda t: recoded(t, kinds=np.zeros(0, np.int8)),
+    "infinite": lambda t: recoded(t, values=np.full(99, np.inf, np.float16)),
+    "a row that ends": lambda t: t.update(lotr_coded=t["lotr_coded"][:-1].clone()),
+    "no row": lambda t: t.pop("lotr_coded"),
 }
 
 

@@ -8,7 +8,7 @@ The tensors of a shard of cells are
 
 and those of a member, each key behind the member's number,
 
-    coded         bytes   its own part and its cores; see `parts`
+    coded         bytes   its own part and its cores; see `lotrtensor.adapters.formats.coded_row`
     carried.…             tensors that it carries along
 
 Codes of a core whose places are of one kind are one column, whose kinds the bases tell.
@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lotrtensor.adapters.compressed import CompressedAdapter
-from lotrtensor.adapters.formats.compressed import LONGEST, code_groups, decode_groups
+from lotrtensor.adapters.formats.coded_row import LONGEST, from_row, to_row
+from lotrtensor.adapters.formats.compressed import code_groups, decode_groups
 from lotrtensor.adapters.formats.json_text import parse_json
 from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
 from lotrtensor.adapters.formats.names import fold, unfold
@@ -34,7 +35,6 @@ from lotrtensor.core.bits import stream
 from lotrtensor.core.bits.basis import QuantisedBasis
 from lotrtensor.errors import FormatError
 from lotrtensor.packs.members import Cell, Member
-from lotrtensor.packs.parts import Parts, from_row, to_row
 
 CELLS, CODES, KINDS = "lotr_cells", "lotr_codes", "lotr_kinds"
 CODED, CARRIED = "coded", "carried."
@@ -219,7 +219,7 @@ def member_to_tensors(member: Member, cells: Sequence[Cell]) -> Tensors:
             if own:
                 shared.append(by_kind(cell.basis.kinds, np.stack(own)))
         cores = _pack(shared)
-    row = to_row(Parts(coded._replace(records=index), cores))
+    row = to_row(coded._replace(records=index), cores)
     return {CODED: row} | {CARRIED + key: tensor for key, tensor in member.own.extras.items()}
 
 

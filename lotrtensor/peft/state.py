@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lotrtensor.adapters.formats.carried import PREFIX
-from lotrtensor.adapters.formats.compressed import CODED, GROUPS, take_groups
+from lotrtensor.adapters.formats.compressed import CODED, take_groups
 from lotrtensor.adapters.formats.native import (
     CORE,
     CORE_LEFT,
@@ -118,11 +118,11 @@ def dequantise(
     DataError
         If a parameter's type does not hold the numbers.
     """
-    if GROUPS not in state:
-        return dict(state)
-    coded = {key: state[key].cpu().numpy() for key in CODED if key in state}
-    groups, _ = take_groups(coded, where)
-    found = {key: value for key, value in state.items() if key not in CODED}
+    found = dict(state)
+    row = found.pop(CODED, None)
+    if row is None:
+        return found
+    groups, _ = take_groups({CODED: row.cpu().numpy()}, where)
     for group in group_parts(groups):
         for key, array in _arrays(group).items():
             place = parameters.get(key)

@@ -1,31 +1,25 @@
 """Format version 2: an adapter in bits.
 
 ``adapter_config.json`` says what the adapter is for; ``adapter_model.safetensors`` holds, beside
-tensors that are carried along,
-
-    lotr_groups    bytes     the groups as JSON, deflated
-    lotr_codes     bytes     the codes of all columns and cores, entropy-coded
-    lotr_kinds     int8      kind of every column that is coded
-    lotr_values    float16   or float32: the value of every private term
-
-in the order of the groups. A group's columns are those of U, then of V, then, slice by slice, the
-left and the right ones of its terms. The codes of all cores come after those of all columns; their
-kinds follow from U and V (see `lotrtensor.core.bits.shared.core_kinds`).
+tensors that are carried along, one row of bytes, ``lotr_coded`` (see `coded_row`): the records of
+the groups, and their codes in that order. A group's columns are those of U, then of V, then, slice
+by slice, the left and the right ones of its terms. The codes of all cores come after those of all
+columns; their kinds follow from U and V (see `lotrtensor.core.bits.shared.core_kinds`).
 """
 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lotrtensor.adapters.compressed_group import CompressedGroup, SourceRecord
 from lotrtensor.adapters.formats.carried import split_extras
+from lotrtensor.adapters.formats.coded_row import Coded, from_row, to_row
 from lotrtensor.adapters.formats.compressed_record import (
     GroupIndex,
     read_record,
@@ -33,7 +27,6 @@ from lotrtensor.adapters.formats.compressed_record import (
     write_record,
 )
 from lotrtensor.adapters.formats.directory import CONFIG_NAME, write_directory
-from lotrtensor.adapters.formats.json_text import parse_json
 from lotrtensor.adapters.formats.lora_config import CARRIED_FIELDS, check_types
 from lotrtensor.adapters.formats.native import (
     COMMON_FIELDS,
@@ -55,14 +48,10 @@ from lotrtensor.core.bits.stack import QuantisedStack
 from lotrtensor.core.bits.terms import QuantisedTerms
 from lotrtensor.errors import FormatError
 
-GROUPS, CODES, KINDS, VALUES = "lotr_groups", "lotr_codes", "lotr_kinds", "lotr_values"
-CODED = (GROUPS, CODES, KINDS, VALUES)
+CODED = "lotr_coded"
 
 DEFAULTS = {"bias": "none", "inference_mode": True}
 """Values of common fields that need not be written, beside those that are empty or false."""
-
-LONGEST = 2**26
-"""Bytes of the groups as JSON, at most: a small file cannot ask for more memory."""
 
 CompressedContent = tuple[
     tuple[CompressedGroup, ...], Mapping[str, Any], SourceRecord, Mapping[str, np.ndarray]
@@ -87,7 +76,7 @@ def write_compressed(directory: Path, content: CompressedContent, *, force: bool
 def compressed_files(content: CompressedContent) -> dict[str, bytes]:
     """Return the two files of a compressed adapter; equal adapters are equal files."""
     groups, source_config, source, extras = content
-    tensors = dict(extras) | coded_tensors(groups, source)
+    tensors = dict(extras) | {CODED: to_row(code_groups(groups, source))}
     # Which modules are adapted, the groups say.
     config = {
         key: source_config[key]
@@ -100,15 +89,6 @@ def compressed_files(content: CompressedContent) -> dict[str, bytes]:
         CONFIG_NAME: json.dumps(config, separators=(",", ":"), sort_keys=True).encode(),
         WEIGHTS_NAME: file_bytes(tensors, {}, checksums=True),
     }
-
-
-class Coded(NamedTuple):
-    """Groups in bits: their records, kinds of columns, values of terms, and codes."""
-
-    records: dict[str, Any]
-    kinds: np.ndarray
-    values: np.ndarray
-    codes: bytes
 
 
 def code_groups(groups: Sequence[CompressedGroup], source: SourceRecord) -> Coded:
@@ -124,18 +104,6 @@ def code_groups(groups: Sequence[CompressedGroup], source: SourceRecord) -> Code
     }
     codes = stream.pack(columns, kinds) + stream.pack(places, told)
     return Coded(index, kinds, np.concatenate(values).astype(groups[0].stack.value_dtype), codes)
-
-
-def coded_tensors(groups: Sequence[CompressedGroup], source: SourceRecord) -> Tensors:
-    """Return groups as the four tensors that `take_groups` reads."""
-    index, kinds, values, codes = code_groups(groups, source)
-    text = json.dumps(index, separators=(",", ":"), sort_keys=True).encode()
-    return {
-        CODES: np.frombuffer(codes, np.uint8),
-        KINDS: kinds,
-        VALUES: values,
-        GROUPS: np.frombuffer(zlib.compress(text, 9), np.uint8),
-    }
 
 
 def read_compressed(directory: Path) -> CompressedContent:
@@ -165,18 +133,25 @@ def read_compressed(directory: Path) -> CompressedContent:
 def take_groups(
     tensors: Tensors, directory: object
 ) -> tuple[tuple[CompressedGroup, ...], SourceRecord]:
-    """Take the four tensors of a compressed adapter out of ``tensors``, and decode them.
+    """Take the row of a compressed adapter out of ``tensors``, and decode it.
 
     Raises
     ------
     FormatError
-        If they are damaged, incomplete, or contradict each other; ``directory`` names the file.
+        If it is missing, damaged, or contradicts itself; ``directory`` names the file.
     """
-    index = _read_index(bytes(_take(tensors, GROUPS, ("uint8",), directory)), directory)
-    codes = bytes(_take(tensors, CODES, ("uint8",), directory))
-    kinds = _take(tensors, KINDS, ("int8",), directory)
-    values = _take(tensors, VALUES, ("float16", "float32"), directory)
-    return decode_groups(Coded(index, kinds, values, codes), directory)
+    row = tensors.pop(CODED, None)
+    if row is None:
+        raise FormatError(f"{directory}: {CODED} is missing; fetch the adapter again")
+    if row.ndim != 1 or row.dtype != np.uint8:
+        raise FormatError(
+            f"{directory}: {CODED} is {row.dtype.name} of shape {row.shape}; expected one row of "
+            "uint8"
+        )
+    coded, rest = from_row(row, f"{directory}: {CODED}")
+    if rest:
+        raise FormatError(f"{directory}: {len(rest)} bytes follow {CODED}; expected none")
+    return decode_groups(coded, directory)
 
 
 def decode_groups(
@@ -196,30 +171,16 @@ def decode_groups(
     ]
     source = read_source(index.get("source"), directory)
     if not np.isfinite(values).all():
-        raise FormatError(f"{directory}: {VALUES} holds NaN or infinite values; expected numbers")
+        raise FormatError(f"{directory}: values of terms are NaN or infinite; expected numbers")
     wanted = sum(record.columns for record in records), sum(sum(r.private) for r in records)
-    for name, found, expected in ((KINDS, kinds, wanted[0]), (VALUES, values, wanted[1])):
+    for name, found, expected in (("kinds", kinds, wanted[0]), ("values", values, wanted[1])):
         if len(found) != expected:
-            raise FormatError(
-                f"{directory}: {name} has {len(found)} entries; the config expects {expected}"
-            )
+            raise FormatError(f"{directory} has {len(found)} {name}; its index expects {expected}")
     try:
         groups = _unpack(records, codes, kinds, values)
     except FormatError as error:
         raise FormatError(f"{directory}: {error}") from error
     return groups, source
-
-
-def _read_index(content: bytes, directory: object) -> dict[str, Any]:
-    decoder = zlib.decompressobj()
-    try:
-        text = decoder.decompress(content, LONGEST)
-    except zlib.error as error:
-        raise FormatError(f"{directory}: {GROUPS} is damaged ({error}); fetch it again") from error
-    index = parse_json(text, f"{directory}: {GROUPS}")
-    if not isinstance(index, dict) or decoder.unconsumed_tail:
-        raise FormatError(f"{directory}: {GROUPS} holds no list of groups; fetch it again")
-    return index
 
 
 def _columns(stack: QuantisedStack) -> Iterator[np.ndarray]:
@@ -242,18 +203,6 @@ def _told_kinds(stack: QuantisedStack) -> np.ndarray:
     if stack.shared is None:
         return np.zeros(0, np.int8)
     return core_kinds(stack.shared.left, stack.shared.right, stack.shared.core.shape[0]).ravel()
-
-
-def _take(tensors: Tensors, key: str, dtypes: Sequence[str], directory: object) -> np.ndarray:
-    if key not in tensors:
-        raise FormatError(f"{directory}: {key} is missing; fetch the adapter again")
-    found = tensors.pop(key)
-    if found.ndim != 1 or found.dtype.name not in dtypes:
-        raise FormatError(
-            f"{directory}: {key} is {found.dtype.name} of shape {found.shape}; expected one row of "
-            f"{' or '.join(dtypes)}"
-        )
-    return found
 
 
 def _unpack(

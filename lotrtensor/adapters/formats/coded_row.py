@@ -1,13 +1,13 @@
-"""What is an adapter's own in a pack, as one row of bytes.
+"""Groups in bits as one row of bytes, alone in a directory or among others in a pack.
 
     <III         bytes of the zlib stream, of the values and of the codes, little-endian
-    zlib         the index as JSON, a zero byte, and the kinds of the columns, with `DICTIONARY`
+    zlib         the index as JSON, a zero byte, and the kind of every column, with `DICTIONARY`
     values       float16, or float32 where the index says so: one for every private term
-    codes        as the tensor ``lotr_codes`` of format version 2 has them
-    the rest     codes of the cores; nothing where it uses no basis
+    codes        of all columns, then of all cores; see `lotrtensor.core.bits.stream`
+    the rest     of an adapter in a pack: codes of its cores on the bases there
 
-One row takes one entry in the header of a file, and the dictionary knows what every index says: so
-an adapter in a pack never takes more than a directory of its own.
+One row takes one entry in the header of a file, and the dictionary knows what every index says:
+of a small adapter, four tensors and an index of its own were a twentieth.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lotrtensor.adapters.formats.compressed import LONGEST, Coded
 from lotrtensor.adapters.formats.json_text import parse_json
 from lotrtensor.errors import FormatError
 
@@ -42,17 +41,22 @@ DICTIONARY = (
 
 LENGTHS = struct.Struct("<III")
 
-
-class Parts(NamedTuple):
-    """Groups in bits, and the codes of their cores on the bases of a pack."""
-
-    coded: Coded
-    cores: bytes
+LONGEST = 2**26
+"""Bytes of an index and its kinds, at most: a small file cannot ask for more memory."""
 
 
-def to_row(parts: Parts) -> np.ndarray:
-    """Return the row of bytes."""
-    index, kinds, values, codes = parts.coded
+class Coded(NamedTuple):
+    """Groups in bits: their records, kinds of columns, values of terms, and codes."""
+
+    records: dict[str, Any]
+    kinds: np.ndarray
+    values: np.ndarray
+    codes: bytes
+
+
+def to_row(coded: Coded, rest: bytes = b"") -> np.ndarray:
+    """Return the row of bytes; ``rest`` ends it."""
+    index, kinds, values, codes = coded
     if values.dtype != np.float16:
         index = index | {"values": values.dtype.name}
     text = json.dumps(index, separators=(",", ":"), sort_keys=True).encode()
@@ -60,11 +64,11 @@ def to_row(parts: Parts) -> np.ndarray:
     head = deflate.compress(text + b"\0" + kinds.astype(np.int8).tobytes()) + deflate.flush()
     numbers = values.astype(values.dtype.newbyteorder("<")).tobytes()
     lengths = LENGTHS.pack(len(head), len(numbers), len(codes))
-    return np.frombuffer(lengths + head + numbers + codes + parts.cores, np.uint8)
+    return np.frombuffer(lengths + head + numbers + codes + rest, np.uint8)
 
 
-def from_row(row: np.ndarray, where: str) -> Parts:
-    """Return the parts of a row of bytes.
+def from_row(row: np.ndarray, where: str) -> tuple[Coded, bytes]:
+    """Return what a row of bytes holds, and what follows the codes.
 
     Raises
     ------
@@ -73,22 +77,20 @@ def from_row(row: np.ndarray, where: str) -> Parts:
     """
     content = row.tobytes()
     if len(content) < LENGTHS.size:
-        raise FormatError(f"{where} has {len(content)} bytes and is damaged; fetch the pack again")
+        raise FormatError(f"{where} has {len(content)} bytes and is damaged; fetch it again")
     pieces, start = [], LENGTHS.size
     for length in LENGTHS.unpack(content[: LENGTHS.size]):
         pieces.append(content[start : start + length])
         start += length
     if start > len(content):
-        raise FormatError(
-            f"{where} has {len(content)} bytes and speaks of {start}; fetch the pack again"
-        )
+        raise FormatError(f"{where} has {len(content)} bytes and speaks of {start}; fetch it again")
     head, numbers, codes = pieces
     index, kinds = _inflated(head, where)
     dtype = np.dtype("float32" if index.get("values") == "float32" else "float16")
     if len(numbers) % dtype.itemsize:
-        raise FormatError(f"{where}: its values do not fill their bytes; fetch the pack again")
+        raise FormatError(f"{where}: its values do not fill their bytes; fetch it again")
     values = np.frombuffer(numbers, dtype.newbyteorder("<")).astype(dtype)
-    return Parts(Coded(index, kinds, values, codes), content[start:])
+    return Coded(index, kinds, values, codes), content[start:]
 
 
 def _inflated(head: bytes, where: str) -> tuple[dict[str, Any], np.ndarray]:
@@ -96,11 +98,11 @@ def _inflated(head: bytes, where: str) -> tuple[dict[str, Any], np.ndarray]:
     try:
         text = decoder.decompress(head, LONGEST)
     except zlib.error as error:
-        raise FormatError(f"{where} is damaged ({error}); fetch the pack again") from error
+        raise FormatError(f"{where} is damaged ({error}); fetch it again") from error
     if decoder.unconsumed_tail or not decoder.eof or decoder.unused_data:
-        raise FormatError(f"{where} is damaged: its index does not end; fetch the pack again")
+        raise FormatError(f"{where} is damaged: its index does not end; fetch it again")
     text, zero, kinds = text.partition(b"\0")
     index = parse_json(text, where)
     if not zero or not isinstance(index, dict):
-        raise FormatError(f"{where} is damaged: it holds no index; fetch the pack again")
+        raise FormatError(f"{where} is damaged: it holds no index; fetch it again")
     return index, np.frombuffer(kinds, np.int8)
