@@ -16,7 +16,15 @@ from lotrtensor.peft.config import LotrConfig  # noqa: E402 - imports hooks that
 from lotrtensor.peft.hotswap import hotswap_adapter  # noqa: E402
 from lotrtensor.peft.layer import LotrLayer  # noqa: E402
 from lotrtensor.peft.model import LotrModel  # noqa: E402
+from lotrtensor.peft.packs import load_pack  # noqa: E402
 
 register(LotrConfig, LotrModel, LotrModel.prefix)
 
-__all__ = ["LotrConfig", "LotrLayer", "LotrModel", "PeftVersionError", "hotswap_adapter"]
+__all__ = [
+    "LotrConfig",
+    "LotrLayer",
+    "LotrModel",
+    "PeftVersionError",
+    "hotswap_adapter",
+    "load_pack",
+]

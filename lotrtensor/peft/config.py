@@ -131,6 +131,7 @@ trainable_token_indices : optional
         self._carried: dict[str, tuple[int, ...]] | None = None
         self._settled: dict[str, Any] = {}
         self.keys: frozenset[str] = frozenset()  # modules that are replaced, set with the groups
+        self.held: Mapping[str, Any] = {}  # factors of groups that the model has, by their names
         self._asked: list[str] | set[str] | str | None = None
         check_known(self.format_version, "the adapter")
         self.r = check_rank(self.r)

@@ -51,8 +51,9 @@ def make_table(
     for group in plan.groups:
         if not min(group.rank):
             continue
-        if shared is not None:
-            table.add(group.name, shared.of(group.name))
+        held = config.held.get(group.name) if shared is None else shared.of(group.name)
+        if held is not None:
+            table.add(group.name, held)
             continue
         options = factor_options(layers[group.modules[0]])
         factors = SharedFactors(group.shape, group.rank, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -123,7 +123,21 @@ def dequantise(
     if row is None:
         return found
     groups, _ = take_groups({CODED: row.cpu().numpy()}, where)
-    for group in group_parts(groups):
+    return found | plain_numbers(group_parts(groups), parameters)
+
+
+def plain_numbers(
+    groups: Iterable[GroupParts], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors of groups as a file has them, in the types of the model's parameters.
+
+    Raises
+    ------
+    DataError
+        If a parameter's type does not hold the numbers.
+    """
+    found = {}
+    for group in groups:
         for key, array in _arrays(group).items():
             place = parameters.get(key)
             dtype = torch.float32 if place is None else place.dtype
