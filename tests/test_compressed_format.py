@@ -126,7 +126,7 @@ def test_the_page_shows_the_decoder_and_every_field_of_the_index():
     assert fields | {key for key in tensors if key.startswith("lotr_")} <= told
 
 
-@pytest.mark.parametrize("version", [0, 3, "2", None, True, 2.5])
+@pytest.mark.parametrize("version", [0, 4, "2", None, True, 2.5])
 def test_another_version_is_refused(tmp_path, version):
     golden_adapter().save(tmp_path / "small")
     edit_config(tmp_path / "small", format_version=version)

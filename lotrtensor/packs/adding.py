@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lotrtensor.adapters.formats.compressed_record import rounded_up
+from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.formats.tensors import Tensors
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.core.bits.terms import slope
@@ -17,6 +18,7 @@ from lotrtensor.packs.files import Index
 from lotrtensor.packs.members import Cell, Member
 from lotrtensor.packs.spool import Source, as_lora
 from lotrtensor.packs.tasks import member_bytes
+from lotrtensor.packs.trained import is_trained, mark_of, read_trained
 from lotrtensor.verbs._compress import Form
 
 
@@ -59,6 +61,9 @@ def encode_new(
     FormatError
         If a module has another shape in the pack.
     """
+    if is_trained(source):  # its codes are what the pack holds: nothing is lost
+        member = read_trained(expand(source), cells, mark_of(index))
+        return _new(member, cells, uses_bases=True)
     lora = as_lora(source, name)
     for module in lora.modules:
         known = shapes.get(module.name, module.shape)

@@ -178,18 +178,52 @@ def _at(
     lora: LoraAdapter, cells: Mapping[str, Cell], norm: float, step: float, dtype: np.dtype
 ) -> Member:
     absolute = step * norm or 1.0
+    source = SourceRecord(lora.dtype, lora.parameters, lora.bytes)
+
+    def coded(module: LoraModule) -> CodedSlice:
+        return _slice(module, cells.get(module.name), norm, absolute, dtype)
+
+    return member_of(lora, coded, cells, source, weight=norm, step=absolute, dtype=dtype)
+
+
+def member_of(
+    lora: LoraAdapter,
+    coded: Callable[[LoraModule], CodedSlice],
+    cells: Mapping[str, Cell],
+    source: SourceRecord,
+    *,
+    weight: float,
+    step: float,
+    dtype: np.dtype = FLOAT16,
+) -> Member:
+    """Put the coded slices of an adapter together.
+
+    Parameters
+    ----------
+    lora : LoraAdapter
+        The adapter.
+    coded : callable
+        Codes of the core of a module, its private terms and what is lost.
+    cells : mapping of str to Cell
+        The cell of a module; one that has none is private as a whole.
+    source : SourceRecord
+        What it was stored in.
+    weight, step : float
+        Weight of the mean cores, and step of the codes.
+    dtype : dtype
+        Type of the private terms' values.
+    """
     cores: dict[str, np.ndarray] = {}
     groups = []
     for name, modules in lora_groups(lora, "type"):
-        coded = [_slice(m, cells.get(m.name), norm, absolute, dtype) for m in modules]
-        for module, found in zip(modules, coded, strict=True):
+        found = [coded(module) for module in modules]
+        for module, own in zip(modules, found, strict=True):
             if module.name in cells:
-                cores[module.name] = found.codes
-        groups.append(_group(name, modules, coded, dtype))
-    source = SourceRecord(lora.dtype, lora.parameters, lora.bytes)
-    own = CompressedAdapter(tuple(groups), common_config(lora), source, lora.extras)
+                cores[module.name] = own.codes
+        groups.append(_group(name, modules, found, dtype))
+    whole = CompressedAdapter(tuple(groups), common_config(lora), source, lora.extras)
     used = {module: cells[module] for module in cores}
-    return Member(own, cores, norm, absolute, used) if cores else Member(own)
+    return Member(whole, cores, weight, step, used) if cores else Member(whole)
 
 
 def _slice(

@@ -30,6 +30,7 @@ from lotrtensor.packs.members import Cell, Member
 from lotrtensor.packs.reading import entry_of, read_cells, read_member
 from lotrtensor.packs.serving import ServePlan, plan_serving
 from lotrtensor.packs.spool import Source
+from lotrtensor.packs.trained import mark_of
 from lotrtensor.verbs._compare import compare, lora_factors
 
 
@@ -57,8 +58,8 @@ class PackRow(NamedTuple):
 class VerifiedRow(NamedTuple):
     """An adapter of a pack beside the original: measured error, that of the mean alone, bytes.
 
-    ``mean_error`` is measured on the mean that the bases hold, U Ḡ Vᵀ; None where the adapter uses
-    none.
+    ``mean_error`` is measured on the mean that the bases hold, U Ḡ Vᵀ; None where the adapter does
+    not use it.
 
     Examples
     --------
@@ -148,6 +149,11 @@ class Pack:
         """The bases that adapters share."""
         return read_cells(self.path, self._index)
 
+    @property
+    def mark(self) -> str:
+        """What tells these bases from all others, for adapters trained on them; empty without."""
+        return mark_of(self._index)
+
     def row(self, name: str) -> PackRow:
         """Return what the index says of one adapter.
 
@@ -212,7 +218,8 @@ class Pack:
         name : str
             Its name in the pack.
         adapter : path or adapter
-            The adapter.
+            The adapter. One that was trained on these bases (`lotrtensor.peft.save_cores`) is taken
+            as it is, without loss.
         tolerance : float, optional
             Relative error that is not exceeded; what the pack was made with if not given.
 
@@ -291,7 +298,7 @@ class Pack:
             source = original if isinstance(original, LoraAdapter) else original.to_lora()
             stored = LoraAdapter(member.updates(), {}, source.dtype)
             found = compare(source, stored).relative_error
-            mean = _mean_error(source, member) if member.cores else None
+            mean = _mean_error(source, member) if member.cores and member.weight else None
             rows.append(VerifiedRow(name, found, mean, row.bytes, source.bytes))
         return tuple(rows)
 

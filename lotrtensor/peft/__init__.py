@@ -13,6 +13,7 @@ from lotrtensor.peft.register import PeftVersionError, check_peft, register
 check_peft()
 
 from lotrtensor.peft.config import LotrConfig  # noqa: E402 - imports hooks that the check looks for
+from lotrtensor.peft.cores import save_cores  # noqa: E402
 from lotrtensor.peft.hotswap import hotswap_adapter  # noqa: E402
 from lotrtensor.peft.layer import LotrLayer  # noqa: E402
 from lotrtensor.peft.model import LotrModel  # noqa: E402
@@ -27,4 +28,5 @@ __all__ = [
     "PeftVersionError",
     "hotswap_adapter",
     "load_pack",
+    "save_cores",
 ]

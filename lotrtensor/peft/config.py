@@ -71,7 +71,9 @@ class LotrConfig(PeftConfig):
         Dropout on the input of every update.
     init : str
         ``"orthogonal"``, ``"paper"`` or ``"svd"`` (see `lotrtensor.torch.init.init_factors`), with
-        zero cores and so ΔW = 0; or the directory of a trained LoRA or LoTR to start from.
+        zero cores and so ΔW = 0; or the directory of a trained LoRA or LoTR to start from; or
+        that of a pack (`lotrtensor.pack`), whose bases are then U and V, with zero cores: with
+        ``train="cores"`` what is trained is a few kilobytes that the pack takes (`save_cores`).
     init_weights : bool
         As in PEFT's other methods: False draws the cores at random instead of zero, so that the
         adapter changes the model from the start. For tests of code around a model, not for
@@ -225,7 +227,7 @@ trainable_token_indices : optional
 
     @property
     def source(self) -> str | None:
-        """Directory of the adapter to start from, if ``init`` names one."""
+        """Directory of the adapter or pack to start from, if ``init`` names one."""
         return None if self.init in INITS else self.init
 
     def plans(self) -> tuple[GroupPlan, ...]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import numpy as np
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -15,8 +16,11 @@ from torch import nn
 from lotrtensor.adapters.formats.carried import PREFIX
 from lotrtensor.adapters.formats.wrappers import matched_names
 from lotrtensor.adapters.lotr import LotrAdapter
+from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.adapters.parts import group_parts
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
+from lotrtensor.packs.files import is_pack
+from lotrtensor.packs.pack import Pack
 from lotrtensor.peft.config import LotrConfig
 from lotrtensor.peft.experts import Experts
 from lotrtensor.torch.apply import check_train
@@ -148,14 +152,14 @@ def expert_targets(config: LotrConfig, layers: Mapping[str, Layer]) -> list[str]
         )
     modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
     found = find_experts(modules, config.target_parameters)
-    return [n for n in found if not _is_excluded(n.rsplit(".", 2)[0], config.exclude_modules)]
+    return [n for n in found if not _is_named(n.rsplit(".", 2)[0], config.exclude_modules)]
 
 
-def _is_excluded(path: str, excluded: Iterable[str] | str | None) -> bool:
-    """Whether ``exclude_modules`` names a module: a regular expression, or ends of paths."""
-    if isinstance(excluded, str):
-        return re.fullmatch(excluded, path) is not None
-    return any(path == end or path.endswith(f".{end}") for end in excluded or ())
+def _is_named(path: str, names: Iterable[str] | str | None) -> bool:
+    """Whether a field names a module: a regular expression, or ends of paths."""
+    if isinstance(names, str):
+        return names == "all-linear" or re.fullmatch(names, path) is not None
+    return any(path == end or path.endswith(f".{end}") for end in names or ())
 
 
 def trained(group: GroupPlan) -> GroupPlan:
@@ -167,11 +171,14 @@ def trained(group: GroupPlan) -> GroupPlan:
 
 
 def _from_source(config: LotrConfig, layers: Mapping[str, Layer]) -> AdapterPlan:
-    if not Path(str(config.source)).expanduser().is_dir():
+    path = Path(str(config.source)).expanduser()
+    if not path.is_dir():
         raise FormatError(
             f"init is {config.source!r}; expected {', '.join(map(repr, INITS))}, or the directory "
-            "of a trained LoRA or LoTR"
+            "of a trained LoRA or LoTR, or of a pack"
         )
+    if is_pack(path):
+        return _from_pack(config, Pack(path), layers)
     source = as_lotr(str(config.source), rank=check_rank(config.r), group_by=config.group_by)
     if source.extras:
         raise UnsupportedAdapterError(
@@ -184,6 +191,41 @@ def _from_source(config: LotrConfig, layers: Mapping[str, Layer]) -> AdapterPlan
         replace(g, scale=scale_of(g.rank, config.alpha, rslora=config.use_rslora)) for g in groups
     )
     return AdapterPlan(tuple(map(trained, rescaled)), source)
+
+
+def _from_pack(config: LotrConfig, pack: Pack, layers: Mapping[str, Layer]) -> AdapterPlan:
+    """Plan a new adapter on the bases of a pack, its cores zero."""
+    plans, groups = [], []
+    for cell in pack.cells:
+        names = tuple(name for name in cell.modules if name in layers and _is_chosen(config, name))
+        if not names:
+            continue
+        rank = cell.basis.rank
+        plan = GroupPlan(
+            name=names[0] if len(names) == 1 else f"{names[0]} …",
+            modules=names,
+            shape=cell.shape,
+            rank=rank,
+            scale=scale_of(rank, config.alpha, rslora=config.use_rslora),
+            slice_ranks=(min(rank),) * len(names),
+            embedding=isinstance(layers[names[0]], nn.Embedding),
+        )
+        left, right = (side.astype(np.float32) for side in cell.basis.factors)
+        cores = (np.zeros(rank, np.float32),) * len(names)
+        plans.append(trained(plan))
+        groups.append(LotrGroup(plan.name, names, left, right, cores, plan.slice_ranks))
+    if not plans:
+        raise FormatError(
+            f"{pack.path} has no bases of modules that are in the model and among target_modules: "
+            f"it has {len(pack.cells)} bases"
+        )
+    check_plans(plans, layers)
+    return AdapterPlan(tuple(plans), LotrAdapter(tuple(groups), {}, np.dtype(np.float32)))
+
+
+def _is_chosen(config: LotrConfig, path: str) -> bool:
+    chosen = config.target_modules is None or _is_named(path, config.target_modules)
+    return chosen and not _is_named(path, config.exclude_modules)
 
 
 def check_names(config: LotrConfig, layers: Iterable[str]) -> None:

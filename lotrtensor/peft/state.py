@@ -185,10 +185,11 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size])
                 f"{key} is {tuple(state[key].shape)} in the adapter and {tuple(shape)} in the "
                 "model; they do not belong together"
             )
-    stray = [key for key in state if _is_own(key) and key not in expected]
+    stray = [key for key in state if is_own(key) and key not in expected]
     if stray:
         raise FormatError(f"{stray[0]} of the adapter has no place in the model")
 
 
-def _is_own(key: str) -> bool:
+def is_own(key: str) -> bool:
+    """Whether a key of a file is that of an update, and not of what is carried beside it."""
     return key.startswith((LEFT, RIGHT)) or key.endswith((CORE, PRIVATE_LEFT, PRIVATE_RIGHT))

@@ -40,6 +40,7 @@ from lotrtensor.errors import FormatError, UnsupportedAdapterError
 
 FORMAT_VERSION = 1
 COMPRESSED_VERSION = 2
+CORES_VERSION = 3
 PEFT_TYPE = "LOTR"
 LEFT, RIGHT = "base_model.lotr_left.", "base_model.lotr_right."
 CORE, CORE_LEFT, CORE_RIGHT = ".lotr_core", ".lotr_core_left", ".lotr_core_right"
@@ -116,6 +117,11 @@ def check_known(version: object, where: object) -> None:
     FormatError
         Naming the version.
     """
+    if type(version) is int and version == CORES_VERSION:
+        raise FormatError(
+            f"{where} has format_version {version}: cores trained on the bases of a pack, which "
+            "lotr add puts there, and lotr unpack takes out as a whole adapter"
+        )
     if type(version) is not int or version not in (FORMAT_VERSION, COMPRESSED_VERSION):
         raise FormatError(
             f"{where} has format_version {version!r}; this release reads {FORMAT_VERSION} and "
