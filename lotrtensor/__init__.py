@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from lotrtensor.adapters.lotr import GroupSummary, LotrAdapter
     from lotrtensor.adapters.modules import FactoredCore, FitRecord, LoraModule, LotrGroup
     from lotrtensor.adapters.parts import GroupParts
-    from lotrtensor.analysis import Analysis, Choice, Similarity, analyze, similarity
+    from lotrtensor.analysis import (
+        Analysis,
+        Choice,
+        Collection,
+        Similarity,
+        analyze,
+        analyze_collection,
+        similarity,
+    )
     from lotrtensor.core.clusters import Clustering, cluster
     from lotrtensor.core.fit.certificate import Tucker2Fit
     from lotrtensor.core.fit.tucker2_fit import tucker2
@@ -66,6 +74,7 @@ __all__ = [
     "Cell",
     "Choice",
     "Clustering",
+    "Collection",
     "CompressedAdapter",
     "CompressedGroup",
     "CompressedSummary",
@@ -103,6 +112,7 @@ __all__ = [
     "UnsupportedAdapterError",
     "VerifiedRow",
     "analyze",
+    "analyze_collection",
     "as_stack",
     "cluster",
     "compare",
@@ -134,7 +144,15 @@ _HOMES = {
     "adapters.lotr": ("GroupSummary", "LotrAdapter"),
     "adapters.modules": ("FactoredCore", "FitRecord", "LoraModule", "LotrGroup"),
     "adapters.parts": ("GroupParts",),
-    "analysis": ("Analysis", "Choice", "Similarity", "analyze", "similarity"),
+    "analysis": (
+        "Analysis",
+        "Choice",
+        "Collection",
+        "Similarity",
+        "analyze",
+        "analyze_collection",
+        "similarity",
+    ),
     "core.clusters": ("Clustering", "cluster"),
     "core.fit.certificate": ("Tucker2Fit",),
     "core.fit.tucker2_fit": ("tucker2",),

@@ -83,6 +83,7 @@ RIGHT = {
     lt.compare: {"a": ADAPTER, "b": ADAPTER},
     lt.analyze: {"adapter": ADAPTER},
     lt.similarity: {"adapters": [ADAPTER]},
+    lt.analyze_collection: {"adapters": {"a": ADAPTER}, "threshold": 0.5, "same": 0.01},
     core.hosvd: {"stack": STACK},
     core.st_hosvd: {"stack": STACK, "rank": 2},
     core.hooi: {"stack": STACK, "rank": 2},

@@ -217,3 +217,63 @@ class Similarity(NamedTuple):
     cosine: np.ndarray
     by_kind: dict[str, np.ndarray]
     shared: np.ndarray
+
+
+class CollectionRow(NamedTuple):
+    """An adapter of a collection.
+
+    ``norm`` is √Σ ‖ΔW‖² over its modules, ``nearest`` the adapter of the largest cosine, which
+    is ``cosine``, both None where there is no other; ``cluster`` the number of its cluster, and
+    ``outlier`` whether that has no other member.
+
+    Examples
+    --------
+    >>> from lotrtensor.analysis import CollectionRow
+    >>> CollectionRow("a", 2.0, "b", 0.9, 1, False).nearest
+    'b'
+    """
+
+    name: str
+    norm: float
+    nearest: str | None
+    cosine: float | None
+    cluster: int
+    outlier: bool
+
+
+class Duplicate(NamedTuple):
+    """Two adapters that are the same: names, and ‖ΔW − ΔW'‖ over the larger norm.
+
+    Differences of squares: a distance below 1e-7 is as good as none.
+
+    Examples
+    --------
+    >>> from lotrtensor.analysis import Duplicate
+    >>> Duplicate("a", "b", 0.0).distance
+    0.0
+    """
+
+    first: str
+    second: str
+    distance: float
+
+
+class Collection(NamedTuple):
+    """How the adapters of a collection are related.
+
+    ``cosine`` (A × A) is ⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖) over all modules, in the order of ``names``.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> import lotrtensor as lt
+    >>> adapter = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    >>> found = lt.analyze_collection({"a": adapter})
+    >>> found.names, found.cosine.round(6).tolist(), found.rows[0].outlier
+    (('a',), [[1.0]], False)
+    """
+
+    names: tuple[str, ...]
+    cosine: np.ndarray
+    rows: tuple[CollectionRow, ...]
+    duplicates: tuple[Duplicate, ...]

@@ -9,10 +9,11 @@ import typer
 
 from lotrtensor.adapters.loading import load
 from lotrtensor.analysis import analyze as analyze_adapter
-from lotrtensor.analysis import similarity
-from lotrtensor.cli.common import Json, output_console, print_json, progress_bar
-from lotrtensor.errors import printable
+from lotrtensor.analysis import analyze_collection, similarity
+from lotrtensor.cli.common import Json, holds_pack, output_console, print_json, progress_bar
+from lotrtensor.errors import OptionError, printable
 from lotrtensor.report.analysis import analysis_document
+from lotrtensor.report.packs import collection_document, collection_line, collection_table
 from lotrtensor.report.page import check_page, page, plotly_source, write_page
 from lotrtensor.report.tables import analysis_table, similarity_table
 
@@ -23,7 +24,7 @@ def analyze(
         typer.Argument(
             metavar="ADAPTER...",
             path_type=str,
-            help="Adapter directories, image models' LoRA files, or hf://owner/name.",
+            help="Adapter directories, image models' LoRA files, or hf://owner/name; or one pack.",
         ),
     ],
     output: Annotated[
@@ -40,8 +41,21 @@ def analyze(
     With an output it writes one HTML page that opens from disk, needs no network, and lets you
     choose a size by eye.
 
+    Of a pack it tells which adapters are alike: clusters, outliers and duplicates.
+
     Example: lotr analyze my-lora -o report.html
+
+    Example: lotr analyze a-pack
     """
+    packs = [path for path in adapters if holds_pack(path)]
+    if packs:
+        if len(adapters) > 1 or output is not None:
+            raise OptionError(
+                f"{packs[0]} is a pack, which is analysed by itself and has no page; leave out "
+                "other adapters and --output"
+            )
+        _show_collection(packs[0], json=json)
+        return
     drawing = None
     if output is not None:
         drawing = plotly_source()
@@ -64,3 +78,18 @@ def analyze(
         console.print(similarity_table(document["similarity"]))
     if output is not None:
         console.print(f"{printable(output)}: open it in a browser", markup=False)
+
+
+def _show_collection(path: str, *, json: bool) -> None:
+    from lotrtensor.packs.pack import Pack
+
+    found = Pack(path)
+    document = collection_document(
+        analyze_collection({name: found.unpack(name) for name in found.names})
+    )
+    if json:
+        print_json(document)
+        return
+    console = output_console()
+    console.print(collection_table(document))
+    console.print(printable(collection_line(document)), markup=False)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from lotrtensor.analysis.rows import Collection
 from lotrtensor.packs.pack import Pack, VerifiedRow
 from lotrtensor.report.documents import Document
 from lotrtensor.report.names import shown_name
@@ -82,3 +83,43 @@ def verified_table(document: Document) -> Table:
             f"{row['source_bytes']:,}",
         )
     return table
+
+
+def collection_document(found: Collection) -> Document:
+    """Clusters, outliers and duplicates of a collection, and the cosines of every two."""
+    return {
+        "type": "COLLECTION",
+        "adapters": [row._asdict() for row in found.rows],
+        "duplicates": [pair._asdict() for pair in found.duplicates],
+        "cosine": found.cosine.tolist(),
+    }
+
+
+def collection_table(document: Document) -> Table:
+    """The adapters of a collection: norm, cluster, and the one that is most alike."""
+    table = new_table(
+        "cosines of the updates ΔW, over all modules",
+        *("adapter", "norm", "cluster", "nearest", "cosine"),
+    )
+    for row in document["adapters"]:
+        nearest = "–" if row["nearest"] is None else shown_name(row["nearest"])
+        table.add_row(
+            shown_name(row["name"]),
+            f"{row['norm']:.4g}",
+            f"{row['cluster']}{' (outlier)' if row['outlier'] else ''}",
+            nearest,
+            "–" if row["cosine"] is None else f"{row['cosine']:.3f}",
+        )
+    return table
+
+
+def collection_line(document: Document) -> str:
+    """One sentence: how many clusters, outliers and duplicates there are."""
+    rows = document["adapters"]
+    clusters, outliers = len({row["cluster"] for row in rows}), sum(row["outlier"] for row in rows)
+    text = f"{len(rows)} adapters in {clusters} clusters, {outliers} of them of one adapter alone"
+    pairs = document["duplicates"]
+    if pairs:
+        named = ", ".join(f"{pair['first']} = {pair['second']}" for pair in pairs[:5])
+        text += f"; the same: {named}{', …' if len(pairs) > 5 else ''}"
+    return text

@@ -1,0 +1,1 @@
+"""Faults of the system, injected into whole commands by strace; see `__main__`."""
