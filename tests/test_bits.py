@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -411,3 +413,34 @@ def test_corner_sums_are_those_of_all_corners(shape):
     np.testing.assert_array_equal(found, np.cumsum(np.cumsum(x, axis=0), axis=1))
     for p, q in np.ndindex(shape):
         assert found[p, q] == pytest.approx(x[: p + 1, : q + 1].sum())
+
+
+def stream_of(symbols, *, largest, low=0, rest=b"", kind=0):
+    """A stream of symbols of one code each, as a file has it."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY)
+    content = coder.compress(bytes(symbols)) + coder.flush() + rest
+    together = stream._together(largest)
+    return struct.pack("<bBBBI", kind, largest, together, low, len(content)) + content
+
+
+def test_codes_beyond_16_bits_are_refused():
+    low = 16
+    content = stream_of([200, 100], largest=100, low=low, rest=bytes(4))
+    with pytest.raises(FormatError, match="beyond ±32767"):
+        stream.unpack(content, np.zeros(1, np.int8), [2])
+
+
+def test_more_symbols_than_bits_are_refused():
+    """Runs of one symbol, which Huffman codes do not shorten and other strategies do."""
+    content = stream_of([100] * 100_000, largest=100)
+    with pytest.raises(FormatError, match="do not come from"):
+        stream.unpack(content, np.zeros(1, np.int8), [100_000])
+    assert stream.unpack(stream.pack([np.full(9999, 3)], np.array([3])), np.array([3]), [9999])
+
+
+def test_a_zero_column_of_any_kind_is_refused():
+    content = stream_of([100, 100], largest=100)
+    with pytest.raises(FormatError, match="is zero"):
+        stream.unpack_nonzero(content, np.zeros(1, np.int8), [2])
+    with pytest.raises(FormatError, match="is zero"):
+        stream.unpack_nonzero(b"", np.full(1, stream.ZERO, np.int8), [2**22])

@@ -285,6 +285,18 @@ DAMAGES = {
     "source": lambda p, c: p["records"].update(source=["int3", 1, 1]),
     "an index of numbers": lambda p, c: p.update(records=[1, 2]),
     "version": lambda p, c: c.update(format_version=3),
+    "a huge step": lambda p, c: p["records"]["groups"][0].update(step=10**400),
+    "no number": lambda p, c: p["records"]["groups"][0].update(step=float("nan")),
+    "a group twice": lambda p, c: p["records"]["groups"][1].update(
+        name=p["records"]["groups"][0]["name"]
+    ),
+    "a module twice": lambda p, c: p["records"]["groups"][1].update(
+        modules=p["records"]["groups"][0]["modules"]
+    ),
+    "no path": lambda p, c: p["records"]["groups"][0].update(modules={"list": [""] * 6}),
+    "a word for a flag": lambda p, c: p["records"]["groups"][0].update(embedding="no"),
+    "values of no type": lambda p, c: p["records"].update(values="float64"),
+    "a side beyond all": lambda p, c: p["records"]["groups"][0].update(shape=[2**23, 384]),
 }
 
 
@@ -311,6 +323,18 @@ def test_a_damaged_row_is_refused(compressed, words):
     row = safetensors.numpy.load_file(path)["lotr_coded"]
     safetensors.numpy.save_file({"other": row} | ROWS[words](row), path)
     with pytest.raises(lt.FormatError, match=words):
+        lt.load(compressed)
+
+
+def test_a_small_file_cannot_ask_for_time_and_memory(compressed):
+    """A stream of zeros grows a thousandfold, which no index and no codes do."""
+
+    def endless(parts, _):
+        parts["records"]["groups"] = [[]] * 5_000_000
+
+    rewrite(compressed, endless)
+    assert (compressed / "adapter_model.safetensors").stat().st_size < 50_000
+    with pytest.raises(lt.FormatError, match="does not end"):
         lt.load(compressed)
 
 

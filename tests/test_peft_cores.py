@@ -137,7 +137,93 @@ def test_target_modules_choose_among_the_bases(packed: lt.Pack, tmp_path: Path) 
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("rslora", [True, False])
+def test_the_stated_error_is_that_of_the_model(
+    packed: lt.Pack, tmp_path: Path, dtype: torch.dtype, autocast: bool, rslora: bool
+) -> None:
+    """Half-precision bases are rounded, with PEFT's cast to float32 or without."""
+    config = lotr.LotrConfig(init=str(packed.path), train="cores", use_rslora=rslora)
+    model = peft.get_peft_model(Base().to(dtype), config, autocast_adapter_dtype=autocast)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.01 * torch.randn_like(parameter))
+    lotr.save_cores(model, packed, tmp_path / "mine")
+    row = packed.add("mine", tmp_path / "mine")
+    found, expected = dense(packed.member("mine").updates()), updates(model)
+    lost2 = sum(np.linalg.norm(found[name] - expected[name]) ** 2 for name in found)
+    norm2 = sum(np.linalg.norm(x) ** 2 for x in expected.values())
+    assert np.sqrt(lost2 / norm2) == pytest.approx(row.relative_error, rel=0.01, abs=1e-7)
+    assert row.relative_error < (1e-4 if autocast or dtype == torch.float32 else 0.01)
+
+
+def test_embeddings_stay_embeddings(tmp_path: Path) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.up = torch.nn.Embedding(50, 24), torch.nn.Linear(24, 30)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.up(self.words(ids))
+
+    rng, ids = np.random.default_rng(0), torch.arange(50)
+    bases = {n: (rng.normal(size=(m, 3)), rng.normal(size=(3, k)), e)
+             for n, m, k, e in (("words", 24, 50, True), ("up", 30, 24, False))}  # fmt: skip
+    adapters = {}
+    for i in range(4):
+        modules = [lt.LoraModule(n, b @ (np.eye(3) + 0.3 * rng.normal(size=(3, 3))), a, e)
+                   for n, (b, a, e) in bases.items()]  # fmt: skip
+        adapters[f"user-{i}"] = lt.LoraAdapter(tuple(modules), {}, np.dtype("float32"))
+    packed = lt.pack(adapters, tmp_path / "pack", tolerance=0.05, share="adapters")
+    config = lotr.LotrConfig(init=str(packed.path), train="cores")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Net(), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    lotr.save_cores(model, packed, tmp_path / "mine")
+    packed.add("mine", tmp_path / "mine")
+    torch.manual_seed(0)
+    again = lotr.load_pack(Net(), packed, ["mine"])
+    torch.testing.assert_close(again(ids), model(ids), rtol=1e-3, atol=1e-3)
+    lora = packed.unpack("mine")
+    assert {m.name: m.embedding for m in lora.modules} == {"words": True, "up": False}
+
+
 # --- refusals
+
+
+FIELDS = {
+    "target_modules": (["query", "dnese"], lt.FormatError, "'dnese'"),
+    "layers_to_transform": ([0], lt.UnsupportedAdapterError, "layers_to_transform"),
+    "target_parameters": (["nothing.here"], lt.UnsupportedAdapterError, "target_parameters"),
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_fields_that_choose_nothing_are_refused(packed: lt.Pack, field: str) -> None:
+    value, error, words = FIELDS[field]
+    with pytest.raises(error, match=words):
+        fresh(packed, **{field: value})
+
+
+def test_cores_that_are_not_finite(packed: lt.Pack, tmp_path: Path) -> None:
+    model = fresh(packed)
+    with torch.no_grad():
+        model.base_model.model.layers[1]["dense"].lotr_core["default"][0, 0] = float("nan")
+    with pytest.raises(lt.DataError, match=r"layers\.1\.dense is NaN"):
+        lotr.save_cores(model, packed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tolerance", [-5, "x"])
+def test_a_tolerance_that_is_none(packed: lt.Pack, tmp_path: Path, tolerance: object) -> None:
+    lotr.save_cores(fresh(packed), packed, tmp_path / "mine")
+    with pytest.raises(lt.LotrError, match="tolerance"):
+        packed.add("mine", tmp_path / "mine", tolerance=tolerance)
 
 
 def test_other_bases_are_refused(packed: lt.Pack, tmp_path: Path) -> None:
@@ -184,6 +270,18 @@ def test_a_directory_of_cores_is_no_adapter(packed: lt.Pack, tmp_path: Path) -> 
         lotr.save_cores(fresh(packed), packed, tmp_path / "mine")
 
 
+def marked(row: np.ndarray, mark: str | None = None, **fields) -> np.ndarray:
+    coded, rest = from_row(row, "row")
+    fields |= {"bases": mark} if mark is not None else {}
+    return to_row(coded._replace(records=coded.records | fields), rest)
+
+
+def coreless(row: np.ndarray) -> np.ndarray:
+    coded, _ = from_row(row, "row")
+    kept = {k: v for k, v in coded.records.items() if k not in ("weight", "step")}
+    return to_row(coded._replace(records=kept))
+
+
 ROWS = {
     "no row": (lambda row: None, "missing or no row"),
     "numbers": (lambda row: row.astype("float32"), "missing or no row"),
@@ -191,12 +289,9 @@ ROWS = {
     "more": (lambda row: np.append(row, np.uint8(0)), None),
     "other bases": (lambda row: marked(row, "0" * 32), "another pack"),
     "no bases": (lambda row: marked(row, ""), "another pack"),
+    "no cores": (coreless, "has no core"),
+    "a huge step": (lambda row: marked(row, step=10**400), "weight and step"),
 }
-
-
-def marked(row: np.ndarray, mark: str) -> np.ndarray:
-    coded, rest = from_row(row, "row")
-    return to_row(coded._replace(records=coded.records | {"bases": mark}), rest)
 
 
 @pytest.mark.parametrize("damage", ROWS)
@@ -219,8 +314,9 @@ def test_what_is_no_lotr_model(packed: lt.Pack, tmp_path: Path) -> None:
     for model in (base(), lora):
         with pytest.raises(lt.UnsupportedAdapterError, match="without LoTR"):
             lotr.save_cores(model, packed, tmp_path / "out")
-    with pytest.raises(lt.FormatError, match="no adapter 'b'; it has default"):
-        lotr.save_cores(fresh(packed), packed, tmp_path / "out", adapter_name="b")
+    for name in ("b", ["b"]):
+        with pytest.raises(lt.FormatError, match=r"no adapter .*'b'.*; it has default"):
+            lotr.save_cores(fresh(packed), packed, tmp_path / "out", adapter_name=name)
 
 
 def test_a_model_without_the_modules(packed: lt.Pack) -> None:

@@ -159,7 +159,91 @@ def test_a_task_gives_its_class_of_model(tmp_path: Path) -> None:
     assert type(model) is peft.PeftModelForFeatureExtraction
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_that_train_with_their_adapter_are_left_alone(
+    packed: lt.Pack, dtype: torch.dtype
+) -> None:
+    """Those of a new adapter that starts on the bases are equal to them, but not for long."""
+    config = lotr.LotrConfig(init=str(packed.path))
+    model = peft.get_peft_model(Base().to(dtype), config)
+    lotr.load_pack(model, packed, ["user-0"])
+    layer = model.base_model.model.layers[0]["query"]
+    assert layer.lotr_shared["default"] is not layer.lotr_shared["user-0"]
+    before = layer.get_delta_weight("user-0").clone()
+    with torch.no_grad():
+        layer.lotr_shared["default"].left += 1.0
+    assert torch.equal(layer.get_delta_weight("user-0"), before)
+
+
+def test_a_model_whose_adapters_are_all_gone_takes_others(packed: lt.Pack) -> None:
+    model = lotr.load_pack(base(), packed, ["user-0"])
+    model.delete_adapter("user-0")
+    lotr.load_pack(model, packed, ["user-2"])
+    torch.testing.assert_close(model(X), tuned(packed, "user-2")(X))
+
+
 # --- refusals
+
+
+def biased(adapter: lt.LoraAdapter, **fields) -> lt.LoraAdapter:
+    """An adapter that carries a bias of the base model."""
+    extras = {"base_model.model.layers.0.query.base_layer.bias": np.ones(160, np.float32)}
+    return replace(adapter, extras=extras, config={"bias": "lora_only"} | fields)
+
+
+def test_biases_belong_to_one_adapter(tmp_path: Path) -> None:
+    adapters = family(3)
+    adapters["user-1"] = biased(adapters["user-1"])
+    packed = lt.pack(adapters, tmp_path / "pack", tolerance=0.1)
+    model = lotr.load_pack(base(), packed, ["user-0"])
+    before = state(model)
+    for other, names in ((base(), None), (model, ["user-1"])):
+        with pytest.raises(lt.UnsupportedAdapterError, match=r"user-1 carries .*bias.* by itself"):
+            lotr.load_pack(other, packed, names)
+    assert all(torch.equal(value, before[key]) for key, value in state(model).items())
+
+
+def head(adapter: lt.LoraAdapter, rows: int, names: tuple[str, ...] = ("weight", "bias")):
+    shapes = {"weight": (rows, 240), "bias": (rows,)}
+    extras = {f"base_model.model.score.{k}": np.ones(shapes[k], np.float32) for k in names}
+    return replace(adapter, config={"modules_to_save": ["score"]}, extras=extras)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("names", [("weight", "bias"), ("weight",), ()])
+def test_a_head_of_another_shape(tmp_path: Path, loaded: bool, names: tuple[str, ...]) -> None:
+    adapters = family(3)
+    adapters["user-1"] = head(adapters["user-1"], 3)
+    adapters["user-2"] = head(adapters["user-2"], 3 if names != ("weight", "bias") else 5, names)
+    packed = lt.pack(adapters, tmp_path / "pack", tolerance=0.1)
+    model = lotr.load_pack(base(), packed, ["user-0"]) if loaded else base()
+    before = state(model)
+    with pytest.raises(lt.FormatError, match="another head"):
+        lotr.load_pack(model, packed, ["user-1", "user-2"])
+    assert list(state(model)) == list(before)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_failure_takes_heads_off_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    adapters = family(3)
+    for name in ("user-1", "user-2"):
+        adapters[name] = head(adapters[name], 3)
+    packed = lt.pack(adapters, tmp_path / "pack", tolerance=0.1)
+    model = lotr.load_pack(base(), packed, ["user-0"])
+    before, fill = state(model), lotr.packs._fill
+
+    def failing(wrapped, name, member):
+        if name == "user-2":
+            raise error
+        fill(wrapped, name, member)
+
+    monkeypatch.setattr(lotr.packs, "_fill", failing)
+    with pytest.raises(error):
+        lotr.load_pack(model, packed, ["user-1", "user-2"])
+    assert list(state(model)) == list(before)
+    torch.testing.assert_close(model(X), tuned(packed, "user-0")(X))
 
 
 REFUSED = {
@@ -169,6 +253,9 @@ REFUSED = {
     "one name twice": ({"names": {"user-0": "a", "user-1": "a"}}, lt.FormatError, "one name"),
     "a dot": ({"names": {"user-0": "v1.0"}}, lt.FormatError, "cannot be named"),
     "a number": ({"names": {"user-0": 1}}, lt.OptionError, "named 1"),
+    "a list": ({"names": {"user-0": ["x"]}}, lt.OptionError, "named"),
+    "lists": ({"names": [["user-0"]]}, lt.FormatError, "holds no adapter"),
+    "bytes": ({"names": b"user-0"}, lt.OptionError, "list of names"),
     "all": ({"train": "all"}, lt.OptionError, "expected 'cores'"),
 }
 

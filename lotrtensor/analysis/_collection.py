@@ -126,14 +126,14 @@ def _module_products(lefts: list[np.ndarray], rights: list[np.ndarray]) -> np.nd
     return found
 
 
-def _blocks(widths: list[int]) -> Iterator[slice]:
+def _blocks(counts: list[int]) -> Iterator[slice]:
     start, total = 0, 0
-    for i, width in enumerate(widths):
-        if total and total + width > COLUMNS:
+    for i, count in enumerate(counts):
+        if total and total + count > COLUMNS:
             yield slice(start, i)
             start, total = i, 0
-        total += width
-    yield slice(start, len(widths))
+        total += count
+    yield slice(start, len(counts))
 
 
 def _clusters(cosine: np.ndarray, threshold: float) -> np.ndarray:

@@ -61,6 +61,8 @@ def encode_new(
     FormatError
         If a module has another shape in the pack.
     """
+    if tolerance is not None:
+        make_goal(None, tolerance, None, None)
     if is_trained(source):  # its codes are what the pack holds: nothing is lost
         member = read_trained(expand(source), cells, mark_of(index))
         return _new(member, cells, uses_bases=True)
@@ -72,9 +74,7 @@ def encode_new(
                 f"{module.name} is {known[0]} × {known[1]} in the pack and {module.shape[0]} × "
                 f"{module.shape[1]} in {name}; they belong to different base models"
             )
-    if tolerance is not None:
-        make_goal(None, tolerance, None, None)
-    else:
+    if tolerance is None:
         tolerance = index.goal.get("tolerance")
     step, norm = index.goal.get("step", 0.01), settled(norm_of(lora))
     form: Form = "auto" if index.share in ("auto", "layers") else "lora"

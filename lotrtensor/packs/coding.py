@@ -17,7 +17,6 @@ Codes of a core whose places are of one kind are one column, whose kinds the bas
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -133,10 +132,8 @@ def cells_from_tensors(tensors: Tensors, where: str) -> tuple[Cell, ...]:
     lengths = [side for r in known for side in [r.m] * r.p + [r.n] * r.q]
     if kinds is None or kinds.dtype != np.int8 or kinds.shape != (len(lengths),):
         raise FormatError(f"{where}: {KINDS} does not hold the kinds of {len(lengths)} columns")
-    if (kinds == stream.ZERO).any():
-        raise FormatError(f"{where}: a column of codes is zero; expected none")
     try:
-        columns, size = stream.unpack(codes, kinds, lengths)
+        columns, size = stream.unpack_nonzero(codes, kinds, lengths)
         bases = []
         for r in known:
             left, right = np.stack(columns[: r.p], 1), np.stack(columns[r.p : r.p + r.q], 1)
@@ -183,7 +180,7 @@ def _cell_record(record: Any, where: str) -> _CellRecord:
     modules, step = unfold(fields.get("modules")), fields.get("step")
     slices: Any = fields.get("slices")
     (m, n), (p, q) = _pair(fields.get("shape")), _pair(fields.get("ranks"))
-    numbers = is_number(step) and type(slices) is int and slices > 0
+    numbers = is_number(step) and type(slices) is int and 0 < slices < 2**31
     if modules and numbers and step and 0 < p <= m and 0 < q <= n:
         return _CellRecord(modules, m, n, p, q, float(step), slices)
     raise FormatError(
@@ -203,7 +200,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON document is a finite number that is not negative."""
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1e30
+    return type(value) in (int, float) and 0 <= value < 1e30  # NaN is neither
 
 
 def member_to_tensors(member: Member, cells: Sequence[Cell]) -> Tensors:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -66,21 +66,32 @@ def is_trained(source: object) -> TypeGuard[str | os.PathLike[str]]:
     return config.get("peft_type") == PEFT_TYPE and version == CORES_VERSION
 
 
+class TrainedCore(NamedTuple):
+    """What a model holds of a module: U (m × p) and V (n × q), rounded as it may be, and a core."""
+
+    left: np.ndarray
+    core: np.ndarray
+    right: np.ndarray
+    embedding: bool
+
+
 def code_cores(
-    cores: Mapping[str, np.ndarray],
+    trained: Mapping[str, TrainedCore],
     cells: Sequence[Cell],
     config: Mapping[str, Any],
     extras: Mapping[str, np.ndarray],
 ) -> Member:
-    """Return an adapter of cores (p × q, by module) in codes of 16 bits, as a pack holds it.
+    """Return an adapter of cores in codes of 16 bits, as a pack holds it.
 
-    The step is the largest entry over the largest code: an entry is off by half of it at most.
+    The step is the largest entry over the largest code: an entry is off by half of it at most. The
+    stated error counts what a model's type has rounded off the bases, too.
     """
     by_module = cells_by_module(cells)
-    modules = []
-    for name, core in cores.items():
-        b, a = by_module[name].basis.slice_factors(core)
-        modules.append(LoraModule(name, b, a))
+    modules, cores = [], {}
+    for name, own in trained.items():
+        b, a = own.left, own.core @ own.right.T
+        modules.append(LoraModule(name, b, a, own.embedding))
+        cores[name] = by_module[name].basis.solve(b, a)
     largest = max(float(np.max(np.abs(core), initial=0.0)) for core in cores.values())
     step = settled(1.001 * largest / LARGEST_CODE) or 1.0
     codes = {name: np.round(core / step).astype(np.int16) for name, core in cores.items()}
@@ -89,9 +100,9 @@ def code_cores(
 
     def coded(module: LoraModule) -> CodedSlice:
         basis, own = by_module[module.name].basis, codes[module.name]
-        rest = basis.slice_factors(cores[module.name] - step * own)
-        lost2 = float(LowRankStack([rest[0]], [rest[1]]).norms2()[0])
-        return CodedSlice(own, QuantisedTerms.empty(*module.shape), lost2)
+        left, right = basis.slice_factors(step * own)
+        rest = LowRankStack([np.hstack([module.B, left])], [np.vstack([module.A, -right])])
+        return CodedSlice(own, QuantisedTerms.empty(*module.shape), float(rest.norms2()[0]))
 
     count = sum(core.size for core in cores.values())
     source = SourceRecord(dtype, count, count * dtype.itemsize)
@@ -140,6 +151,9 @@ def read_trained(directory: Path, cells: Sequence[Cell], mark: str) -> Member:
         )
     member = member_from_tensors({MEMBER: row}, cells, str(directory))
     groups = member.own.groups
+    lacking = next((n for g in groups for n in g.modules if n not in member.cores), None)
+    if lacking is not None:
+        raise FormatError(f"{directory}: {lacking} has no core; fetch the adapter again")
     adapted = {name: group.embedding for group in groups for name in group.modules}
     extras = split_extras(tensors, config, adapted, directory)
     return replace(member, own=replace(member.own, extras=extras))

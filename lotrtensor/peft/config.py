@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 
@@ -190,7 +191,7 @@ trainable_token_indices : optional
             else:
                 extras = LotrAdapter.load(directory).extras
             if not ignore_mismatched_sizes:
-                config._carried = {key: array.shape for key, array in extras.items()}
+                config.expect(extras)
         return config
 
     @property
@@ -211,7 +212,11 @@ trainable_token_indices : optional
         adapter = CompressedAdapter.load(directory)
         self.groups = [write_group(_plan_of(group)) for group in adapter.groups]
         if not ignore_mismatched_sizes:
-            self._carried = {key: array.shape for key, array in adapter.extras.items()}
+            self.expect(adapter.extras)
+
+    def expect(self, extras: Mapping[str, np.ndarray]) -> None:
+        """Note the tensors besides the update that will be loaded, for `check_carried`."""
+        self._carried = {key: array.shape for key, array in extras.items()}
 
     @property
     def carried(self) -> Mapping[str, tuple[int, ...]] | None:

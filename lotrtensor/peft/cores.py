@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -14,17 +13,16 @@ from torch import Tensor
 from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.core.options import check_flag
-from lotrtensor.errors import FormatError, UnsupportedAdapterError
+from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
 from lotrtensor.packs.coding import cells_by_module
 from lotrtensor.packs.encoding import common_config
 from lotrtensor.packs.members import Cell
 from lotrtensor.packs.pack import Pack
-from lotrtensor.packs.trained import code_cores, write_trained
+from lotrtensor.packs.trained import TrainedCore, code_cores, write_trained
 from lotrtensor.peft.experts import cores_by_name
 from lotrtensor.peft.model import LotrModel
 from lotrtensor.peft.state import is_own
 from lotrtensor.torch.factors import SharedFactors
-from lotrtensor.torch.groups import GroupPlan
 from lotrtensor.torch.sources import from_numpy, to_numpy
 
 
@@ -40,7 +38,8 @@ def save_cores(
 
     ``Pack.add`` or ``lotr add`` takes the directory into the pack: its codes are then the pack's,
     and nothing more is lost. Codes have 16 bits, an entry of a core is off by 1.5e-5 of the largest
-    one at most.
+    one at most; where the model holds the bases in half precision, the stated error counts what
+    that has rounded off them.
 
     Parameters
     ----------
@@ -63,6 +62,8 @@ def save_cores(
         the directory exists and ``force`` is not given.
     UnsupportedAdapterError
         If the adapter has private parts, which are not trained on a basis, or is no LoTR.
+    DataError
+        If a core is not finite.
 
     Examples
     --------
@@ -88,23 +89,23 @@ def save_cores(
         raise UnsupportedAdapterError(
             f"the model is a {type(model).__name__} without LoTR; expected a PeftModel with one"
         )
-    if adapter_name not in tuner.peft_config:
+    if not isinstance(adapter_name, str) or adapter_name not in tuner.peft_config:
         raise FormatError(
             f"the model has no adapter {adapter_name!r}; it has {', '.join(tuner.peft_config)}"
         )
     check_flag(force, "force")
-    cores = _cores(tuner, found, adapter_name)
+    trained = _trained(tuner, found, adapter_name)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     extras = {key: to_numpy(value) for key, value in state.items() if not is_own(key)}
     config = tuner.peft_config[adapter_name]
     said = {field.name: getattr(config, field.name) for field in fields(config)}
     common = common_config(LoraAdapter((), said, np.dtype(np.float32)))
-    member = code_cores(cores, found.cells, common, extras)
+    member = code_cores(trained, found.cells, common, extras)
     write_trained(expand(directory), member, found.cells, found.mark, force=force)
 
 
-def _cores(tuner: LotrModel, pack: Pack, adapter_name: str) -> dict[str, np.ndarray]:
-    """Return the cores of an adapter by module in float64, with their scale."""
+def _trained(tuner: LotrModel, pack: Pack, adapter_name: str) -> dict[str, TrainedCore]:
+    """Return factors and cores of an adapter by module in float64, the scale in the cores."""
     cells = cells_by_module(pack.cells)
     places = cores_by_name(tuner.model, adapter_name)
     found = {}
@@ -114,26 +115,23 @@ def _cores(tuner: LotrModel, pack: Pack, adapter_name: str) -> dict[str, np.ndar
                 f"{group.modules[0]} has a private part, which no basis holds; save_pretrained "
                 "writes all of the adapter, and lotr add codes it anew"
             )
-        _check_bases(group, [cells.get(name) for name in group.modules], tuner, adapter_name, pack)
+        factors = tuner.factor_table(adapter_name).of(group.name) if min(group.rank) else None
         for name in group.modules:
-            found[name] = group.scale * to_numpy(places[name]).astype(np.float64)
+            cell = cells.get(name)
+            if factors is None or cell is None or not _is_basis(factors, cell):
+                raise FormatError(
+                    f"the factors of {name} are not those of {pack.path}: train with train='cores' "
+                    "from init=PACK, or write all of the adapter with save_pretrained"
+                )
+            left, core, right = (_wide(x) for x in (factors.left, places[name], factors.right))
+            if not np.isfinite(core).all():
+                raise DataError(f"the core of {name} is NaN or infinite; train with smaller steps")
+            found[name] = TrainedCore(left, group.scale * core, right, group.embedding)
     return found
 
 
-def _check_bases(
-    group: GroupPlan,
-    cells: Sequence[Cell | None],
-    tuner: LotrModel,
-    adapter_name: str,
-    pack: Pack,
-) -> None:
-    factors = tuner.factor_table(adapter_name).of(group.name) if min(group.rank) else None
-    for name, cell in zip(group.modules, cells, strict=True):
-        if factors is None or cell is None or not _is_basis(factors, cell):
-            raise FormatError(
-                f"the factors of {name} are not those of {pack.path}: train with train='cores' "
-                "from init=PACK, or write all of the adapter with save_pretrained"
-            )
+def _wide(x: Tensor) -> np.ndarray:
+    return to_numpy(x).astype(np.float64)
 
 
 def _is_basis(factors: SharedFactors, cell: Cell) -> bool:

@@ -194,9 +194,7 @@ class LotrModel(SavedAdapters):
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
-        if plan.source is not None:
-            fill_adapter(model, self.factor_table(adapter_name), adapter_name, source_groups(plan))
-            self._lotr_plans[adapter_name] = plan._replace(source=None)
+        self._fill_from_source(adapter_name)
         for name in (*names, *plan.experts):
             base = layers[name]
             assert isinstance(base, nn.Module)
@@ -325,12 +323,22 @@ class LotrModel(SavedAdapters):
         # parameter where the wrapper computes it: trainable tokens do.
         setattr(parent, child_name, new_module)
 
+    def _fill_from_source(self, adapter_name: str) -> None:
+        """Write the numbers that an adapter starts from, if it does not start from zero."""
+        plan = self._lotr_plans.get(adapter_name)
+        if plan is not None and plan.source is not None:
+            table = self.factor_table(adapter_name)
+            fill_adapter(self.model, table, adapter_name, source_groups(plan))
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype and adapter_name in self.lotr_factors:
             for factor in self.lotr_factors[adapter_name].parameters():
                 if factor.dtype in (torch.float16, torch.bfloat16):
                     factor.data = factor.data.float()
+            self._fill_from_source(adapter_name)  # half precision has rounded its numbers
+        if adapter_name in self._lotr_plans:  # PEFT casts an adapter once, when it is new
+            self._lotr_plans[adapter_name] = self._lotr_plans[adapter_name]._replace(source=None)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False

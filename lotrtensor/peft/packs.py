@@ -16,6 +16,7 @@ from peft import (
 )
 from torch import nn
 
+from lotrtensor.adapters.formats.carried import carried_tensors
 from lotrtensor.adapters.parts import GroupParts
 from lotrtensor.core.options import shown
 from lotrtensor.errors import FormatError, OptionError, UnsupportedAdapterError
@@ -24,7 +25,7 @@ from lotrtensor.packs.pack import Pack
 from lotrtensor.peft.config import LotrConfig, version_of, write_group
 from lotrtensor.peft.layer import LotrLayer
 from lotrtensor.peft.model import LotrModel
-from lotrtensor.peft.planning import base_layers, check_sharing
+from lotrtensor.peft.planning import base_layers, check_carried, check_sharing
 from lotrtensor.peft.state import plain_numbers
 from lotrtensor.peft.undo import Snapshot
 from lotrtensor.torch.factors import SharedFactors
@@ -74,7 +75,8 @@ def load_pack(
     OptionError
         If ``train`` is another word, or an adapter has no cores.
     UnsupportedAdapterError
-        If the model has adapters of another method.
+        If the model has adapters of another method; or if one of several carries biases, or another
+        tensor that the base model has once for all of them.
 
     Examples
     --------
@@ -111,30 +113,59 @@ def load_pack(
         config = _config(members[name], train)
         check_sharing(config, name, held)
         check_plans(config.plans(), layers)
+        check_carried(config, model if tuner is None else tuner.model)
         if train is not None and config.train != train:
             raise OptionError(
                 f"{stored} is stored by itself, on no bases, and has no cores to train; unpack it"
             )
+    _check_once_only(members, tuner)
     return _load(model, members, train)
 
 
 def _choose(pack: Pack, names: Sequence[str] | Mapping[str, str] | None) -> dict[str, str]:
     """Return the adapters to load: names in the pack by those in the model."""
-    if isinstance(names, str) or not isinstance(names, Sequence | Mapping | None):
+    names = pack.names if names is None else names
+    if isinstance(names, str | bytes) or not isinstance(names, Sequence | Mapping):
         raise OptionError(f"names is {shown(names)}; expected a list of names, or a mapping")
-    if isinstance(names, Mapping):
-        chosen = {own: stored for stored, own in names.items()}
-        if len(chosen) < len(names):
-            raise FormatError("two adapters are to have one name in the model; name one otherwise")
-    else:
-        chosen = {name: name for name in (pack.names if names is None else names)}
-    if not chosen:
+    pairs = list(names.items()) if isinstance(names, Mapping) else [(n, n) for n in names]
+    if not pairs:
         raise FormatError(f"no adapter of {pack.path} is chosen; expected at least one")
-    for own, stored in chosen.items():
+    for stored, own in pairs:
         pack.row(stored)
         if not isinstance(own, str):
             raise OptionError(f"{stored} is to be named {shown(own)}; expected a string")
+    chosen = {own: stored for stored, own in pairs}
+    if len(chosen) < len(pairs):
+        raise FormatError("two adapters are to have one name in the model; name one otherwise")
     return chosen
+
+
+def _check_once_only(members: Mapping[str, Member], tuner: LotrModel | None) -> None:
+    """Refuse, of several adapters, one that carries what the base model has once for all of them.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        Naming it.
+    """
+    before: Mapping[str, Any] = tuner.peft_config if tuner is not None else {}
+    if len(members) + len(before) < 2:
+        return
+    biased = [name for name, config in before.items() if getattr(config, "bias", "none") != "none"]
+    for name, member in members.items():
+        carried = carried_tensors(member.extras, member.config)
+        once = [key for key, what in carried.items() if what.kind not in ("saved", "tokens")]
+        if once or member.config.get("bias", "none") != "none":
+            what = once[0] if once else "biases"
+            raise UnsupportedAdapterError(
+                f"{name} carries {what}, which the model has once for all adapters: load it by "
+                "itself"
+            )
+    if biased:
+        raise UnsupportedAdapterError(
+            f"{biased[0]} trains biases, which the model has once for all adapters; no other can "
+            "be loaded beside it"
+        )
 
 
 def _tuner(model: nn.Module) -> LotrModel | None:
@@ -150,54 +181,60 @@ def _tuner(model: nn.Module) -> LotrModel | None:
 def _config(member: Member, train: str | None) -> LotrConfig:
     known = {field.name for field in fields(LotrConfig)}
     plans = parts_plans(member.groups)
-    return LotrConfig(
+    config = LotrConfig(
         **{key: value for key, value in member.config.items() if key in known},
         groups=[write_group(plan) for plan in plans],
         format_version=version_of(plans),
         train="cores" if any(min(plan.rank) for plan in plans) else "all",
         inference_mode=train is None,
     )
+    config.expect(member.extras)
+    return config
 
 
 def _load(model: nn.Module, members: dict[str, Member], train: str | None) -> PeftModel:
     wrapped = model if isinstance(model, PeftModel) else None
-    before, added = Snapshot(model), []
+    alone, before, added = not getattr(model, "peft_config", {}), Snapshot(model), list(members)
     try:
-        for name in list(members):
+        for name in added:
             member = members.pop(name)  # its numbers go with it
             config = _config(member, train)
             if wrapped is None:
                 kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), PeftModel)
                 wrapped = kind(model, config, name)
             else:
-                added.append(name)
                 config.held = _twins(wrapped.base_model.model, member.groups)
                 wrapped.add_adapter(name, config)
             config.held = {}
             _fill(wrapped, name, member)
-    except Exception:
+    except BaseException:
         if wrapped is model:
             for name in set(added) & set(wrapped.peft_config):
                 wrapped.delete_adapter(name)
-        else:
-            before.restore()
+        before.restore()
         raise
     assert wrapped is not None
+    if alone and wrapped is model:
+        wrapped.set_adapter(added[0], inference_mode=train is None)
     if wrapped is not model and train is None:
         wrapped.eval()
     return wrapped
 
 
 def _twins(model: Any, groups: Sequence[GroupParts]) -> dict[str, SharedFactors]:
-    """Return the factors in the model that are those of a group to the bit, by its name."""
+    """Return the factors in the model that are those of a group to the bit, by its name.
+
+    Not those that train with the adapter that has them: they will be others.
+    """
     found = {}
     for group, plan in zip(groups, parts_plans(groups), strict=True):
         layer = model.get_submodule(group.modules[0]) if min(group.rank) else None
         if not isinstance(layer, LotrLayer):
             continue
         numbers: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
+        training = {id(layer.lotr_shared.get(n)) for n, x in layer.lotr_trains_factors.items() if x}
         for held in dict.fromkeys(layer.lotr_shared.values()):
-            if not isinstance(held, SharedFactors) or held.left.is_meta:
+            if not isinstance(held, SharedFactors) or held.left.is_meta or id(held) in training:
                 continue
             if (held.shape, held.rank) != (group.shape, group.rank):
                 continue
@@ -214,4 +251,7 @@ def _fill(model: PeftModel, name: str, member: Member) -> None:
     expected = get_peft_model_state_dict(model, adapter_name=name)
     state = plain_numbers(member.groups, expected)
     state |= {key: from_numpy(array) for key, array in member.extras.items()}
-    set_peft_model_state_dict(model, state, adapter_name=name)
+    found: Any = set_peft_model_state_dict(model, state, adapter_name=name)
+    stray = [key for key in found.unexpected_keys if key in member.extras]
+    if stray:
+        raise FormatError(f"{name} carries {stray[0]}, which has no place in the model")

@@ -195,6 +195,13 @@ def _from_source(config: LotrConfig, layers: Mapping[str, Layer]) -> AdapterPlan
 
 def _from_pack(config: LotrConfig, pack: Pack, layers: Mapping[str, Layer]) -> AdapterPlan:
     """Plan a new adapter on the bases of a pack, its cores zero."""
+    for field in ("layers_to_transform", "layers_pattern", "target_parameters"):
+        if getattr(config, field) is not None:
+            raise UnsupportedAdapterError(
+                f"{field} does not choose among the bases of a pack; name layers in target_modules"
+            )
+    if pack.cells:
+        check_names(config, (name for cell in pack.cells for name in cell.modules))
     plans, groups = [], []
     for cell in pack.cells:
         names = tuple(name for name in cell.modules if name in layers and _is_chosen(config, name))
@@ -242,8 +249,8 @@ def check_names(config: LotrConfig, layers: Iterable[str]) -> None:
     for name in sorted(config.target_modules):
         if not any(path == name or path.endswith("." + name) for path in paths):
             raise FormatError(
-                f"target_modules has {name!r}, which is not found among the {len(paths)} modules "
-                f"of the model, such as {paths[0]!r}; correct it or leave it out"
+                f"target_modules has {name!r}, which is not found among {len(paths)} modules, such "
+                f"as {paths[0]!r}; correct it or leave it out"
             )
 
 

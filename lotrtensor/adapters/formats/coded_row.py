@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lotrtensor.adapters.formats.json_text import parse_json
+from lotrtensor.core.options import shown
 from lotrtensor.errors import FormatError
 
 DICTIONARY = (
@@ -41,8 +42,9 @@ DICTIONARY = (
 
 LENGTHS = struct.Struct("<III")
 
-LONGEST = 2**26
-"""Bytes of an index and its kinds, at most: a small file cannot ask for more memory."""
+LONGEST, SHORTEST, DENSEST = 2**26, 2**20, 100
+"""Bytes of an index and its kinds, at most, for any row and for small ones, and a byte of the
+stream: a small file cannot ask for much memory, or time."""
 
 
 class Coded(NamedTuple):
@@ -86,7 +88,10 @@ def from_row(row: np.ndarray, where: str) -> tuple[Coded, bytes]:
         raise FormatError(f"{where} has {len(content)} bytes and speaks of {start}; fetch it again")
     head, numbers, codes = pieces
     index, kinds = _inflated(head, where)
-    dtype = np.dtype("float32" if index.get("values") == "float32" else "float16")
+    told = index.get("values", "float16")
+    if told not in ("float16", "float32"):
+        raise FormatError(f"{where}: values is {shown(told)}; expected float16 or float32")
+    dtype = np.dtype(told)
     if len(numbers) % dtype.itemsize:
         raise FormatError(f"{where}: its values do not fill their bytes; fetch it again")
     values = np.frombuffer(numbers, dtype.newbyteorder("<")).astype(dtype)
@@ -96,7 +101,7 @@ def from_row(row: np.ndarray, where: str) -> tuple[Coded, bytes]:
 def _inflated(head: bytes, where: str) -> tuple[dict[str, Any], np.ndarray]:
     decoder = zlib.decompressobj(zdict=DICTIONARY)
     try:
-        text = decoder.decompress(head, LONGEST)
+        text = decoder.decompress(head, min(LONGEST, SHORTEST + DENSEST * len(head)))
     except zlib.error as error:
         raise FormatError(f"{where} is damaged ({error}); fetch it again") from error
     if decoder.unconsumed_tail or not decoder.eof or decoder.unused_data:

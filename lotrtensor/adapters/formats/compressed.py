@@ -10,6 +10,7 @@ columns; their kinds follow from U and V (see `lotrtensor.core.bits.shared.core_
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -169,6 +170,7 @@ def decode_groups(
     records = [
         read_record(r, directory) for r in (listed if isinstance(listed, list) else None) or [None]
     ]
+    _check_apart(records, directory)
     source = read_source(index.get("source"), directory)
     if not np.isfinite(values).all():
         raise FormatError(f"{directory}: values of terms are NaN or infinite; expected numbers")
@@ -181,6 +183,17 @@ def decode_groups(
     except FormatError as error:
         raise FormatError(f"{directory}: {error}") from error
     return groups, source
+
+
+def _check_apart(records: Sequence[GroupIndex], directory: object) -> None:
+    """Refuse two groups of one name, and a module in two of them."""
+    for what, found in (
+        ("group", [record.name for record in records]),
+        ("module", [name for record in records for name in record.modules]),
+    ):
+        if len(set(found)) < len(found):
+            twice = next(name for name, count in Counter(found).items() if count > 1)
+            raise FormatError(f"{directory}: the {what} {twice!r} is there twice; expected once")
 
 
 def _columns(stack: QuantisedStack) -> Iterator[np.ndarray]:
@@ -209,9 +222,7 @@ def _unpack(
     records: Sequence[GroupIndex], codes: bytes, kinds: np.ndarray, values: np.ndarray
 ) -> tuple[CompressedGroup, ...]:
     lengths = [length for record in records for length in record.lengths]
-    if (kinds == stream.ZERO).any():
-        raise FormatError("a column of codes is zero; expected none")
-    columns, size = stream.unpack(codes, kinds, lengths)
+    columns, size = stream.unpack_nonzero(codes, kinds, lengths)
     stacks = []
     for record in records:
         own, columns = columns[: record.columns], columns[record.columns :]

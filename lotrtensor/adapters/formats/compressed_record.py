@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from lotrtensor.adapters.compressed_group import CompressedGroup, SourceRecord
@@ -10,6 +9,9 @@ from lotrtensor.adapters.formats.group_record import LARGEST_NUMBER
 from lotrtensor.adapters.formats.names import fold, unfold
 from lotrtensor.adapters.formats.tensors import FLOATS
 from lotrtensor.errors import FormatError
+
+LARGEST_SIDE = 2**22
+"""Of a ΔW: a vocabulary has a sixteenth of that. Where nothing is left, a file backs no side."""
 
 
 class GroupIndex(NamedTuple):
@@ -84,7 +86,7 @@ def read_record(record: Any, directory: object) -> GroupIndex:
     name, modules = record.get("name"), unfold(record.get("modules"))
     if not isinstance(name, str) or not name:
         raise refuse("name", "a string")
-    if not modules or len(set(modules)) != len(modules):
+    if not modules or not all(modules) or len(set(modules)) != len(modules):
         raise refuse("modules", "different module paths, or a pattern and its numbers")
     count = len(modules)
     shape = _integers(record.get("shape"), 2, 1)
@@ -93,8 +95,8 @@ def read_record(record: Any, directory: object) -> GroupIndex:
     slice_ranks = [slice_ranks] * count if isinstance(slice_ranks, int) else slice_ranks
     ranks = _integers(slice_ranks, count, 1)
     shared = _integers(record.get("shared_ranks", [0, 0]), 2, 0)
-    if shape is None:
-        raise refuse("shape", "two positive integers")
+    if shape is None or max(shape) > LARGEST_SIDE:
+        raise refuse("shape", f"two positive integers up to {LARGEST_SIDE}")
     if ranks is None or max(ranks) > min(shape):
         raise refuse(
             "slice_ranks", f"{count} positive integers no larger than {min(shape)}, or one"
@@ -108,6 +110,9 @@ def read_record(record: Any, directory: object) -> GroupIndex:
     fit = record.get("relative_error"), record.get("norm")
     if not all(_number(x) for x in (step, *fit)) or not step:
         raise refuse("step, relative_error and norm", "positive numbers")
+    embedding = record.get("embedding", False)
+    if type(embedding) is not bool:
+        raise refuse("embedding", "true or false")
     return GroupIndex(
         name,
         modules,
@@ -117,7 +122,7 @@ def read_record(record: Any, directory: object) -> GroupIndex:
         private,
         float(step),
         (float(fit[0] or 0), float(fit[1] or 0)),
-        bool(record.get("embedding")),
+        embedding,
     )
 
 
@@ -128,7 +133,7 @@ def _integers(value: Any, length: int, least: int) -> tuple[int, ...] | None:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value < LARGEST_NUMBER
+    return type(value) in (int, float) and 0 <= value < LARGEST_NUMBER  # NaN is neither
 
 
 def read_source(record: Any, directory: object) -> SourceRecord:

@@ -125,6 +125,24 @@ def unpack(
     return columns, start
 
 
+def unpack_nonzero(
+    content: bytes, kinds: np.ndarray, lengths: Sequence[int]
+) -> tuple[list[np.ndarray], int]:
+    """Return what `unpack` does, of columns that have a norm.
+
+    Raises
+    ------
+    FormatError
+        If a column is zero, too.
+    """
+    if (kinds == ZERO).any():  # before any is made
+        raise FormatError("a column of codes is zero; expected none")
+    columns, size = unpack(content, kinds, lengths)
+    if not all(column.any() for column in columns):
+        raise FormatError("a column of codes is zero; expected none")
+    return columns, size
+
+
 def _present(kinds: np.ndarray) -> list[int]:
     return [int(kind) for kind in np.unique(kinds) if kind != ZERO]
 
@@ -165,6 +183,10 @@ def _low_bits(codes: np.ndarray, low: int) -> bytes:
 def _codes(content: bytes, count: int, largest: int, low: int) -> np.ndarray:
     together, base = _together(largest), 2 * largest + 1
     wanted = -(-count // together)
+    if wanted > 8 * len(content):  # Huffman codes have a bit at least
+        raise FormatError(
+            f"{count} codes do not come from {len(content)} bytes; fetch the file again"
+        )
     decoder = zlib.decompressobj(-15)
     try:
         # No more than is wanted: a damaged file may not ask for memory.
@@ -183,4 +205,9 @@ def _codes(content: bytes, count: int, largest: int, low: int) -> np.ndarray:
     leading = digits.reshape(-1)[:count] - largest
     planes = np.unpackbits(np.frombuffer(rest, np.uint8), count=count * low).reshape(count, low)
     lowest = planes.astype(np.int32) @ (1 << np.arange(low, dtype=np.int32))
-    return ((leading << low) + lowest).astype(np.int16)
+    codes = (leading << low) + lowest
+    if int(np.abs(codes).max(initial=0)) > LARGEST_CODE:
+        raise FormatError(
+            f"the codes hold one beyond ±{LARGEST_CODE}, which 16 bits do not; fetch the file again"
+        )
+    return codes.astype(np.int16)
