@@ -262,3 +262,32 @@ def test_a_plan_for_a_server(tmp_path):
     assert not made.serve_plan(max_lora_rank=1).fits or plan.unpacked_rank == 1
     with pytest.raises(lt.OptionError, match="max_loras"):
         made.serve_plan(max_loras=0)
+
+
+@pytest.mark.parametrize("share", ["adapters", "both"])
+def test_the_bounds_of_the_bases(tmp_path, share):
+    """No fit of these ranks is better, and the best one is not far from it."""
+    adapters = family(6, own=0.3)
+    found = lt.pack(adapters, tmp_path / "pack", tolerance=0.15, share=share)
+    assert len(found.bounds) == len(found.cells)
+    assert lt.Pack(found.path).bounds == ()
+    for cell, bound in zip(found.cells, found.bounds, strict=True):
+        pairs = []
+        for adapter in adapters.values():
+            norm = np.sqrt(sum(np.linalg.norm(m.B @ m.A) ** 2 for m in adapter.modules))
+            pairs += [(m.B / norm, m.A) for m in adapter.modules if m.name in cell.modules]
+        fit = lt.tucker2(pairs, rank=cell.basis.rank)
+        assert bound <= fit.relative_error * 1.05  # adapters weigh a little differently in a cell
+        assert bound >= 0.8 * fit.lower_bound
+
+
+def test_every_module_is_verified(tmp_path):
+    adapters = family(3)
+    found = lt.pack(adapters, tmp_path / "pack", tolerance=0.2)
+    for row in found.verify(adapters):
+        stored = {m.name: m.B @ m.A for m in found.member(row.name).updates()}
+        for module in row.modules:
+            (own,) = (m for m in adapters[row.name].modules if m.name == module.name)
+            delta = own.B.astype(float) @ own.A.astype(float)
+            lost = np.linalg.norm(delta - stored[module.name]) / np.linalg.norm(delta)
+            assert module.relative_error == pytest.approx(lost, rel=1e-6)

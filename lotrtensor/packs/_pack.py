@@ -225,7 +225,8 @@ def build_in_place(path: Path, request: Request) -> Pack:
         with locked(path):
             before = read_index(path) if is_pack(path) else None
             sweep(path, before)
-            publish(path, build(path, request, before or Index()))
+            index = build(path, request, before or Index())
+            publish(path, index)
             clear_build(path)
     except LotrError:
         if made and not (path / BUILD).exists():  # nothing is left behind but what goes on
@@ -234,4 +235,4 @@ def build_in_place(path: Path, request: Request) -> Pack:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
-    return Pack(path)
+    return Pack(path, index.bounds)

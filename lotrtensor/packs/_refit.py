@@ -100,7 +100,7 @@ def refit(
     twice = {name: before.adapters[name].relative_error for name in names if name not in given}
     if twice:
         _state_both(made, twice)
-    return Pack(pack.path)
+    return Pack(pack.path, made.bounds)
 
 
 def _state_both(pack: Pack, twice: Mapping[str, float]) -> None:

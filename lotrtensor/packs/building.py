@@ -332,6 +332,7 @@ class _Builder:
             cells=tuple(cells),
             shards=tuple(shards),
             next=max(first, self.before.next + len(numbers)),
+            bounds=tasks.CellFiles(self.folder, draft.cells).bounds(),
         )
 
     def _index(self, draft: Draft, files: Sequence[str], goal: Mapping[str, float]) -> Index:

@@ -90,6 +90,9 @@ class Index:
         ``tolerance`` or ``step``: what is asked of an adapter that is added.
     share : str
         What was asked to be shared.
+    bounds : tuple of float
+        Relative error that no basis of a cell's ranks falls below, cell by cell, from the build
+        that made them; not in the file.
     """
 
     cells: tuple[Shard, ...] = ()
@@ -98,6 +101,7 @@ class Index:
     next: int = 1
     goal: Mapping[str, float] = field(default_factory=dict)
     share: str = "auto"
+    bounds: tuple[float, ...] = ()
 
     @property
     def files(self) -> dict[str, Shard]:

@@ -31,7 +31,7 @@ from lotrtensor.packs.reading import entry_of, read_cells, read_member
 from lotrtensor.packs.serving import ServePlan, plan_serving
 from lotrtensor.packs.spool import Source
 from lotrtensor.packs.trained import mark_of
-from lotrtensor.verbs._compare import compare, lora_factors
+from lotrtensor.verbs._compare import ModuleDifference, compare, lora_factors
 
 
 class PackRow(NamedTuple):
@@ -59,7 +59,7 @@ class VerifiedRow(NamedTuple):
     """An adapter of a pack beside the original: measured error, that of the mean alone, bytes.
 
     ``mean_error`` is measured on the mean that the bases hold, U Ḡ Vᵀ; None where the adapter does
-    not use it.
+    not use it. ``modules`` has the error of every module.
 
     Examples
     --------
@@ -73,6 +73,7 @@ class VerifiedRow(NamedTuple):
     mean_error: float | None
     bytes: int
     source_bytes: int
+    modules: tuple[ModuleDifference, ...] = ()
 
 
 class Pack:
@@ -82,6 +83,9 @@ class Pack:
     ----------
     path : path-like
         The directory.
+    bounds : tuple of float
+        For every cell the relative error, over the slices that it was made of, that no basis of its
+        ranks falls below where nothing is private: what `pack` finds, and no file holds.
 
     Raises
     ------
@@ -105,8 +109,8 @@ class Pack:
     ('c', None, ('b', 'c'))
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = expand(path)
+    def __init__(self, path: str | os.PathLike[str], bounds: tuple[float, ...] = ()) -> None:
+        self.path, self.bounds = expand(path), bounds
         self._index = read_index(self.path)
 
     @property
@@ -297,9 +301,13 @@ class Pack:
             member, row = self.member(name), self.row(name)
             source = original if isinstance(original, LoraAdapter) else original.to_lora()
             stored = LoraAdapter(member.updates(), {}, source.dtype)
-            found = compare(source, stored).relative_error
+            found = compare(source, stored)
             mean = _mean_error(source, member) if member.cores and member.weight else None
-            rows.append(VerifiedRow(name, found, mean, row.bytes, source.bytes))
+            rows.append(
+                VerifiedRow(
+                    name, found.relative_error, mean, row.bytes, source.bytes, found.modules
+                )
+            )
         return tuple(rows)
 
     def serve_plan(self, max_lora_rank: int | None = None, max_loras: int = 8) -> ServePlan:

@@ -19,6 +19,7 @@ from lotrtensor.adapters.formats.header import read_header
 from lotrtensor.adapters.formats.tensors import Tensors, file_bytes, read_file
 from lotrtensor.core.bits.basis import QuantisedBasis
 from lotrtensor.core.bits.collection import CollectionInBits
+from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.packs.coding import CARRIED, member_to_tensors
 from lotrtensor.packs.encoding import alone, on_bases
@@ -123,6 +124,8 @@ def fit_cell(
         if basis is not None:
             content |= {"left": basis.left, "right": basis.right, "mean": basis.mean}
             content["slices"] = np.array([basis.slices])
+            bound = SquaredError(collection.lower_bound2(basis.rank), collection.norm2)
+            content["bound"] = np.array([bound.relative])
         write_once(target, file_bytes(content, {}))
     return target.name if "left" in read_header(target) else ""
 
@@ -164,6 +167,11 @@ class CellFiles(Mapping[str, Cell]):
 
     def __len__(self) -> int:
         return len(self._owner)
+
+    def bounds(self) -> tuple[float, ...]:
+        """Relative error that no basis of a cell's ranks falls below, nothing being private."""
+        paths = (Path(self.build) / file for _, file in self.files)
+        return tuple(float(read_file(path)[0]["bound"][0]) for path in paths)
 
     def in_order(self) -> Iterator[Cell]:
         """The cells, in the order of the plan."""

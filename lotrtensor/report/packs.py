@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -27,8 +28,9 @@ def pack_document(pack: Pack) -> Document:
                 "modules": list(cell.modules),
                 "shape": list(cell.shape),
                 "ranks": list(cell.basis.rank),
+                "lower_bound": bound,
             }
-            for cell in pack.cells
+            for cell, bound in itertools.zip_longest(pack.cells, pack.bounds)
         ],
         "adapters": [row._asdict() for row in pack.rows],
     }
@@ -60,25 +62,38 @@ def pack_line(document: Document) -> str:
     )
     if by_itself and document["shared_bytes"]:
         text += f"; {by_itself} by themselves, which the bases do not suit"
+    bounds = [cell["lower_bound"] for cell in document["cells"] if cell["lower_bound"] is not None]
+    if bounds:
+        text += (
+            f"; without private parts no bases of these ranks leave less than {error(min(bounds))} "
+            f"to {error(max(bounds))} of a module"
+        )
     return text
 
 
 def verified_document(rows: Sequence[VerifiedRow]) -> Document:
     """Measured errors of adapters of a pack."""
-    return {"adapters": [row._asdict() for row in rows]}
+    return {
+        "adapters": [
+            row._asdict() | {"modules": [module._asdict() for module in row.modules]}
+            for row in rows
+        ]
+    }
 
 
 def verified_table(document: Document) -> Table:
     """Measured errors of adapters of a pack, beside those of the mean alone."""
     table = new_table(
         "‖ΔW − stored‖ / ‖ΔW‖, measured",
-        *("adapter", "error", "mean alone", "bytes", "original"),
+        *("adapter", "error", "mean alone", "largest of a module", "bytes", "original"),
     )
     for row in document["adapters"]:
+        worst = max(row["modules"], key=lambda module: module["relative_error"])
         table.add_row(
             shown_name(row["name"]),
             error(row["relative_error"]),
             error(row["mean_error"]),
+            f"{error(worst['relative_error'])} {shown_name(worst['name'])}",
             f"{row['bytes']:,}",
             f"{row['source_bytes']:,}",
         )

@@ -237,6 +237,10 @@ class CollectionInBits:
         common += np.cumsum(self.sides[1] * costs[1].bits[:q] + COLUMN_BITS)
         return common, self.slices * _corner_sums(own.bits), rounding2
 
+    def lower_bound2(self, ranks: tuple[int, int]) -> float:
+        """Squared error that no basis of these ranks falls below, nothing being private."""
+        return self._reduced.lower_bound2(self._reduced.nearest(ranks))
+
     def quantise(self, ranks: tuple[int, int], step: float) -> QuantisedBasis | None:
         """Return the basis of these ranks on a grid; None where nothing is left of it.
 
