@@ -291,3 +291,54 @@ def test_every_module_is_verified(tmp_path):
             delta = own.B.astype(float) @ own.A.astype(float)
             lost = np.linalg.norm(delta - stored[module.name]) / np.linalg.norm(delta)
             assert module.relative_error == pytest.approx(lost, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", ["auto", "adapters", "both"])
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_a_pack_of_a_rank(tmp_path, share, rank):
+    """Cores alone: the error is that of the best bases of the rank, but for rounding."""
+    adapters = family(6, own=0.2)
+    found = lt.pack(adapters, tmp_path / "pack", rank=rank, share=share)
+    assert all(max(cell.basis.rank) <= rank for cell in found.cells)
+    assert all(row.uses_bases for row in found.rows)
+    lost2 = norm2 = 0.0
+    for cell in found.cells:
+        pairs = []
+        for adapter in adapters.values():
+            norm = np.sqrt(sum(np.linalg.norm(m.B @ m.A) ** 2 for m in adapter.modules))
+            pairs += [(m.B / norm, m.A) for m in adapter.modules if m.name in cell.modules]
+        fit = lt.tucker2(pairs, rank=rank)
+        size2 = lt.norm(pairs) ** 2
+        lost2, norm2 = lost2 + fit.relative_error**2 * size2, norm2 + size2
+    stated2 = np.mean([row.relative_error**2 for row in found.rows])
+    assert np.sqrt(stated2) == pytest.approx(np.sqrt(lost2 / norm2), rel=0.02)
+    for row in found.rows:
+        assert not any(any(g.private_ranks) for g in found.member(row.name).own.groups)
+        error = dense_error(found.member(row.name).updates(), adapters[row.name])
+        assert error == pytest.approx(row.relative_error, rel=1e-4)
+    more = family(7, own=0.2)["user-6"]
+    row = found.add("more", more)
+    assert row.uses_bases and not any(any(g.private_ranks) for g in found.member("more").own.groups)
+    assert found.add("exactly", more, tolerance=0.05).relative_error <= 0.05
+
+
+def test_one_adapter_of_a_rank(tmp_path):
+    """There is nothing to share a basis with."""
+    found = lt.pack(family(1), tmp_path / "pack", rank=4)
+    assert found.cells == () and found.rows[0].relative_error < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"rank": 0}, lt.RankError),
+        ({"rank": 2.5}, lt.RankError),
+        ({"rank": 2, "tolerance": 0.1}, lt.RankError),
+        ({"rank": 2, "share": "none"}, lt.OptionError),
+        ({"rank": 2, "share": "layers"}, lt.OptionError),
+    ],
+)
+def test_ranks_that_mean_nothing(tmp_path, options, error):
+    with pytest.raises(error):
+        lt.pack(family(2), tmp_path / "pack", **options)
+    assert not (tmp_path / "pack").exists()

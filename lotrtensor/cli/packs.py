@@ -100,6 +100,9 @@ def pack(
     budget: Annotated[
         str | None, typer.Option(help="Size of the pack at most: 8MB, or 5% of the adapters'.")
     ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Ranks of every basis: cores alone, nothing private.")
+    ] = None,
     share: Annotated[
         Literal["auto", "adapters", "layers", "both", "none"],
         typer.Option(help="What shares a basis; auto takes what needs the fewest bytes."),
@@ -122,6 +125,7 @@ def pack(
             output,
             tolerance=tolerance,
             budget=budget,
+            rank=rank,
             share=share,
             executor=executor,
             skip_bad=skip_bad,

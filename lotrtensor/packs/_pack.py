@@ -11,9 +11,9 @@ from pathlib import Path
 from lotrtensor.adapters.formats.directory import SINGLE_FILE, expand
 from lotrtensor.adapters.hub import is_remote
 from lotrtensor.adapters.sizes import budget_bytes
-from lotrtensor.core.options import check_flag
+from lotrtensor.core.options import check_flag, is_count, shown
 from lotrtensor.core.ranks.goal import make_goal
-from lotrtensor.errors import FormatError, LotrError, OptionError
+from lotrtensor.errors import FormatError, LotrError, OptionError, RankError
 from lotrtensor.packs.building import SHARES, Request, build
 from lotrtensor.packs.files import (
     BUILD,
@@ -38,6 +38,7 @@ def pack(
     *,
     tolerance: float | None = None,
     budget: int | str | None = None,
+    rank: int | None = None,
     share: str = "auto",
     executor: Executor | None = None,
     skip_bad: bool = False,
@@ -48,7 +49,7 @@ def pack(
 
     ΔW = U (w Ḡ + G) Vᵀ + P Qᵀ for every module of every adapter. U, V and the mean core Ḡ are
     stored once; the core G and the private terms P Qᵀ are the adapter's own. Exactly one of
-    ``tolerance`` and ``budget`` says how far.
+    ``tolerance``, ``budget`` and ``rank`` says how far.
 
     Parameters
     ----------
@@ -62,6 +63,10 @@ def pack(
     budget : int or str, optional
         Bytes of all files, tensors carried along not counted: a number, ``"8MB"``, or a share of
         the adapters' bytes together, ``"5%"``.
+    rank : int, optional
+        Ranks p = q of every basis. Adapters then are cores alone, nothing is private: what ranks
+        leave is their error, and the grid adds 1 % to it. ``share`` is ``"adapters"`` or ``"both"``
+        with it, and ``"auto"`` the former.
     share : str
         ``"adapters"``: every module shares a basis over all adapters; ``"both"``: over the layers
         too; ``"layers"``: only the layers of each adapter share, as in `compress`; ``"none"``:
@@ -89,7 +94,7 @@ def pack(
     RankError
         If not exactly one goal is given, or it is out of reach.
     OptionError
-        If ``share`` is unknown.
+        If ``share`` is unknown, or means nothing with a rank.
 
     Notes
     -----
@@ -119,7 +124,13 @@ def pack(
     named = name_adapters(adapters)
     target = expand(path)
     given = None if budget is None else budget_bytes(budget, 2**40)
-    make_goal(None, tolerance, None, given, size="budget")
+    make_goal(rank, tolerance, None, given, size="budget")
+    if rank is not None:
+        if not is_count(rank):
+            raise RankError(f"rank is {shown(rank)}; expected an integer of at least 1")
+        if share not in ("auto", "adapters", "both"):
+            raise OptionError(f"share is {share!r}; expected adapters or both beside a rank")
+        share = "both" if share == "both" else "adapters"
     check_pack_output(target, force=force)
     with running(executor) as used:
         request = Request(
@@ -127,6 +138,7 @@ def pack(
             sources=tuple(named.values()),
             tolerance=tolerance,
             budget=budget,
+            rank=rank,
             share=share,
             executor=used,
             skip_bad=skip_bad,

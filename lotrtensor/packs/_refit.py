@@ -95,7 +95,7 @@ def refit(
         raise FormatError(f"{pack.path} holds no adapter; expected at least one")
     sources = tuple(given.get(name, Packed(str(pack.path.resolve()), name)) for name in names)
     with running(executor) as used:
-        request = Request(names, sources, goal, None, before.share, used, progress=progress)
+        request = Request(names, sources, goal, None, None, before.share, used, progress=progress)
         made = build_in_place(pack.path, request)
     twice = {name: before.adapters[name].relative_error for name in names if name not in given}
     if twice:

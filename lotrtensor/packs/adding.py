@@ -83,7 +83,8 @@ def encode_new(
     if any(module.name in by_module for module in lora.modules):
         if tolerance is not None:
             step = cells[0].basis.step
-        member = on_bases(lora, _used(lora, by_module), norm, tolerance=tolerance, step=step)
+        used, private = _used(lora, by_module), tolerance is not None or "rank" not in index.goal
+        member = on_bases(lora, used, norm, tolerance=tolerance, step=step, private=private)
         found.append(_new(member, cells, uses_bases=True))
     if not found or index.share == "auto":
         own = alone(lora, form, tolerance=tolerance, step=step * norm or 1.0)

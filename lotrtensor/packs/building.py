@@ -49,6 +49,9 @@ FINER = 0.9
 """Step of the bases beside the one at which adapters on average have the error that is asked for:
 so that few of them need private terms to make good the rounding of the bases."""
 
+ROUNDING = 0.02
+"""Squared error of the grid beside that of the ranks, where ranks are given: 1 % of the error."""
+
 SIZES = 6
 """Packs made on the way to a budget; two or three do where prices are right."""
 
@@ -61,6 +64,7 @@ class Request:
     sources: tuple[Source, ...]
     tolerance: float | None
     budget: int | str | None
+    rank: int | None
     share: str
     executor: Executor
     skip_bad: bool = False
@@ -95,7 +99,7 @@ def build(path: Path, request: Request, before: Index) -> Index:
         What stands there; its numbers are not used again.
     """
     folder = path / BUILD
-    options = [request.tolerance, request.budget, request.share, STEPS]
+    options = [request.tolerance, request.budget, request.rank, request.share, STEPS]
     mark = fingerprint(request.names, request.sources, options)
     noted = folder / "job.txt"
     if not noted.is_file() or noted.read_text("utf-8") != mark:
@@ -125,7 +129,7 @@ class _Builder:
         self.cells = plan_cells(self.adapters)
         write_plan(self.folder, self.cells)
         request = self.request
-        fine = 0.5 * request.tolerance if request.tolerance else 1e-4
+        fine = 0.5 * request.tolerance if request.tolerance else 1e-4 if request.budget else 1.0
         source = sum(adapter.bytes for adapter in self.adapters.values())
         budget = None if request.budget is None else budget_bytes(request.budget, source)
         most = math.inf if budget is None else float(budget)
@@ -133,6 +137,8 @@ class _Builder:
         priced = self._all("pricing", tasks.price_cell, work)
         norms = {number: adapter.norm for number, adapter in self.adapters.items()}
         self.prices = Prices(self.cells, priced, norms, request.share)
+        if request.rank is not None:
+            return self._of_rank(request.rank)
         if budget is None:
             assert request.tolerance is not None
             step = FINER * self.prices.step_for(request.tolerance)
@@ -205,6 +211,26 @@ class _Builder:
             )
         return self._write(best[1], {"step": best[1].step})
 
+    def _of_rank(self, rank: int) -> Index:
+        """The pack of cores alone on bases of given ranks, on a grid that adds little to the error.
+
+        The grid loses step² / 12 an entry: of a core, or of a column that all slices share.
+        """
+        cells = self._fit(STEPS[-1], "", rank)
+        bounds = tasks.CellFiles(self.folder, cells).bounds()
+        lost2 = sum(own.lost2 for own in bounds) / len(self.adapters)
+        used = [self.cells[i] for i, _ in cells]
+        entries = sum(
+            len(cell.modules) * rank * (rank + sum(cell.shape) / len(cell.members)) for cell in used
+        )
+        step = math.sqrt(12.0 * ROUNDING * lost2 / entries) if cells else 0.0
+        step = settled(min(max(step, STEPS[-1]), STEPS[0]))
+        cells = self._fit(step, "", rank)
+        what = "encoding" if cells else "alone"
+        members = self._encode(what, cells, step, None, private=False)
+        draft = Draft(step, cells, members, set(members) if cells else set())
+        return self._write(draft, {"rank": rank, "step": step})
+
     def _draft(self, step: float, tolerance: float | None) -> Draft:
         """Fit the cells at a step and encode every adapter, in the cheaper of two ways."""
         request, numbers, step = self.request, list(self.adapters), settled(step)
@@ -231,18 +257,28 @@ class _Builder:
         members = {n: shared[n] if n in better else alone[n] for n in numbers}
         return Draft(step, cells, members, better)
 
-    def _fit(self, step: float, weights: str) -> list[tuple[int, str]]:
-        """The bases that are worth their bits: numbers of their cells, and files."""
+    def _fit(self, step: float, weights: str, rank: int | None = None) -> list[tuple[int, str]]:
+        """The bases that are worth their bits, or of a rank: numbers of their cells, and files."""
         chosen = self.prices.chosen(step)
-        work = [(self.folder, i, step, self.prices.widest(i, step), weights) for i in chosen]
+        most = (rank, rank) if rank is not None else None
+        work = [
+            (self.folder, i, step, most or self.prices.widest(i, step), weights, rank)
+            for i in chosen
+        ]
         files = self._all("sharing", tasks.fit_cell, work)
         return [(i, file) for i, file in zip(chosen, files, strict=True) if file]
 
     def _encode(
-        self, what: str, cells: list[tuple[int, str]], step: float, tolerance: float | None
+        self,
+        what: str,
+        cells: list[tuple[int, str]],
+        step: float,
+        tolerance: float | None,
+        *,
+        private: bool = True,
     ) -> dict[int, Encoded]:
         form = self.request.form
-        work = [(self.folder, n, cells, step, tolerance, form) for n in self.adapters]
+        work = [(self.folder, n, cells, step, tolerance, form, private) for n in self.adapters]
         return dict(zip(self.adapters, self._all(what, tasks.encode, work), strict=True))
 
     def _weights(self, cells: list[tuple[int, str]], step: float, tolerance: float) -> str:
@@ -332,7 +368,9 @@ class _Builder:
             cells=tuple(cells),
             shards=tuple(shards),
             next=max(first, self.before.next + len(numbers)),
-            bounds=tasks.CellFiles(self.folder, draft.cells).bounds(),
+            bounds=tuple(
+                own.relative for own in tasks.CellFiles(self.folder, draft.cells).bounds()
+            ),
         )
 
     def _index(self, draft: Draft, files: Sequence[str], goal: Mapping[str, float]) -> Index:

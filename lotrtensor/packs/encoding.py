@@ -78,6 +78,7 @@ def on_bases(
     *,
     tolerance: float | None,
     step: float,
+    private: bool = True,
 ) -> Member:
     """The adapter on the bases of the cells that hold its modules.
 
@@ -93,6 +94,8 @@ def on_bases(
         Relative error that is not exceeded; None goes by ``step``.
     step : float
         Δ in units of the norm; with a tolerance, where the search for one begins.
+    private : bool
+        False keeps cores alone of modules that have a basis.
 
     Raises
     ------
@@ -101,10 +104,10 @@ def on_bases(
     """
 
     def at(relative: float) -> Member:
-        found = _at(lora, cells, norm, relative, FLOAT16)
+        found = _at(lora, cells, norm, relative, FLOAT16, private)
         # The rounding of a value to half precision is a relative error of 3e-4.
         fine = not 0.1 < norm < 6e4 or found.relative_error < FINE
-        return _at(lora, cells, norm, relative, FLOAT32) if fine else found
+        return _at(lora, cells, norm, relative, FLOAT32, private) if fine else found
 
     if tolerance is None:
         return at(step)
@@ -175,13 +178,18 @@ CLOSE = 1.01
 
 
 def _at(
-    lora: LoraAdapter, cells: Mapping[str, Cell], norm: float, step: float, dtype: np.dtype
+    lora: LoraAdapter,
+    cells: Mapping[str, Cell],
+    norm: float,
+    step: float,
+    dtype: np.dtype,
+    private: bool,
 ) -> Member:
     absolute = step * norm or 1.0
     source = SourceRecord(lora.dtype, lora.parameters, lora.bytes)
 
     def coded(module: LoraModule) -> CodedSlice:
-        return _slice(module, cells.get(module.name), norm, absolute, dtype)
+        return _slice(module, cells.get(module.name), norm, absolute, dtype, private)
 
     return member_of(lora, coded, cells, source, weight=norm, step=absolute, dtype=dtype)
 
@@ -227,10 +235,16 @@ def member_of(
 
 
 def _slice(
-    module: LoraModule, cell: Cell | None, norm: float, step: float, dtype: np.dtype
+    module: LoraModule,
+    cell: Cell | None,
+    norm: float,
+    step: float,
+    dtype: np.dtype,
+    private: bool,
 ) -> CodedSlice:
     if cell is not None:
-        return code_slice(cell.basis, module.B, module.A, step, weight=norm, value_dtype=dtype)
+        pair = module.B, module.A
+        return code_slice(cell.basis, *pair, step, weight=norm, value_dtype=dtype, private=private)
     svd = slice_svds(LowRankStack([module.B], [module.A]))[0]
     terms = quantise_slice(svd, step).rounded(dtype)
     return CodedSlice(np.zeros((0, 0), np.int16), terms, lost2(svd, terms))

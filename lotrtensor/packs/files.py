@@ -87,7 +87,7 @@ class Index:
     next : int
         Number of the next adapter or shard; none is used twice.
     goal : mapping
-        ``tolerance`` or ``step``: what is asked of an adapter that is added.
+        ``tolerance`` or ``step``, and ``rank``: what is asked of an adapter that is added.
     share : str
         What was asked to be shared.
     bounds : tuple of float
@@ -183,6 +183,8 @@ def _index(content: Json) -> Index:
     names = [shard.file for shard in (*found.cells, *found.shards)]
     if len(set(names)) != len(names) or type(found.next) is not int:
         raise ValueError("a file is named twice, or next is no number")
+    if not isinstance(found.share, str) or not all(map(is_number, dict(found.goal).values())):
+        raise ValueError(f"the goal {found.goal!r}")
     for name, entry in entries.items():
         numbers = type(entry.number) is int and type(entry.bytes) is int
         known = entry.shard in found.files and type(entry.uses_bases) is bool

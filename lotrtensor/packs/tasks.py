@@ -97,7 +97,12 @@ def price_cell(build: str, number: int, error: float, most_bytes: float) -> Pric
 
 
 def fit_cell(
-    build: str, number: int, step: float, widest: tuple[int, int], weights: str = ""
+    build: str,
+    number: int,
+    step: float,
+    widest: tuple[int, int],
+    weights: str = "",
+    rank: int | None = None,
 ) -> str:
     """Make the basis of a cell; the name of its file, empty where none is worth its bits.
 
@@ -113,19 +118,22 @@ def fit_cell(
         Ranks that it does not exceed.
     weights : str
         File of `write_weights`, if adapters do not weigh the same.
+    rank : int, optional
+        Both ranks of the basis; those that are worth their bits if not given.
     """
     mark = weights.removeprefix("weights-").removesuffix(".json")
     target = Path(build) / f"cell-{number:05}-{step:.9e}{mark and '-' + mark}.safetensors"
     if not target.is_file():
         collection = CollectionInBits(stack_of(build, read_cell(build, number), weights), widest)
-        basis = collection.quantise(collection.best(step).ranks, step)
+        ranks = (rank, rank) if rank is not None else collection.best(step).ranks
+        basis = collection.quantise(ranks, step)
         # Not an npz, whose header NumPy parses as Python: in threads that fails now and then.
         content: Tensors = {"step": np.array([step])}
         if basis is not None:
             content |= {"left": basis.left, "right": basis.right, "mean": basis.mean}
             content["slices"] = np.array([basis.slices])
             bound = SquaredError(collection.lower_bound2(basis.rank), collection.norm2)
-            content["bound"] = np.array([bound.relative])
+            content |= {"bound": np.array([bound.relative]), "norm2": np.array([bound.norm2])}
         write_once(target, file_bytes(content, {}))
     return target.name if "left" in read_header(target) else ""
 
@@ -168,10 +176,11 @@ class CellFiles(Mapping[str, Cell]):
     def __len__(self) -> int:
         return len(self._owner)
 
-    def bounds(self) -> tuple[float, ...]:
-        """Relative error that no basis of a cell's ranks falls below, nothing being private."""
-        paths = (Path(self.build) / file for _, file in self.files)
-        return tuple(float(read_file(path)[0]["bound"][0]) for path in paths)
+    def bounds(self) -> tuple[SquaredError, ...]:
+        """Squared errors that no basis of a cell's ranks falls below, nothing being private."""
+        found = (read_file(Path(self.build) / file)[0] for _, file in self.files)
+        pairs = ((float(x["bound"][0]), float(x["norm2"][0])) for x in found)
+        return tuple(SquaredError(bound**2 * norm2, norm2) for bound, norm2 in pairs)
 
     def in_order(self) -> Iterator[Cell]:
         """The cells, in the order of the plan."""
@@ -213,6 +222,7 @@ def encode(
     step: float,
     tolerance: float | None,
     form: Form,
+    private: bool = True,
 ) -> Encoded:
     """Encode an adapter.
 
@@ -230,8 +240,10 @@ def encode(
         Relative error that is not exceeded.
     form : str
         What it is made of where it is stored alone; see `compress`.
+    private : bool
+        False keeps cores alone of modules that have a basis.
     """
-    asked = json.dumps([list(files), step, tolerance, form]).encode()
+    asked = json.dumps([list(files), step, tolerance, form, private]).encode()
     stem = f"member-{number:05}-{hashlib.sha256(asked).hexdigest()[:16]}"
     note = Path(build) / f"{stem}.json"
     if note.is_file():
@@ -239,7 +251,7 @@ def encode(
     lora, norm = read_lora(build, number), read_spooled(build, number).norm
     if files:
         cells = CellFiles(build, files)
-        member = on_bases(lora, cells, norm, tolerance=tolerance, step=step)
+        member = on_bases(lora, cells, norm, tolerance=tolerance, step=step, private=private)
         tensors = member_to_tensors(member, list(cells.in_order()))
     else:
         member = alone(lora, form, tolerance=tolerance, step=step * norm or 1.0)

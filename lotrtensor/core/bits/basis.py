@@ -108,6 +108,7 @@ def code_slice(
     *,
     weight: float = 1.0,
     value_dtype: np.dtype | None = None,
+    private: bool = True,
 ) -> CodedSlice:
     """Code a slice B A on a basis: its core on a grid, then terms of what is left.
 
@@ -124,6 +125,8 @@ def code_slice(
         was made of.
     value_dtype : dtype, optional
         Type that the terms' values are stored in; float64 if not given.
+    private : bool
+        False leaves the terms out.
 
     Returns
     -------
@@ -145,7 +148,7 @@ def code_slice(
     left, right = basis.slice_factors(basis.core(codes, step, weight))
     rest = LowRankStack([np.hstack([b, left])], [np.vstack([a, -right])])
     svd = slice_svds(rest)[0]
-    private = quantise_slice(svd, step)
+    terms = quantise_slice(svd, step) if private else QuantisedTerms.empty(*rest.shape[1:])
     if value_dtype is not None:
-        private = private.rounded(value_dtype)
-    return CodedSlice(codes, private, lost2(svd, private))
+        terms = terms.rounded(value_dtype)
+    return CodedSlice(codes, terms, lost2(svd, terms))
