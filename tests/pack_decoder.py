@@ -27,6 +27,7 @@ def read_adapter(directory, name):
     if not uses_bases:
         return updates
     cells = [c for s in index["cells"] for c in read_cells(Path(directory) / s["file"])]
+    cells = [c for c in cells if c.get("cluster", 0) == record.get("cluster", 0)]
     used = [(c, [m for m in c["modules"] if m in updates]) for c in cells]
     columns = read_cores(content, [(c, len(names)) for c, names in used])
     for (cell, names), cores in zip(used, columns, strict=True):

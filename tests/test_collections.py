@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import lotrtensor as lt
 from adapters_fixtures import lotr
-from lotrtensor.analysis import _collection
+from lotrtensor.core import similarity
 from pack_fixtures import dense, family, strangers
 
 
@@ -41,7 +41,7 @@ def dense_cosines(adapters):
 
 @pytest.mark.parametrize("columns", [1, 7, 1024])
 def test_cosines_and_norms_are_those_of_dense_updates(monkeypatch, columns):
-    monkeypatch.setattr(_collection, "COLUMNS", columns)
+    monkeypatch.setattr(similarity, "COLUMNS", columns)
     adapters = family(3) | {f"other-{i}": a for i, a in enumerate(strangers(2).values())}
     lacking = adapters["user-1"]
     adapters["lacking"] = lt.LoraAdapter(lacking.modules[:2], {}, lacking.dtype)

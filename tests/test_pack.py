@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import lotrtensor as lt
 from adapters_fixtures import write_lora
+from pack_decoder import read_adapter
 from pack_fixtures import contents, dense_error, family, strangers
 
 INDEX_BYTES = 300
@@ -341,4 +342,54 @@ def test_one_adapter_of_a_rank(tmp_path):
 def test_ranks_that_mean_nothing(tmp_path, options, error):
     with pytest.raises(error):
         lt.pack(family(2), tmp_path / "pack", **options)
+    assert not (tmp_path / "pack").exists()
+
+
+def two_families(count=4):
+    """Families of two origins, mixed, and one adapter of neither."""
+    first, second = family(count + 1, seed=1, common=0.1), family(count, seed=2, common=0.1)
+    found = {}
+    for i in range(count):
+        found |= {f"a{i}": first[f"user-{i}"], f"b{i}": second[f"user-{i}"]}
+    return found | {f"a{count}": first[f"user-{count}"]}
+
+
+@pytest.mark.parametrize("share", ["auto", "adapters", "both"])
+@pytest.mark.parametrize("goal", [{"tolerance": 0.1}, {"budget": "12%"}, {"rank": 3}])
+def test_clusters_have_bases_of_their_own(tmp_path, share, goal):
+    adapters = two_families()
+    found = lt.pack(adapters, tmp_path / "pack", clusters=2, share=share, **goal)
+    assert {cell.cluster for cell in found.cells} == {0, 1}
+    used = {name: {cell.cluster for cell in found.member(name).cells.values()} for name in adapters}
+    assert used == {name: {0} if name.startswith("a") else {1} for name in adapters}
+    for row in found.rows:
+        error = dense_error(found.member(row.name).updates(), adapters[row.name])
+        assert error == pytest.approx(row.relative_error, rel=1e-4)
+        decoded = read_adapter(found.path, row.name)
+        for module in found.member(row.name).updates():
+            np.testing.assert_allclose(decoded[module.name], module.B @ module.A, atol=1e-9)
+    found.check()
+
+
+def test_clusters_take_fewer_bytes_where_there_are_two_origins(tmp_path):
+    adapters = two_families(8)
+    one = lt.pack(adapters, tmp_path / "one", tolerance=0.05)
+    two = lt.pack(adapters, tmp_path / "two", tolerance=0.05, clusters=2)
+    assert two.bytes < one.bytes
+    row = two.add("more", family(9, seed=2, common=0.1)["user-8"])
+    assert row.uses_bases and row.relative_error <= 0.05
+    assert {cell.cluster for cell in two.member("more").cells.values()} == {1}
+    again = lt.refit(two, adapters)
+    assert {cell.cluster for cell in again.cells} == {0, 1}
+
+
+def test_more_clusters_than_adapters(tmp_path):
+    found = lt.pack(family(2), tmp_path / "pack", tolerance=0.2, clusters=5)
+    assert found.cells == () and all(row.relative_error <= 0.2 for row in found.rows)
+
+
+@pytest.mark.parametrize("options", [{"clusters": 0}, {"clusters": 2, "share": "none"}])
+def test_clusters_that_mean_nothing(tmp_path, options):
+    with pytest.raises(lt.LotrError, match="clusters"):
+        lt.pack(family(2), tmp_path / "pack", tolerance=0.2, **options)
     assert not (tmp_path / "pack").exists()

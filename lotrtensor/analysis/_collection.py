@@ -6,19 +6,15 @@ import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-from scipy.cluster import hierarchy
-from scipy.spatial.distance import squareform
 
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.analysis.rows import Collection, CollectionRow, Duplicate
 from lotrtensor.core.arrays import to_numpy
 from lotrtensor.core.options import check_number
+from lotrtensor.core.similarity import average_linkage, cosines, pair_products
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import OptionError
 from lotrtensor.verbs._compare import lora_factors
-
-COLUMNS = 1024
-"""Columns of thin factors that are multiplied with all others at a time: so many rows in memory."""
 
 
 def analyze_collection(
@@ -78,9 +74,8 @@ def analyze_collection(
     names = tuple(map(str, adapters))
     products = _products([lora_factors(adapter) for adapter in adapters.values()])
     norms = np.sqrt(np.maximum(np.diag(products), 0.0))
-    safe = np.where(norms > 0, norms, 1.0)
-    cosine = np.clip(products / np.outer(safe, safe), -1.0, 1.0)
-    clusters = _clusters(cosine, threshold)
+    cosine = cosines(products)
+    clusters = average_linkage(cosine, threshold=threshold)
     rows = tuple(_row(i, names, norms, cosine, clusters) for i in range(len(names)))
     return Collection(names, cosine, rows, tuple(_duplicates(names, products, norms, same)))
 
@@ -88,11 +83,11 @@ def analyze_collection(
 def _row(
     i: int, names: tuple[str, ...], norms: np.ndarray, cosine: np.ndarray, clusters: np.ndarray
 ) -> CollectionRow:
-    cluster = int(clusters[i])
+    cluster = int(clusters[i]) + 1
     if len(names) == 1:
         return CollectionRow(names[i], float(norms[i]), None, None, cluster, False)
     j = int(np.argmax(np.where(np.arange(len(names)) == i, -np.inf, cosine[i])))
-    alone = int(np.sum(clusters == cluster)) == 1
+    alone = int(np.sum(clusters == clusters[i])) == 1
     return CollectionRow(names[i], float(norms[i]), names[j], float(cosine[i, j]), cluster, alone)
 
 
@@ -106,46 +101,9 @@ def _products(factors: list[Mapping[str, LowRankStack]]) -> np.ndarray:
             places.setdefault((name, stack.shape), []).append(i)
     for (name, _), members in places.items():
         pairs = [factors[i][name].factors(0) for i in members]
-        lefts = [to_numpy(b).astype(np.float64) for b, _ in pairs]
-        rights = [to_numpy(a).astype(np.float64) for _, a in pairs]
-        sums[np.ix_(members, members)] += _module_products(lefts, rights)
+        lefts, rights = [to_numpy(b) for b, _ in pairs], [to_numpy(a) for _, a in pairs]
+        sums[np.ix_(members, members)] += pair_products(lefts, rights)
     return 0.5 * (sums + sums.T)
-
-
-def _module_products(lefts: list[np.ndarray], rights: list[np.ndarray]) -> np.ndarray:
-    """⟨B A, B' A'⟩ of every two, blocks of columns at a time."""
-    left, right = np.hstack(lefts), np.vstack(rights)
-    starts = np.cumsum([0, *(b.shape[1] for b in lefts[:-1])])
-    found = np.zeros((len(lefts), len(lefts)))
-    for some in _blocks([b.shape[1] for b in lefts]):
-        own, other = np.hstack(lefts[some]), np.vstack(rights[some])
-        both = (own.T @ left) * (other @ right.T)
-        inside = starts[some] - starts[some.start]
-        sums = np.add.reduceat(both, inside, axis=0)
-        found[some] = np.add.reduceat(sums, starts, axis=1)
-    return found
-
-
-def _blocks(counts: list[int]) -> Iterator[slice]:
-    start, total = 0, 0
-    for i, count in enumerate(counts):
-        if total and total + count > COLUMNS:
-            yield slice(start, i)
-            start, total = i, 0
-        total += count
-    yield slice(start, len(counts))
-
-
-def _clusters(cosine: np.ndarray, threshold: float) -> np.ndarray:
-    """Cluster of every adapter, numbered from 1 by first appearance."""
-    if len(cosine) == 1:
-        return np.ones(1, int)
-    distances = np.maximum(1.0 - cosine, 0.0)
-    np.fill_diagonal(distances, 0.0)
-    tree = hierarchy.linkage(squareform(distances, checks=False), method="average")
-    labels = hierarchy.fcluster(tree, 1.0 - threshold, criterion="distance")
-    order = list(dict.fromkeys(labels.tolist()))
-    return np.array([order.index(label) + 1 for label in labels.tolist()])
 
 
 def _duplicates(

@@ -103,6 +103,9 @@ def pack(
     rank: Annotated[
         int | None, typer.Option(help="Ranks of every basis: cores alone, nothing private.")
     ] = None,
+    clusters: Annotated[
+        int, typer.Option(help="Clusters of adapters with bases of their own, at most.")
+    ] = 1,
     share: Annotated[
         Literal["auto", "adapters", "layers", "both", "none"],
         typer.Option(help="What shares a basis; auto takes what needs the fewest bytes."),
@@ -126,6 +129,7 @@ def pack(
             tolerance=tolerance,
             budget=budget,
             rank=rank,
+            clusters=clusters,
             share=share,
             executor=executor,
             skip_bad=skip_bad,

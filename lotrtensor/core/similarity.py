@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
 
 from lotrtensor.core.arrays import Array, as_accumulator, check_real_floating, namespace
 from lotrtensor.core.linalg import orthonormal_basis
@@ -10,6 +15,9 @@ from lotrtensor.core.operands import Operand, as_stack
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.stacks.protocol import SliceStack
 from lotrtensor.errors import DataError, ShapeError
+
+COLUMNS = 1024
+"""Columns of thin factors that are multiplied with all others at a time: so many rows in memory."""
 
 
 def inner(a: Operand, b: Operand) -> float:
@@ -204,3 +212,68 @@ def _slice_inner(a: SliceStack, b: SliceStack, k: int) -> float:
         return float(xp.sum(image * right))
     first, second = as_accumulator(a.slice(k)), as_accumulator(b.slice(k))
     return float(namespace(first).sum(first * second))
+
+
+def pair_products(lefts: Sequence[np.ndarray], rights: Sequence[np.ndarray]) -> np.ndarray:
+    """Inner products ⟨B A, B' A'⟩ (K × K) of every two of K slices, from their thin factors.
+
+    Parameters
+    ----------
+    lefts, rights : sequences of ndarray (m, r_k), (r_k, n)
+        B_k and A_k; some of their columns are multiplied with all others at a time.
+    """
+    left, right = np.hstack(lefts).astype(np.float64), np.vstack(rights).astype(np.float64)
+    counts = [b.shape[1] for b in lefts]
+    starts = np.cumsum([0, *counts[:-1]])
+    found = np.zeros((len(lefts), len(lefts)))
+    for some in _blocks(counts):
+        first, last = starts[some.start], starts[some.start] + sum(counts[some])
+        both = (left[:, first:last].T @ left) * (right[first:last] @ right.T)
+        sums = np.add.reduceat(both, starts[some] - first, axis=0)
+        found[some] = np.add.reduceat(sums, starts, axis=1)
+    return found
+
+
+def _blocks(counts: Sequence[int]) -> Iterator[slice]:
+    start, total = 0, 0
+    for i, count in enumerate(counts):
+        if total and total + count > COLUMNS:
+            yield slice(start, i)
+            start, total = i, 0
+        total += count
+    yield slice(start, len(counts))
+
+
+def cosines(products: np.ndarray) -> np.ndarray:
+    """Cosines of every two from their inner products; those of a zero are zero."""
+    norms = np.sqrt(np.maximum(np.diag(products), 0.0))
+    safe = np.where(norms > 0, norms, 1.0)
+    found: np.ndarray = np.clip(products / np.outer(safe, safe), -1.0, 1.0)
+    return found
+
+
+def average_linkage(
+    cosine: np.ndarray, *, threshold: float | None = None, count: int | None = None
+) -> np.ndarray:
+    """Return clusters by average linkage of cosines, numbered from 0, the largest first.
+
+    Parameters
+    ----------
+    cosine : ndarray (K, K)
+        Cosines of every two.
+    threshold : float, optional
+        Mean cosine from which on clusters are joined.
+    count : int, optional
+        Number of clusters at most, in place of it.
+    """
+    if len(cosine) == 1:
+        return np.zeros(1, int)
+    distances = np.maximum(1.0 - 0.5 * (cosine + cosine.T), 0.0)
+    np.fill_diagonal(distances, 0.0)
+    tree = hierarchy.linkage(squareform(distances, checks=False), method="average")
+    if count is not None:
+        labels = hierarchy.fcluster(tree, count, criterion="maxclust").tolist()
+    else:
+        labels = hierarchy.fcluster(tree, 1.0 - (threshold or 0.0), criterion="distance").tolist()
+    order = sorted(set(labels), key=lambda label: (-labels.count(label), labels.index(label)))
+    return np.array([order.index(label) for label in labels])

@@ -11,7 +11,7 @@ from pathlib import Path
 from lotrtensor.adapters.formats.directory import SINGLE_FILE, expand
 from lotrtensor.adapters.hub import is_remote
 from lotrtensor.adapters.sizes import budget_bytes
-from lotrtensor.core.options import check_flag, is_count, shown
+from lotrtensor.core.options import check_flag, check_integer, is_count, shown
 from lotrtensor.core.ranks.goal import make_goal
 from lotrtensor.errors import FormatError, LotrError, OptionError, RankError
 from lotrtensor.packs.building import SHARES, Request, build
@@ -39,6 +39,7 @@ def pack(
     tolerance: float | None = None,
     budget: int | str | None = None,
     rank: int | None = None,
+    clusters: int = 1,
     share: str = "auto",
     executor: Executor | None = None,
     skip_bad: bool = False,
@@ -67,6 +68,9 @@ def pack(
         Ranks p = q of every basis. Adapters then are cores alone, nothing is private: what ranks
         leave is their error, and the grid adds 1 % to it. ``share`` is ``"adapters"`` or ``"both"``
         with it, and ``"auto"`` the former.
+    clusters : int
+        Clusters of adapters, at most, that share bases of their own, by average linkage of their
+        cosines (`lotrtensor.analyze_collection` tells how many there are).
     share : str
         ``"adapters"``: every module shares a basis over all adapters; ``"both"``: over the layers
         too; ``"layers"``: only the layers of each adapter share, as in `compress`; ``"none"``:
@@ -94,7 +98,7 @@ def pack(
     RankError
         If not exactly one goal is given, or it is out of reach.
     OptionError
-        If ``share`` is unknown, or means nothing with a rank.
+        If ``share`` is unknown, or means nothing with a rank or with clusters.
 
     Notes
     -----
@@ -125,6 +129,9 @@ def pack(
     target = expand(path)
     given = None if budget is None else budget_bytes(budget, 2**40)
     make_goal(rank, tolerance, None, given, size="budget")
+    check_integer(clusters, "clusters", 1)
+    if clusters > 1 and share in ("none", "layers"):
+        raise OptionError(f"share is {share!r}, so that clusters share nothing; leave them out")
     if rank is not None:
         if not is_count(rank):
             raise RankError(f"rank is {shown(rank)}; expected an integer of at least 1")
@@ -139,6 +146,7 @@ def pack(
             tolerance=tolerance,
             budget=budget,
             rank=rank,
+            clusters=clusters,
             share=share,
             executor=used,
             skip_bad=skip_bad,

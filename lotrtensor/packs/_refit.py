@@ -94,8 +94,11 @@ def refit(
     if not names:
         raise FormatError(f"{pack.path} holds no adapter; expected at least one")
     sources = tuple(given.get(name, Packed(str(pack.path.resolve()), name)) for name in names)
+    clusters = len({cell.cluster for cell in pack.cells}) or 1
     with running(executor) as used:
-        request = Request(names, sources, goal, None, None, before.share, used, progress=progress)
+        request = Request(
+            names, sources, goal, None, None, clusters, before.share, used, progress=progress
+        )
         made = build_in_place(pack.path, request)
     twice = {name: before.adapters[name].relative_error for name in names if name not in given}
     if twice:

@@ -15,7 +15,7 @@ from lotrtensor.errors import FormatError
 from lotrtensor.packs.coding import cells_by_module, member_to_tensors
 from lotrtensor.packs.encoding import alone, norm_of, on_bases, settled
 from lotrtensor.packs.files import Index
-from lotrtensor.packs.members import Cell, Member
+from lotrtensor.packs.members import Cell, Member, by_cluster
 from lotrtensor.packs.spool import Source, as_lora
 from lotrtensor.packs.tasks import member_bytes
 from lotrtensor.packs.trained import is_trained, mark_of, read_trained
@@ -78,14 +78,14 @@ def encode_new(
         tolerance = index.goal.get("tolerance")
     step, norm = index.goal.get("step", 0.01), settled(norm_of(lora))
     form: Form = "auto" if index.share in ("auto", "layers") else "lora"
-    by_module = cells_by_module(cells)
     found = []
-    if any(module.name in by_module for module in lora.modules):
-        if tolerance is not None:
-            step = cells[0].basis.step
-        used, private = _used(lora, by_module), tolerance is not None or "rank" not in index.goal
-        member = on_bases(lora, used, norm, tolerance=tolerance, step=step, private=private)
-        found.append(_new(member, cells, uses_bases=True))
+    for own_cells in by_cluster(cells).values():
+        used = _used(lora, cells_by_module(own_cells))
+        if used:
+            start = own_cells[0].basis.step if tolerance is not None else step
+            private = tolerance is not None or "rank" not in index.goal
+            member = on_bases(lora, used, norm, tolerance=tolerance, step=start, private=private)
+            found.append(_new(member, cells, uses_bases=True))
     if not found or index.share == "auto":
         own = alone(lora, form, tolerance=tolerance, step=step * norm or 1.0)
         found.append(_new(own, (), uses_bases=False))

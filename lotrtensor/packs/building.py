@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from lotrtensor.adapters.formats.compressed_record import rounded_up
-from lotrtensor.adapters.formats.tensors import Tensors, read_file
 from lotrtensor.adapters.sizes import budget_bytes
 from lotrtensor.core.bits.terms import slope
+from lotrtensor.core.similarity import average_linkage, cosines
 from lotrtensor.errors import FormatError, LotrError, LotrWarning, RankError
 from lotrtensor.packs import tasks
-from lotrtensor.packs.coding import cells_to_tensors
 from lotrtensor.packs.encoding import settled
 from lotrtensor.packs.files import (
     ADAPTER_SHARD,
@@ -30,20 +29,17 @@ from lotrtensor.packs.files import (
     clear_build,
     write_shard,
 )
-from lotrtensor.packs.members import Cell
 from lotrtensor.packs.plan import PlannedCell, plan_cells, write_plan
 from lotrtensor.packs.prices import Prices, crossing
 from lotrtensor.packs.spool import Source, Spooled, fingerprint, read_spooled, spool, write_once
 from lotrtensor.packs.tasks import STEPS, Encoded
+from lotrtensor.packs.writing import SHARD_MEMBERS, cells_bytes, cells_tensors, write_members
 from lotrtensor.verbs._compress import Form
 from lotrtensor.verbs._compression_job import MARGIN, NUDGE, SPARE
 from lotrtensor.verbs._fit_groups import Progress
 
 SHARES = ("auto", "adapters", "layers", "both", "none")
 """What adapters of a pack may share."""
-
-SHARD_MEMBERS, SHARD_BYTES, SHARD_CODES = 16, 2**28, 2**24
-"""Adapters and bytes of a shard of adapters, codes of a shard of cells, at most."""
 
 FINER = 0.9
 """Step of the bases beside the one at which adapters on average have the error that is asked for:
@@ -65,6 +61,7 @@ class Request:
     tolerance: float | None
     budget: int | str | None
     rank: int | None
+    clusters: int
     share: str
     executor: Executor
     skip_bad: bool = False
@@ -99,7 +96,14 @@ def build(path: Path, request: Request, before: Index) -> Index:
         What stands there; its numbers are not used again.
     """
     folder = path / BUILD
-    options = [request.tolerance, request.budget, request.rank, request.share, STEPS]
+    options = [
+        request.tolerance,
+        request.budget,
+        request.rank,
+        request.clusters,
+        request.share,
+        STEPS,
+    ]
     mark = fingerprint(request.names, request.sources, options)
     noted = folder / "job.txt"
     if not noted.is_file() or noted.read_text("utf-8") != mark:
@@ -121,12 +125,14 @@ class _Builder:
         self.path, self.request, self.before = path, request, before
         self.folder = str(path / BUILD)
         self.adapters: dict[int, Spooled] = {}
+        self.clusters: dict[int, int] = {}
         self.cells: list[PlannedCell] = []
 
     def run(self) -> Index:
         """All of it."""
         self._spool()
-        self.cells = plan_cells(self.adapters)
+        self._cluster()
+        self.cells = plan_cells(self.adapters, self.clusters)
         write_plan(self.folder, self.cells)
         request = self.request
         fine = 0.5 * request.tolerance if request.tolerance else 1e-4 if request.budget else 1.0
@@ -161,6 +167,25 @@ class _Builder:
             warnings.warn(text, LotrWarning, stacklevel=2)
         if not self.adapters:
             raise FormatError("no adapter is left to pack; expected at least one that can be read")
+
+    def _cluster(self) -> None:
+        """Split the adapters into as many clusters as are asked for, by their cosines."""
+        self.clusters, count = dict.fromkeys(self.adapters, 0), self.request.clusters
+        if count == 1 or len(self.adapters) == 1:
+            return
+        places: dict[str, list[tuple[int, int]]] = {}
+        for number, adapter in self.adapters.items():
+            for i, module in enumerate(adapter.modules):
+                places.setdefault(f"{module.name} {module.shape}", []).append((number, i))
+        order = {number: i for i, number in enumerate(self.adapters)}
+        sums = np.zeros((len(order), len(order)))
+        work = [(self.folder, own) for own in places.values()]
+        found = self._all("comparing", tasks.module_products, work)
+        for own, products in zip(places.values(), found, strict=True):
+            members = [order[number] for number, _ in own]
+            sums[np.ix_(members, members)] += products
+        labels = average_linkage(cosines(sums), count=count).tolist()
+        self.clusters = dict(zip(self.adapters, labels, strict=True))
 
     def _all(self, what: str, work: Callable[..., Any], each: Sequence[tuple[Any, ...]]) -> Any:
         """Results of all pieces of one kind, in their order."""
@@ -251,7 +276,7 @@ class _Builder:
             return own.bytes + (0.0 if tolerance else own.error**2 / (8 * slope(step)))
 
         gains = {n: cost(alone[n]) - cost(shared[n]) for n in numbers}
-        if sum(max(gain, 0.0) for gain in gains.values()) <= self._cells_bytes(cells):
+        if sum(max(gain, 0.0) for gain in gains.values()) <= cells_bytes(self.folder, cells):
             return Draft(step, [], alone)
         better = {n for n in numbers if gains[n] > 0}
         members = {n: shared[n] if n in better else alone[n] for n in numbers}
@@ -278,7 +303,14 @@ class _Builder:
         private: bool = True,
     ) -> dict[int, Encoded]:
         form = self.request.form
-        work = [(self.folder, n, cells, step, tolerance, form, private) for n in self.adapters]
+        own = {
+            cluster: [(i, file) for i, file in cells if self.cells[i].cluster == cluster]
+            for cluster in set(self.clusters.values())
+        }
+        work = [
+            (self.folder, n, own[self.clusters[n]], step, tolerance, form, private)
+            for n in self.adapters
+        ]
         return dict(zip(self.adapters, self._all(what, tasks.encode, work), strict=True))
 
     def _weights(self, cells: list[tuple[int, str]], step: float, tolerance: float) -> str:
@@ -292,30 +324,9 @@ class _Builder:
             self.folder, {n: min(max(error, 0.5), 2.0) for n, error in errors.items()}
         )
 
-    def _cells_tensors(self, cells: Sequence[tuple[int, str]]) -> list[Tensors]:
-        """Tensors of the shards of cells."""
-        found: list[Tensors] = []
-        shard: list[Cell] = []
-        room = SHARD_CODES
-        for cell in tasks.CellFiles(self.folder, cells).in_order():
-            size = cell.basis.left.size + cell.basis.right.size
-            if shard and size > room:
-                found.append(cells_to_tensors(shard))
-                shard, room = [], SHARD_CODES
-            shard.append(cell)
-            room -= size
-        return [*found, cells_to_tensors(shard)] if shard else found
-
-    def _cells_bytes(self, cells: Sequence[tuple[int, str]]) -> int:
-        return sum(
-            tasks.tensor_bytes(key, tensor)
-            for tensors in self._cells_tensors(cells)
-            for key, tensor in tensors.items()
-        )
-
     def _size(self, draft: Draft) -> int:
         """Bytes of a pack's files, without tensors that are carried along."""
-        cells = self._cells_tensors(draft.cells)
+        cells = cells_tensors(self.folder, draft.cells)
         # Sizes of eight digits, and digests of the length that they have.
         shards = [
             Shard(f"{kind}-{i:05}.safetensors", 10**7, "0" * 64)
@@ -335,39 +346,18 @@ class _Builder:
 
     def _write(self, draft: Draft, goal: Mapping[str, float]) -> Index:
         """Write the shards, and return the index."""
-        cells, shards, places = [], [], []
-        following = self.before.next
-        for tensors in self._cells_tensors(draft.cells):
+        cells, following = [], self.before.next
+        for tensors in cells_tensors(self.folder, draft.cells):
             cells.append(write_shard(self.path, CELL_SHARD, following, tensors))
             following += 1
-        numbers = list(draft.members)
-        first, room = following, SHARD_BYTES
-        waiting: Tensors = {}
-        names: list[int] = []
-
-        def flush() -> None:
-            nonlocal first, waiting, room, names
-            if names:
-                shard = write_shard(self.path, ADAPTER_SHARD, first, waiting)
-                shards.append(shard)
-                places.extend([shard.file] * len(names))
-                first, waiting, room, names = first + 1, {}, SHARD_BYTES, []
-
-        for i, number in enumerate(numbers):
-            tensors, _ = read_file(Path(self.folder) / draft.members[number].file)
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            if names and (len(names) == SHARD_MEMBERS or size > room):
-                flush()
-            waiting |= {f"{self.before.next + i}.{key}": x for key, x in tensors.items()}
-            names.append(number)
-            room -= size
-        flush()
+        members = [draft.members[number].file for number in draft.members]
+        shards, places = write_members(self.path, self.folder, members, self.before.next, following)
         index = self._index(draft, places, goal)
         return replace(
             index,
             cells=tuple(cells),
             shards=tuple(shards),
-            next=max(first, self.before.next + len(numbers)),
+            next=max(following + len(shards), self.before.next + len(members)),
             bounds=tuple(
                 own.relative for own in tasks.CellFiles(self.folder, draft.cells).bounds()
             ),

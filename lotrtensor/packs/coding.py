@@ -33,7 +33,7 @@ from lotrtensor.adapters.formats.tensors import Tensors
 from lotrtensor.core.bits import stream
 from lotrtensor.core.bits.basis import QuantisedBasis
 from lotrtensor.errors import FormatError
-from lotrtensor.packs.members import Cell, Member
+from lotrtensor.packs.members import Cell, Member, by_cluster
 
 CELLS, CODES, KINDS = "lotr_cells", "lotr_codes", "lotr_kinds"
 CODED, CARRIED = "coded", "carried."
@@ -105,6 +105,7 @@ def cells_to_tensors(cells: Sequence[Cell]) -> Tensors:
             "step": cell.basis.step,
             "slices": cell.basis.slices,
         }
+        | ({"cluster": cell.cluster} if cell.cluster else {})
         for cell in cells
     ]
     return {CELLS: deflated(records), CODES: np.frombuffer(codes, np.uint8), KINDS: kinds}
@@ -148,7 +149,7 @@ def cells_from_tensors(tensors: Tensors, where: str) -> tuple[Cell, ...]:
     for r, basis, own in zip(known, bases, means, strict=True):
         core = from_columns(basis.kinds, own, 1)[0]
         whole = QuantisedBasis(basis.left, basis.right, core, r.step, r.slices)
-        cells.append(Cell(r.modules, (r.m, r.n), whole))
+        cells.append(Cell(r.modules, (r.m, r.n), whole, r.cluster))
     return tuple(cells)
 
 
@@ -173,19 +174,21 @@ class _CellRecord(NamedTuple):
     q: int
     step: float
     slices: int
+    cluster: int
 
 
 def _cell_record(record: Any, where: str) -> _CellRecord:
     fields = record if isinstance(record, dict) else {}
     modules, step = unfold(fields.get("modules")), fields.get("step")
     slices: Any = fields.get("slices")
+    cluster: Any = fields.get("cluster", 0)
     (m, n), (p, q) = _pair(fields.get("shape")), _pair(fields.get("ranks"))
-    numbers = is_number(step) and type(slices) is int and 0 < slices < 2**31
+    numbers = is_number(step) and is_natural(slices) and slices > 0 and is_natural(cluster)
     if modules and numbers and step and 0 < p <= m and 0 < q <= n:
-        return _CellRecord(modules, m, n, p, q, float(step), slices)
+        return _CellRecord(modules, m, n, p, q, float(step), slices, cluster)
     raise FormatError(
         f"{where}: the record of a cell is {str(record)[:120]}; expected modules, a shape, ranks "
-        "no larger than that, a step and a number of slices: fetch the pack again"
+        "no larger than that, a step, a number of slices and of the cluster: fetch the pack again"
     )
 
 
@@ -203,6 +206,11 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < 1e30  # NaN is neither
 
 
+def is_natural(value: object) -> bool:
+    """Whether a value of a JSON document is a whole number that is not negative."""
+    return type(value) is int and 0 <= value < 2**31
+
+
 def member_to_tensors(member: Member, cells: Sequence[Cell]) -> Tensors:
     """Return the tensors of a member, without its number; ``cells`` are all of the pack."""
     coded = code_groups(member.own.groups, member.own.source)
@@ -210,8 +218,11 @@ def member_to_tensors(member: Member, cells: Sequence[Cell]) -> Tensors:
     cores = b""
     if member.cores:
         index |= {"weight": member.weight, "step": member.step}
+        cluster = next(cell.cluster for cell in member.cells.values())
+        if cluster:
+            index |= {"cluster": cluster}
         shared = []
-        for cell in cells:
+        for cell in by_cluster(cells)[cluster]:
             own = [member.cores[name] for name in cell.modules if name in member.cores]
             if own:
                 shared.append(by_kind(cell.basis.kinds, np.stack(own)))
@@ -244,7 +255,8 @@ def member_from_tensors(tensors: Tensors, cells: Sequence[Cell], where: str) -> 
     if not is_number(weight) or not is_number(step) or not step:
         raise FormatError(f"{where}: {CODED} has no weight and step; fetch the pack again")
     shapes = {name: group.shape for group in groups for name in group.modules}
-    named = [(cell, [name for name in cell.modules if name in shapes]) for cell in cells]
+    own_cells = by_cluster(cells).get(record.get("cluster", 0), ())
+    named = [(cell, [name for name in cell.modules if name in shapes]) for cell in own_cells]
     used = [(cell, names) for cell, names in named if names]
     unlike = next((n for c, ns in used for n in ns if shapes[n] != c.shape), None)
     if unlike is not None:

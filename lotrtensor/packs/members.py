@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,8 @@ class Cell:
         Shape (m, n) of ΔW.
     basis : QuantisedBasis
         U, V and the mean core.
+    cluster : int
+        Cluster of adapters that share it; an adapter uses the cells of one cluster.
 
     Examples
     --------
@@ -40,6 +42,20 @@ class Cell:
     modules: tuple[str, ...]
     shape: tuple[int, int]
     basis: QuantisedBasis
+    cluster: int = 0
+
+
+def by_cluster(cells: Iterable[Cell]) -> dict[int, tuple[Cell, ...]]:
+    """Return the cells of every cluster."""
+    found: dict[int, tuple[Cell, ...]] = {}
+    for cell in cells:
+        found[cell.cluster] = (*found.get(cell.cluster, ()), cell)
+    return found
+
+
+def first_cluster(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    """Return the cells of the largest cluster that shares anything."""
+    return next(iter(by_cluster(cells).values()), ())
 
 
 @dataclass(frozen=True, eq=False)

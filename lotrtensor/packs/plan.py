@@ -30,6 +30,8 @@ class PlannedCell:
         Shape (m, n) of ΔW.
     members : tuple of (int, int)
         Its slices: number of the adapter, and of the module in it.
+    cluster : int
+        Cluster that these adapters are.
     """
 
     kind: str
@@ -37,10 +39,20 @@ class PlannedCell:
     modules: tuple[str, ...]
     shape: tuple[int, int]
     members: tuple[tuple[int, int], ...]
+    cluster: int = 0
 
 
-def plan_cells(adapters: Mapping[int, Spooled]) -> list[PlannedCell]:
+def plan_cells(
+    adapters: Mapping[int, Spooled], clusters: Mapping[int, int] | None = None
+) -> list[PlannedCell]:
     """Return the cells that adapters could share: of single modules, and of all of a kind.
+
+    Parameters
+    ----------
+    adapters : mapping of int to Spooled
+        The adapters by their numbers.
+    clusters : mapping of int to int, optional
+        Cluster of each, which shares with no other; one of all if not given.
 
     Raises
     ------
@@ -60,13 +72,20 @@ def plan_cells(adapters: Mapping[int, Spooled]) -> list[PlannedCell]:
                 )
             places.setdefault(module.name, []).append((number, i))
     slots = [Slot(m.name, m.shape, m.embedding) for m, _ in known.values()]
+    groups = group_modules(slots, "type")
     cells = []
-    for kind, group in group_modules(slots, "type").items():
-        names = tuple(slot.name for slot in group)
-        for name in names:
-            cells.append(_cell(kind, "adapters", (name,), group[0], places))
-        if len(names) > 1:
-            cells.append(_cell(kind, "both", names, group[0], places))
+    for cluster in sorted(set(clusters.values())) if clusters else [0]:
+        own = {
+            name: [place for place in each if not clusters or clusters[place[0]] == cluster]
+            for name, each in places.items()
+        }
+        for kind, group in groups.items():
+            names = tuple(slot.name for slot in group if own[slot.name])
+            kind = f"{kind} of {cluster}" if cluster else kind
+            for name in names:
+                cells.append(_cell(kind, "adapters", (name,), group[0], own, cluster))
+            if len(names) > 1:
+                cells.append(_cell(kind, "both", names, group[0], own, cluster))
     return cells
 
 
@@ -76,9 +95,10 @@ def _cell(
     names: tuple[str, ...],
     slot: Slot,
     places: Mapping[str, Sequence[tuple[int, int]]],
+    cluster: int,
 ) -> PlannedCell:
     members = tuple(place for name in names for place in places[name])
-    return PlannedCell(kind, scope, names, slot.shape, members)
+    return PlannedCell(kind, scope, names, slot.shape, members, cluster)
 
 
 def write_plan(build: str, cells: Sequence[PlannedCell]) -> None:
@@ -90,6 +110,5 @@ def read_cell(build: str, number: int) -> PlannedCell:
     """Return a cell of the plan."""
     item = json.loads((Path(build) / PLAN).read_text("utf-8"))[number]
     members = tuple((adapter, module) for adapter, module in item["members"])
-    return PlannedCell(
-        item["kind"], item["scope"], tuple(item["modules"]), tuple(item["shape"]), members
-    )
+    modules, shape = tuple(item["modules"]), tuple(item["shape"])
+    return PlannedCell(item["kind"], item["scope"], modules, shape, members, item["cluster"])

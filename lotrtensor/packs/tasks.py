@@ -19,6 +19,7 @@ from lotrtensor.adapters.formats.header import read_header
 from lotrtensor.adapters.formats.tensors import Tensors, file_bytes, read_file
 from lotrtensor.core.bits.basis import QuantisedBasis
 from lotrtensor.core.bits.collection import CollectionInBits
+from lotrtensor.core.similarity import pair_products
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.packs.coding import CARRIED, member_to_tensors
@@ -61,6 +62,23 @@ def stack_of(build: str, cell: PlannedCell, weights: str = "") -> LowRankStack:
         lefts.append(b * (own.get(str(adapter), 1.0) / (norms[adapter] or 1.0)))
         rights.append(a)
     return LowRankStack(lefts, rights)
+
+
+def module_products(build: str, places: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Inner products of every two adapters over one module, each adapter brought to norm 1.
+
+    Parameters
+    ----------
+    build : str
+        The build directory.
+    places : sequence of (int, int)
+        Numbers of the adapters, and of the module in each.
+    """
+    pairs = [read_factors(build, adapter, module) for adapter, module in places]
+    norms = [read_spooled(build, adapter).norm or 1.0 for adapter, _ in places]
+    found = pair_products([b for b, _ in pairs], [a for _, a in pairs])
+    scaled: np.ndarray = found / np.outer(norms, norms)
+    return scaled
 
 
 def price_cell(build: str, number: int, error: float, most_bytes: float) -> Priced:
@@ -194,7 +212,7 @@ class CellFiles(Mapping[str, Cell]):
         found, _ = read_file(Path(self.build) / file)
         sides = found["left"], found["right"], found["mean"]
         basis = QuantisedBasis(*sides, float(found["step"][0]), int(found["slices"][0]))
-        cell = Cell(planned.modules, planned.shape, basis)
+        cell = Cell(planned.modules, planned.shape, basis, planned.cluster)
         if sum(side.size for side in sides) <= self._room:
             self._room -= sum(side.size for side in sides)
             self._kept[place] = cell

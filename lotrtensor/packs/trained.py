@@ -41,7 +41,7 @@ from lotrtensor.packs.coding import CODED as MEMBER
 from lotrtensor.packs.coding import cells_by_module, member_from_tensors, member_to_tensors
 from lotrtensor.packs.encoding import member_of, settled
 from lotrtensor.packs.files import Index
-from lotrtensor.packs.members import Cell, Member
+from lotrtensor.packs.members import Cell, Member, first_cluster
 
 BASES = "bases"
 MARK_DIGITS = 32
@@ -86,7 +86,7 @@ def code_cores(
     The step is the largest entry over the largest code: an entry is off by half of it at most. The
     stated error counts what a model's type has rounded off the bases, too.
     """
-    by_module = cells_by_module(cells)
+    by_module = cells_by_module(first_cluster(cells))
     modules, cores = [], {}
     for name, own in trained.items():
         b, a = own.left, own.core @ own.right.T

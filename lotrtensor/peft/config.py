@@ -73,7 +73,8 @@ class LotrConfig(PeftConfig):
     init : str
         ``"orthogonal"``, ``"paper"`` or ``"svd"`` (see `lotrtensor.torch.init.init_factors`), with
         zero cores and so ΔW = 0; or the directory of a trained LoRA or LoTR to start from; or
-        that of a pack (`lotrtensor.pack`), whose bases are then U and V, with zero cores: with
+        that of a pack (`lotrtensor.pack`), whose bases, those of its largest cluster, are then U
+        and V, with zero cores: with
         ``train="cores"`` what is trained is a few kilobytes that the pack takes (`save_cores`).
     init_weights : bool
         As in PEFT's other methods: False draws the cores at random instead of zero, so that the

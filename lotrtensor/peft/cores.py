@@ -16,7 +16,7 @@ from lotrtensor.core.options import check_flag
 from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
 from lotrtensor.packs.coding import cells_by_module
 from lotrtensor.packs.encoding import common_config
-from lotrtensor.packs.members import Cell
+from lotrtensor.packs.members import Cell, first_cluster
 from lotrtensor.packs.pack import Pack
 from lotrtensor.packs.trained import TrainedCore, code_cores, write_trained
 from lotrtensor.peft.experts import cores_by_name
@@ -45,7 +45,8 @@ def save_cores(
     ----------
     model : PeftModel
         A model whose adapter was made by ``LotrConfig(init=PACK, train="cores")``, or loaded by
-        `load_pack` with ``train="cores"`` and has no private parts.
+        `load_pack` with ``train="cores"`` and has no private parts; of a pack with clusters, on
+        the bases of the largest.
     pack : Pack or path-like
         The pack.
     directory : path-like
@@ -106,7 +107,7 @@ def save_cores(
 
 def _trained(tuner: LotrModel, pack: Pack, adapter_name: str) -> dict[str, TrainedCore]:
     """Return factors and cores of an adapter by module in float64, the scale in the cores."""
-    cells = cells_by_module(pack.cells)
+    cells = cells_by_module(first_cluster(pack.cells))
     places = cores_by_name(tuner.model, adapter_name)
     found = {}
     for group in tuner.plans(adapter_name):

@@ -20,6 +20,7 @@ from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.adapters.parts import group_parts
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 from lotrtensor.packs.files import is_pack
+from lotrtensor.packs.members import first_cluster
 from lotrtensor.packs.pack import Pack
 from lotrtensor.peft.config import LotrConfig
 from lotrtensor.peft.experts import Experts
@@ -203,7 +204,7 @@ def _from_pack(config: LotrConfig, pack: Pack, layers: Mapping[str, Layer]) -> A
     if pack.cells:
         check_names(config, (name for cell in pack.cells for name in cell.modules))
     plans, groups = [], []
-    for cell in pack.cells:
+    for cell in first_cluster(pack.cells):  # the largest cluster
         names = tuple(name for name in cell.modules if name in layers and _is_chosen(config, name))
         if not names:
             continue

@@ -28,6 +28,7 @@ def pack_document(pack: Pack) -> Document:
                 "modules": list(cell.modules),
                 "shape": list(cell.shape),
                 "ranks": list(cell.basis.rank),
+                "cluster": cell.cluster,
                 "lower_bound": bound,
             }
             for cell, bound in itertools.zip_longest(pack.cells, pack.bounds)
