@@ -20,7 +20,7 @@ stage = @printf '\n== %s\n' '$(1)'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest test-deep test-oldest fuzz lint notebooks docs bench evidence peft-matrix clean
+.PHONY: help demo test pytest test-deep test-oldest fuzz faults lint notebooks docs bench evidence peft-matrix clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ test-deep: $(TEST)/installed ## Look for new cases that break a property; repeat
 RUNS := 1000000
 fuzz: $(TEST)/installed ## Read a million changed files (RUNS=), and write the counts into docs/fuzz.json
 	@$(BIN)/python -m tests.fuzz --runs $(RUNS) --processes 2 --json docs/fuzz.json
+
+faults: $(TEST)/installed ## Let every system call of every writing command fail once (needs strace)
+	@$(BIN)/python -m tests.faults --json docs/faults.json
 
 test-oldest: ## Run the tests with the lowest versions that pyproject.toml allows, on Python 3.11
 	@$(MAKE) --no-print-directory $(OLDEST)/installed TEST=$(OLDEST) CONSTRAINTS=constraints-oldest.txt
@@ -95,7 +98,7 @@ pytest test-deep test-oldest docs bench evidence: export JAX_PLATFORMS := cpu
 pytest test-deep: export XLA_FLAGS := \
     --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 # Processes with a thread each: threads of several would wait for one another.
-pytest test-deep test-oldest fuzz docs: export OMP_NUM_THREADS := 1
+pytest test-deep test-oldest fuzz faults docs: export OMP_NUM_THREADS := 1
 
 define create-venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
