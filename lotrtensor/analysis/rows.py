@@ -55,7 +55,7 @@ class Choice(NamedTuple):
     >>> modules = [lt.LoraModule(f"layers.{k}.query", b, a.T) for k, (b, a) in enumerate(zip(B, A))]
     >>> analysis = lt.analyze(lt.LoraAdapter(tuple(modules), {}, np.dtype("float32")), shares=(50,))
     >>> analysis.choices[0].representation, analysis.choices[0].budget
-    ('LoTR by type', 0.5)
+    ('compressed', 0.5)
     """
 
     kind: Kind
