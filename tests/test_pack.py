@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 import lotrtensor as lt
 from adapters_fixtures import write_lora
+from lotrtensor.adapters.formats.coded_row import from_row, to_row
+from lotrtensor.packs import coding
 from pack_decoder import read_adapter
 from pack_fixtures import contents, dense_error, family, strangers
 
@@ -381,6 +383,25 @@ def test_clusters_take_fewer_bytes_where_there_are_two_origins(tmp_path):
     assert {cell.cluster for cell in two.member("more").cells.values()} == {1}
     again = lt.refit(two, adapters)
     assert {cell.cluster for cell in again.cells} == {0, 1}
+
+
+@pytest.mark.parametrize("goal", [{"tolerance": 0.1, "share": "adapters"}, {"rank": 3}])
+def test_one_of_a_cluster_of_its_own_uses_no_bases(tmp_path, goal):
+    adapters = family(3, common=0.1) | {"alone": strangers(1, seed=9)["user-0"]}
+    found = lt.pack(adapters, tmp_path / "pack", clusters=2, **goal)
+    assert [row.uses_bases for row in found.rows] == [True, True, True, False]
+    error = dense_error(found.member("alone").updates(), adapters["alone"])
+    assert error == pytest.approx(found.row("alone").relative_error, rel=1e-4)
+
+
+@pytest.mark.parametrize("cluster", [1, -1, [0], "0", True])
+def test_a_cluster_that_is_not_there_is_refused(tmp_path, cluster):
+    found = lt.pack(family(3), tmp_path / "pack", tolerance=0.1, share="adapters")
+    tensors = coding.member_to_tensors(found.member("user-0"), found.cells)
+    coded, rest = from_row(tensors["coded"], "row")
+    row = to_row(coded._replace(records=coded.records | {"cluster": cluster}), rest)
+    with pytest.raises(lt.FormatError, match="shares no bases"):
+        coding.member_from_tensors({"coded": row}, found.cells, "here")
 
 
 def test_more_clusters_than_adapters(tmp_path):

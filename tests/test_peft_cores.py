@@ -163,14 +163,17 @@ def test_embeddings_stay_embeddings(tmp_path: Path) -> None:
     class Net(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words, self.up = torch.nn.Embedding(50, 24), torch.nn.Linear(24, 30)
+            self.embed_tokens, self.up = torch.nn.Embedding(50, 24), torch.nn.Linear(24, 30)
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.up(self.words(ids))
+            return self.up(self.embed_tokens(ids))
+
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return self.embed_tokens
 
     rng, ids = np.random.default_rng(0), torch.arange(50)
     bases = {n: (rng.normal(size=(m, 3)), rng.normal(size=(3, k)), e)
-             for n, m, k, e in (("words", 24, 50, True), ("up", 30, 24, False))}  # fmt: skip
+             for n, m, k, e in (("embed_tokens", 24, 50, True), ("up", 30, 24, False))}  # fmt: skip
     adapters = {}
     for i in range(4):
         modules = [lt.LoraModule(n, b @ (np.eye(3) + 0.3 * rng.normal(size=(3, 3))), a, e)
@@ -186,11 +189,12 @@ def test_embeddings_stay_embeddings(tmp_path: Path) -> None:
                 parameter.copy_(0.1 * torch.randn_like(parameter))
     lotr.save_cores(model, packed, tmp_path / "mine")
     packed.add("mine", tmp_path / "mine")
+    assert not packed.member("mine").extras  # and its weight is none of the adapter
     torch.manual_seed(0)
     again = lotr.load_pack(Net(), packed, ["mine"])
     torch.testing.assert_close(again(ids), model(ids), rtol=1e-3, atol=1e-3)
     lora = packed.unpack("mine")
-    assert {m.name: m.embedding for m in lora.modules} == {"words": True, "up": False}
+    assert {m.name: m.embedding for m in lora.modules} == {"embed_tokens": True, "up": False}
 
 
 # --- refusals

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,6 @@ class Draft:
     step: float
     cells: list[tuple[int, str]]
     members: dict[int, Encoded]
-    on_bases: set[int] = field(default_factory=set)
 
 
 def build(path: Path, request: Request, before: Index) -> Index:
@@ -253,7 +252,7 @@ class _Builder:
         cells = self._fit(step, "", rank)
         what = "encoding" if cells else "alone"
         members = self._encode(what, cells, step, None, private=False)
-        draft = Draft(step, cells, members, set(members) if cells else set())
+        draft = Draft(step, cells, members)
         return self._write(draft, {"rank": rank, "step": step})
 
     def _draft(self, step: float, tolerance: float | None) -> Draft:
@@ -269,7 +268,7 @@ class _Builder:
             return Draft(step, [], alone)
         shared = self._encode("encoding", cells, step, tolerance)
         if request.share != "auto":
-            return Draft(step, cells, shared, set(numbers))
+            return Draft(step, cells, shared)
 
         def cost(own: Encoded) -> float:
             # At one error bytes compare by themselves, at one step with what they take off it.
@@ -280,7 +279,7 @@ class _Builder:
             return Draft(step, [], alone)
         better = {n for n in numbers if gains[n] > 0}
         members = {n: shared[n] if n in better else alone[n] for n in numbers}
-        return Draft(step, cells, members, better)
+        return Draft(step, cells, members)
 
     def _fit(self, step: float, weights: str, rank: int | None = None) -> list[tuple[int, str]]:
         """The bases that are worth their bits, or of a rank: numbers of their cells, and files."""
@@ -372,7 +371,7 @@ class _Builder:
                 relative_error=rounded_up(draft.members[number].error),
                 mean_error=float(f"{means[number]:.6g}"),
                 bytes=draft.members[number].bytes,
-                uses_bases=number in draft.on_bases,
+                uses_bases=draft.members[number].uses_bases,
             )
             for i, (number, file) in enumerate(zip(draft.members, files, strict=True))
         }

@@ -32,6 +32,7 @@ from lotrtensor.adapters.formats.names import fold, unfold
 from lotrtensor.adapters.formats.tensors import Tensors
 from lotrtensor.core.bits import stream
 from lotrtensor.core.bits.basis import QuantisedBasis
+from lotrtensor.core.options import shown
 from lotrtensor.errors import FormatError
 from lotrtensor.packs.members import Cell, Member, by_cluster
 
@@ -255,7 +256,13 @@ def member_from_tensors(tensors: Tensors, cells: Sequence[Cell], where: str) -> 
     if not is_number(weight) or not is_number(step) or not step:
         raise FormatError(f"{where}: {CODED} has no weight and step; fetch the pack again")
     shapes = {name: group.shape for group in groups for name in group.modules}
-    own_cells = by_cluster(cells).get(record.get("cluster", 0), ())
+    cluster: Any = record.get("cluster", 0)
+    own_cells = by_cluster(cells).get(cluster) if is_natural(cluster) else None
+    if own_cells is None:
+        raise FormatError(
+            f"{where}: {CODED} is of the cluster {shown(cluster)}, which shares no bases; fetch "
+            "the pack again"
+        )
     named = [(cell, [name for name in cell.modules if name in shapes]) for cell in own_cells]
     used = [(cell, names) for cell, names in named if names]
     unlike = next((n for c, ns in used for n in ns if shapes[n] != c.shape), None)

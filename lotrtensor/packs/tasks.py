@@ -220,11 +220,15 @@ class CellFiles(Mapping[str, Cell]):
 
 
 class Encoded(NamedTuple):
-    """A member in a file of the build: its name, bytes without carried tensors, relative error."""
+    """A member in a file of the build: its name, bytes without carried tensors, relative error.
+
+    ``uses_bases`` tells whether it has a core on any.
+    """
 
     file: str
     bytes: int
     error: float
+    uses_bases: bool
 
 
 def member_bytes(tensors: Tensors) -> int:
@@ -276,6 +280,6 @@ def encode(
         tensors = member_to_tensors(member, ())
     write_once(Path(build) / f"{stem}.safetensors", file_bytes(tensors, {}))
     size = member_bytes(tensors)
-    found = Encoded(f"{stem}.safetensors", size, member.relative_error)
+    found = Encoded(f"{stem}.safetensors", size, member.relative_error, bool(member.cores))
     write_once(note, json.dumps(found).encode())
     return found

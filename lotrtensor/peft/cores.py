@@ -96,7 +96,8 @@ def save_cores(
         )
     check_flag(force, "force")
     trained = _trained(tuner, found, adapter_name)
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    # PEFT would add the whole weight of an embedding that is adapted.
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     extras = {key: to_numpy(value) for key, value in state.items() if not is_own(key)}
     config = tuner.peft_config[adapter_name]
     said = {field.name: getattr(config, field.name) for field in fields(config)}

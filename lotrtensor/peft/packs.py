@@ -8,12 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from peft import (
-    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-    PeftModel,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, set_peft_model_state_dict
 from torch import nn
 
 from lotrtensor.adapters.formats.carried import carried_tensors
@@ -248,8 +243,7 @@ def _twins(model: Any, groups: Sequence[GroupParts]) -> dict[str, SharedFactors]
 
 
 def _fill(model: PeftModel, name: str, member: Member) -> None:
-    expected = get_peft_model_state_dict(model, adapter_name=name)
-    state = plain_numbers(member.groups, expected)
+    state = plain_numbers(member.groups, LotrModel.expected(model, name))
     state |= {key: from_numpy(array) for key, array in member.extras.items()}
     found: Any = set_peft_model_state_dict(model, state, adapter_name=name)
     stray = [key for key in found.unexpected_keys if key in member.extras]

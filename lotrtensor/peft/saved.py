@@ -53,7 +53,7 @@ class SavedAdapters(SeveralAdapters):
     ) -> dict[str, Tensor]:
         tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
         try:
-            expected = cls._expected(model, adapter_name)
+            expected = cls.expected(model, adapter_name)
             state_dict = keys.dequantise(state_dict, expected, f"adapter {adapter_name!r}")
             state_dict = keys.multiply_cores(state_dict)
             places = keys.split_cores(expected)
@@ -72,7 +72,7 @@ class SavedAdapters(SeveralAdapters):
         return keys.add_aliases(found, dict(model.named_parameters(remove_duplicate=False)))
 
     @classmethod
-    def _expected(cls, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    def expected(cls, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         """Return the parameters of an adapter by the keys of its file."""
         prefixes = tuners_utils._get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         own = tuners_utils._filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
