@@ -101,6 +101,49 @@ def test_a_pack_made_for_a_size(tmp_path):
     assert lt.refit(found, family(4), tolerance=0.2).goal == {"tolerance": 0.2}
 
 
+def test_one_that_the_bases_do_not_suit_is_refused(tmp_path):
+    found = lt.pack(family(6), tmp_path / "pack", share="adapters", rank=4)
+    least = min(1 - row.relative_error**2 for row in found.rows)
+    akin, other = family(7)["user-6"], family(1, seed=9)["user-0"]
+    before = contents(found.path)
+    with pytest.raises(lt.RankError, match="a larger max_error and refit the pack"):
+        found.add_all({"akin": akin, "other": other})
+    assert contents(found.path) == before  # none of them
+    assert 1 - found.add("akin", akin).relative_error ** 2 >= 0.5 * least
+    assert found.add("private", other, tolerance=0.1).relative_error <= 0.1
+    row = found.add("other", other, max_error=1.0)
+    assert 1 - row.relative_error**2 < 0.5 * least
+    assert dense_error(found.member("other").updates(), other) <= row.relative_error
+    assert found.names[-3:] == ("akin", "private", "other")
+
+
+def test_a_largest_error_of_what_is_added(tmp_path):
+    found, one = lt.pack(family(4), tmp_path / "pack", budget=20_000), family(5)["user-4"]
+    before = contents(found.path)
+    with pytest.raises(lt.RankError, match="and max_error is 1e-06"):
+        found.add("new", one, max_error=1e-6)
+    for bad in (-1, float("nan"), "much", True):
+        with pytest.raises(lt.OptionError, match="max_error"):
+            found.add("new", one, max_error=bad)
+    assert contents(found.path) == before
+    assert found.add("new", one, max_error=0.9).relative_error < 0.9
+
+
+def test_several_are_added_at_once_or_none(pack, tmp_path):
+    for name in pack.names:
+        pack.remove(name)
+    before = contents(pack.path)
+    narrow = family(1, kinds={"query": (24, 24)})["user-0"]
+    with pytest.raises(lt.FormatError, match="different base models"):
+        pack.add_all({"a": family(1)["user-0"], "b": narrow})
+    assert contents(pack.path) == before
+    seen = []
+    rows = pack.add_all(family(3), progress=lambda *step: seen.append(step))
+    assert [row.name for row in rows] == list(pack.names) == ["user-0", "user-1", "user-2"]
+    assert seen == [(f"user-{i}", i, 3) for i in range(3)]
+    pack.check()
+
+
 # --- stopped at any instant -----------------------------------------------------------------------
 
 

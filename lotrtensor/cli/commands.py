@@ -54,7 +54,10 @@ COMMANDS = {
         "packs",
         "Pack adapters of one base model: what they share once, what is their own in bits.",
     ),
-    "add": ("packs", "Add adapters to a pack; no file that stands there is written again."),
+    "add": (
+        "packs",
+        "Add adapters to a pack, all or none; no file that stands there is written again.",
+    ),
     "remove": ("packs", "Remove adapters from a pack."),
     "refit": ("packs", "Fit the bases of a pack anew, for the adapters that it holds by now."),
     "unpack": (

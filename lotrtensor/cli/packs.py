@@ -151,9 +151,16 @@ def show_pack(found: Pack, *, json: bool) -> None:
 
 
 def add(
-    path: PackPath, adapters: Adapters, tolerance: Tolerance = None, json: Json = False
+    path: PackPath,
+    adapters: Adapters,
+    tolerance: Tolerance = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(help="Relative error past which an adapter is refused, without a tolerance."),
+    ] = None,
+    json: Json = False,
 ) -> None:
-    """Add adapters to a pack; no file that stands there is written again.
+    """Add adapters to a pack, all or none; no file that stands there is written again.
 
     Example: lotr add a-pack my-tuned
     """
@@ -162,9 +169,7 @@ def add(
     if taken is not None:
         raise FormatError(f"{path} holds an adapter {taken!r} already; name this one NAME=PATH")
     with progress_bar("adding") as progress:
-        for done, (name, source) in enumerate(sources.items()):
-            progress(name, done, len(sources))
-            found.add(name, source, tolerance=tolerance)
+        found.add_all(sources, tolerance=tolerance, max_error=max_error, progress=progress)
     show_pack(found, json=json)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from lotrtensor.adapters.formats.compressed_record import rounded_up
@@ -10,16 +13,21 @@ from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.formats.tensors import Tensors
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.core.bits.terms import slope
+from lotrtensor.core.options import check_number
 from lotrtensor.core.ranks.goal import make_goal
-from lotrtensor.errors import FormatError
+from lotrtensor.errors import FormatError, RankError
 from lotrtensor.packs.coding import cells_by_module, member_to_tensors
 from lotrtensor.packs.encoding import alone, norm_of, on_bases, settled
-from lotrtensor.packs.files import Index
+from lotrtensor.packs.files import ADAPTER_SHARD, Entry, Index, write_shard
 from lotrtensor.packs.members import Cell, Member, by_cluster
 from lotrtensor.packs.spool import Source, as_lora
 from lotrtensor.packs.tasks import member_bytes
 from lotrtensor.packs.trained import is_trained, mark_of, read_trained
 from lotrtensor.verbs._compress import Form
+
+LEAST = 0.5
+"""Share of what the worst kept adapter of a pack keeps that a new one keeps at least, of ‖ΔW‖²: one
+that keeps less is unlike all that the bases were made of."""
 
 
 class NewMember(NamedTuple):
@@ -36,7 +44,7 @@ def encode_new(
     name: str,
     cells: Sequence[Cell],
     index: Index,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: MutableMapping[str, tuple[int, int]],
     tolerance: float | None,
 ) -> NewMember:
     """Encode an adapter for a pack.
@@ -52,7 +60,7 @@ def encode_new(
     index : Index
         The pack's index, whose goal holds where no tolerance is given.
     shapes : mapping of str to (int, int)
-        Shapes of modules that are known.
+        Shapes of modules that are known; those of this adapter are added.
     tolerance : float or None
         Relative error that is not exceeded.
 
@@ -68,7 +76,7 @@ def encode_new(
         return _new(member, cells, uses_bases=True)
     lora = as_lora(source, name)
     for module in lora.modules:
-        known = shapes.get(module.name, module.shape)
+        known = shapes.setdefault(module.name, module.shape)
         if known != module.shape:
             raise FormatError(
                 f"{module.name} is {known[0]} × {known[1]} in the pack and {module.shape[0]} × "
@@ -94,6 +102,67 @@ def encode_new(
         return new.bytes + (0.0 if tolerance else new.error**2 / (8 * slope(step)))
 
     return min(found, key=cost)
+
+
+def check_suited(name: str, new: NewMember, index: Index, max_error: float | None = None) -> None:
+    """Refuse an adapter of which a pack would keep too little.
+
+    A pack of a tolerance keeps that of every adapter. One that was made for a size or for a rank
+    may lose much of an adapter that its bases were not made for.
+
+    Parameters
+    ----------
+    name : str
+        Its name.
+    new : NewMember
+        What would be stored.
+    index : Index
+        The pack's index.
+    max_error : float or None
+        Relative error that is accepted; if not given, that at which 1 - error² is half of what
+        the worst kept adapter of the pack has.
+
+    Raises
+    ------
+    OptionError
+        If ``max_error`` is no finite number of at least 0.
+    RankError
+        If the error is larger.
+    """
+    if max_error is None:
+        worst = max((entry.relative_error for entry in index.adapters.values()), default=0.0)
+        most = math.sqrt(1.0 - LEAST * max(1.0 - worst**2, 0.0))
+        expected = f"its adapters have {worst:.2g} at most"
+    else:
+        most = check_number(max_error, "max_error")
+        expected = f"max_error is {max_error:g}"
+    if new.error > most:
+        raise RankError(
+            f"{name} would have a relative error of {new.error:.2g}, and {expected}; give a "
+            "tolerance, or a larger max_error and refit the pack with its original"
+        )
+
+
+def with_members(path: Path, index: Index, new: Mapping[str, NewMember]) -> Index:
+    """Write a shard for each new member, and return the index that names them, unpublished.
+
+    Parameters
+    ----------
+    path : Path
+        The directory of the pack, locked.
+    index : Index
+        Its index.
+    new : mapping of str to NewMember
+        What to add, by name.
+    """
+    shards, adapters, number = list(index.shards), dict(index.adapters), index.next
+    for name, own in new.items():
+        prefixed = {f"{number}.{key}": tensor for key, tensor in own.tensors.items()}
+        shards.append(write_shard(path, ADAPTER_SHARD, number, prefixed))
+        entry = Entry(shards[-1].file, number, own.error, None, own.bytes, own.uses_bases)
+        adapters[name] = entry
+        number += 1
+    return replace(index, shards=tuple(shards), adapters=adapters, next=number)
 
 
 def _used(lora: LoraAdapter, cells: Mapping[str, Cell]) -> dict[str, Cell]:

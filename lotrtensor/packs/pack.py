@@ -13,10 +13,8 @@ from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
-from lotrtensor.packs.adding import encode_new
+from lotrtensor.packs.adding import check_suited, encode_new, with_members
 from lotrtensor.packs.files import (
-    ADAPTER_SHARD,
-    Entry,
     Index,
     check_digest,
     locked,
@@ -24,7 +22,6 @@ from lotrtensor.packs.files import (
     plain_names,
     publish,
     read_index,
-    write_shard,
 )
 from lotrtensor.packs.members import Cell, Member
 from lotrtensor.packs.reading import entry_of, read_cells, read_member
@@ -32,6 +29,7 @@ from lotrtensor.packs.serving import ServePlan, plan_serving
 from lotrtensor.packs.spool import Source
 from lotrtensor.packs.trained import mark_of
 from lotrtensor.verbs._compare import ModuleDifference, compare, lora_factors
+from lotrtensor.verbs._fit_groups import Progress
 
 
 class PackRow(NamedTuple):
@@ -211,7 +209,14 @@ class Pack:
         """
         return self.member(name).to_lora(rank)
 
-    def add(self, name: str, adapter: Source, *, tolerance: float | None = None) -> PackRow:
+    def add(
+        self,
+        name: str,
+        adapter: Source,
+        *,
+        tolerance: float | None = None,
+        max_error: float | None = None,
+    ) -> PackRow:
         """Add an adapter: a new file beside the others, none of which is written again.
 
         It is coded on the bases that are there, with private parts for what they leave of it, or by
@@ -226,28 +231,63 @@ class Pack:
             as it is, without loss.
         tolerance : float, optional
             Relative error that is not exceeded; what the pack was made with if not given.
+        max_error : float, optional
+            Relative error past which the adapter is refused, for a pack that was made for a size or
+            a rank and holds no tolerance. If not given, 1 - error² is at least half of what it is
+            for any adapter of the pack.
 
         Raises
         ------
         FormatError
             If the name is taken, the adapter belongs to another base model, or another process
             writes.
+        OptionError
+            If ``max_error`` is no finite number of at least 0.
+        RankError
+            If the error is past ``max_error``, or the tolerance is out of reach.
+        """
+        return self.add_all({name: adapter}, tolerance=tolerance, max_error=max_error)[0]
+
+    def add_all(
+        self,
+        adapters: Mapping[str, Source],
+        *,
+        tolerance: float | None = None,
+        max_error: float | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[PackRow, ...]:
+        """Add several adapters as `add` does, all or, where one is refused, none of them.
+
+        Parameters
+        ----------
+        adapters : mapping of str to path or adapter
+            Adapters by their names in the pack.
+        tolerance, max_error : float, optional
+            As for `add`.
+        progress : callable, optional
+            As for `lotrtensor.pack`.
+
+        Raises
+        ------
+        FormatError, OptionError, RankError
+            As for `add`; the sentence names the adapter.
         """
         with locked(self.path):
             index = read_index(self.path)
-            plain_names([*index.adapters, name])
+            plain_names([*index.adapters, *adapters])
             self._set(index)
-            found = encode_new(adapter, name, self.cells, index, self._shapes(), tolerance)
-            number = index.next
-            prefixed = {f"{number}.{key}": tensor for key, tensor in found.tensors.items()}
-            shard = write_shard(self.path, ADAPTER_SHARD, number, prefixed)
-            entry = Entry(shard.file, number, found.error, None, found.bytes, found.uses_bases)
-            adapters = {**index.adapters, name: entry}
-            shards = (*index.shards, shard)
-            index = replace(index, shards=shards, adapters=adapters, next=number + 1)
+            shapes, found = self._shapes(), {}
+            for done, (name, adapter) in enumerate(adapters.items()):
+                if progress:
+                    progress(name, done, len(adapters))
+                new = encode_new(adapter, name, self.cells, index, shapes, tolerance)
+                if max_error is not None or (tolerance or index.goal.get("tolerance")) is None:
+                    check_suited(name, new, index, max_error)
+                found[name] = new
+            index = with_members(self.path, index, found)
             publish(self.path, index)
             self._set(index)
-        return self.rows[-1]
+        return tuple(map(self.row, adapters))
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the index, and its file once no other adapter is in it.
