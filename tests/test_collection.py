@@ -189,7 +189,48 @@ def test_many_wide_slices_take_the_matrix_free_way(monkeypatch):
     found = family(5, slices=6, mean=1.0, common=0.5, own=0.01, sides=(90, 80))
     exact, step = made(found)
     expected = exact.best(step).price(step)
-    monkeypatch.setattr("lotrtensor.core.bits.collection.MOST_CORES", 6 * 24**2)
+    monkeypatch.setattr("lotrtensor.core.bits.spaces.MOST_CORES", 6 * 24**2)
     free, _ = made(found)
     assert free.best(step).price(step) == pytest.approx(expected, rel=0.05)
-    assert max(free._cores.shape[1:]) <= 24 < max(exact._cores.shape[1:])
+    assert max(free._spaces.reduced.largest) <= 24 < max(exact._spaces.reduced.largest)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [*PARTS.values(), {"mean": 0.0, "common": 1.0, "own": 0.0, "ranks": (1, 30, 1)}],
+    ids=str,
+)
+def test_narrow_spaces_find_what_all_columns_do(parts, monkeypatch):
+    found = family(6, slices=60, sides=(160, 120), **parts)
+    exact, step = made(found, 0.02)
+    expected = exact.best(step)
+    assert exact._spaces.exact
+    monkeypatch.setattr("lotrtensor.core.bits.collection.NARROW", 6)
+    narrow, _ = made(found, 0.02)
+    best = narrow.best(step)
+    assert best.price(step) == pytest.approx(expected.price(step), rel=0.02)
+    if max(expected.ranks) < 12:
+        assert max(narrow._spaces.reduced.largest) < 60
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_a_sample_stands_for_all(parts):
+    found = family(7, slices=80, sides=(60, 40), **PARTS[parts])
+    whole, step = made(found, 0.02)
+    some = Factors(found.B[::2], found.A[::2], "sample")
+    sample = CollectionInBits(some.stack(), slices=80)
+    assert sample.norm2 == pytest.approx(whole.norm2, rel=0.1)
+    best, expected = sample.best(step), whole.best(step)
+    assert best.bits == pytest.approx(expected.bits, rel=0.1)
+    assert best.lost2 == pytest.approx(expected.lost2, rel=0.1)
+    pairs = list(zip(found.B, found.A, strict=True))
+    mean = sum(b @ a for b, a in pairs[::2]) / 40
+    distances2 = [np.linalg.norm(b @ a - mean) ** 2 for b, a in pairs]
+    np.testing.assert_allclose(sample.distances2(pairs), distances2, rtol=1e-6)
+    ranks = best.ranks
+    lost2 = []
+    for collection in (whole, sample):
+        basis = collection.quantise(ranks, step)
+        assert basis.slices == 80
+        lost2.append(sum(code_slice(basis, b, a, step).lost2 for b, a in pairs))
+    assert lost2[1] < 1.1 * lost2[0]

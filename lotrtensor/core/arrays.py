@@ -149,7 +149,9 @@ def as_accumulator(x: Array) -> Array:
     xp = namespace(x)
     if x.dtype == xp.float64:
         return x
-    if is_torch_namespace(xp):
+    if is_numpy_namespace(xp):
+        has_float64 = True  # NumPy 2.0 cannot be asked
+    elif is_torch_namespace(xp):
         has_float64 = x.device.type != "mps"
     else:
         info = xp.__array_namespace_info__()

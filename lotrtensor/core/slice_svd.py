@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,15 +33,26 @@ def slice_svds(stack: LowRankStack) -> list[SliceSvd]:
     through each step together. Cost Σ_k 6 (m + n) r_k² flops.
     """
     found: dict[int, SliceSvd] = {}
+    for some in _batches(stack):
+        found.update(zip(some, _svds(stack, some), strict=True))
+    return [found[k] for k in range(stack.shape[0])]
+
+
+def slice_spectra(stack: LowRankStack) -> list[np.ndarray]:
+    """Return the falling singular values of every slice; its singular vectors are not kept."""
+    found: dict[int, np.ndarray] = {}
+    for some in _batches(stack):
+        found.update((k, svd.values) for k, svd in zip(some, _svds(stack, some), strict=True))
+    return [found[k] for k in range(stack.shape[0])]
+
+
+def _batches(stack: LowRankStack) -> Iterator[list[int]]:
+    """Slices of one rank, so many together that what is done to them stays in the cache."""
     column = stack.shape[1] + stack.shape[2]
     for rank in sorted(set(stack.ranks)):
         members = [k for k, r in enumerate(stack.ranks) if r == rank]
-        # So many together that what is done to them stays in the cache.
         most = max(1, ENTRIES // (rank * column))
-        for first in range(0, len(members), most):
-            some = members[first : first + most]
-            found.update(zip(some, _svds(stack, some), strict=True))
-    return [found[k] for k in range(stack.shape[0])]
+        yield from (members[first : first + most] for first in range(0, len(members), most))
 
 
 def _svds(stack: LowRankStack, members: Sequence[int]) -> list[SliceSvd]:

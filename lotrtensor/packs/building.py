@@ -31,7 +31,15 @@ from lotrtensor.packs.files import (
 )
 from lotrtensor.packs.plan import PlannedCell, plan_cells, write_plan
 from lotrtensor.packs.prices import Prices, crossing
-from lotrtensor.packs.spool import Source, Spooled, fingerprint, read_spooled, spool, write_once
+from lotrtensor.packs.spool import (
+    Source,
+    Spooled,
+    fingerprint,
+    read_spooled,
+    spool,
+    write_norms,
+    write_once,
+)
 from lotrtensor.packs.tasks import STEPS, Encoded
 from lotrtensor.packs.writing import SHARD_MEMBERS, cells_bytes, cells_tensors, write_members
 from lotrtensor.verbs._compress import Form
@@ -130,6 +138,8 @@ class _Builder:
     def run(self) -> Index:
         """All of it."""
         self._spool()
+        norms = {number: adapter.norm for number, adapter in self.adapters.items()}
+        write_norms(self.folder, norms)
         self._cluster()
         self.cells = plan_cells(self.adapters, self.clusters)
         write_plan(self.folder, self.cells)
@@ -140,7 +150,6 @@ class _Builder:
         most = math.inf if budget is None else float(budget)
         work = [(self.folder, i, fine, most) for i in range(len(self.cells))]
         priced = self._all("pricing", tasks.price_cell, work)
-        norms = {number: adapter.norm for number, adapter in self.adapters.items()}
         self.prices = Prices(self.cells, priced, norms, request.share)
         if request.rank is not None:
             return self._of_rank(request.rank)

@@ -11,8 +11,6 @@ from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.errors import FormatError
 from lotrtensor.packs.spool import Spooled, SpooledModule, write_once
 
-PLAN = "plan.json"
-
 
 @dataclass(frozen=True)
 class PlannedCell:
@@ -102,13 +100,22 @@ def _cell(
 
 
 def write_plan(build: str, cells: Sequence[PlannedCell]) -> None:
-    """Write the plan, for the tasks to read."""
-    write_once(Path(build) / PLAN, json.dumps([asdict(cell) for cell in cells]).encode())
+    """Write the plan, for the tasks to read: two files a cell, as members may be thousands."""
+    for number, cell in enumerate(cells):
+        content = asdict(cell)
+        members = content.pop("members")
+        for path, part in zip(_paths(build, number), (content, members), strict=True):
+            write_once(path, json.dumps(part).encode())
 
 
-def read_cell(build: str, number: int) -> PlannedCell:
-    """Return a cell of the plan."""
-    item = json.loads((Path(build) / PLAN).read_text("utf-8"))[number]
-    members = tuple((adapter, module) for adapter, module in item["members"])
-    modules, shape = tuple(item["modules"]), tuple(item["shape"])
-    return PlannedCell(item["kind"], item["scope"], modules, shape, members, item["cluster"])
+def _paths(build: str, number: int) -> tuple[Path, Path]:
+    return Path(build) / f"plan-{number:05}.json", Path(build) / f"members-{number:05}.json"
+
+
+def read_cell(build: str, number: int, *, members: bool = True) -> PlannedCell:
+    """Return a cell of the plan, with its members or without."""
+    path, slices = _paths(build, number)
+    item = json.loads(path.read_text("utf-8"))
+    item["modules"], item["shape"] = tuple(item["modules"]), tuple(item["shape"])
+    found = json.loads(slices.read_text("utf-8")) if members else []
+    return PlannedCell(**item, members=tuple((adapter, module) for adapter, module in found))

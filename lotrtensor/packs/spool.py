@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +125,21 @@ def read_spooled(build: str, number: int) -> Spooled:
         for name, shape, rank, embedding in content.pop("modules")
     )
     return Spooled(modules=modules, **content)
+
+
+def write_norms(build: str, norms: Mapping[int, float]) -> None:
+    """Write the norms of all adapters in one file, for tasks that need those of many."""
+    content = json.dumps({str(number): norm for number, norm in norms.items()})
+    write_once(Path(build) / NORMS, content.encode())
+
+
+def read_norms(build: str) -> dict[int, float]:
+    """Return the norms of all adapters by their numbers."""
+    content = json.loads((Path(build) / NORMS).read_text("utf-8"))
+    return {int(number): norm for number, norm in content.items()}
+
+
+NORMS = "norms.json"
 
 
 def read_factors(build: str, number: int, module: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from lotrtensor.packs.coding import CARRIED, member_to_tensors
 from lotrtensor.packs.encoding import alone, on_bases
 from lotrtensor.packs.members import Cell
 from lotrtensor.packs.plan import PlannedCell, read_cell
-from lotrtensor.packs.spool import read_factors, read_lora, read_spooled, write_once
+from lotrtensor.packs.spool import read_factors, read_lora, read_norms, read_spooled, write_once
 from lotrtensor.verbs._compress import Form
 
 STEPS = tuple(2.0 ** (-i / 2) for i in range(4, 30))
@@ -52,16 +53,42 @@ class Priced(NamedTuple):
     distances2: list[float]
 
 
-def stack_of(build: str, cell: PlannedCell, weights: str = "") -> LowRankStack:
-    """The slices of a cell, all adapters brought to norm 1, or to the weights in a file."""
+def slices_of(
+    build: str, cell: PlannedCell, weights: str = ""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Factors of the slices of a cell, all adapters brought to norm 1, or to weights in a file."""
     own = json.loads((Path(build) / weights).read_text("utf-8")) if weights else {}
-    norms = {a: read_spooled(build, a).norm for a in {a for a, _ in cell.members}}
-    lefts, rights = [], []
+    norms = read_norms(build)
     for adapter, module in cell.members:
         b, a = read_factors(build, adapter, module)
-        lefts.append(b * (own.get(str(adapter), 1.0) / (norms[adapter] or 1.0)))
-        rights.append(a)
-    return LowRankStack(lefts, rights)
+        yield b * (own.get(str(adapter), 1.0) / (norms[adapter] or 1.0)), a
+
+
+def collection_of(
+    build: str,
+    cell: PlannedCell,
+    weights: str = "",
+    widest: tuple[int, int] | None = None,
+) -> CollectionInBits:
+    """The slices of a cell, or as many of them, evenly spaced, as memory is given to.
+
+    So neither memory nor the time of a decomposition grows with the number of adapters. What many
+    adapters share is told by some hundreds of them; what is private, by each when it is encoded.
+    """
+    first = read_factors(build, *cell.members[0])[0]
+    most = max(FEWEST, ENTRIES // (sum(cell.shape) * first.shape[1]))
+    count = len(cell.members)
+    step = max(1.0, (count - 1) / (most - 1))
+    places = [round(i * step) for i in range(min(count, most))]
+    some = replace(cell, members=tuple(cell.members[i] for i in places))
+    pairs = list(slices_of(build, some, weights))
+    stack = LowRankStack([b for b, _ in pairs], [a for _, a in pairs])
+    return CollectionInBits(stack, widest, count)
+
+
+ENTRIES, FEWEST = 2**24, 128
+"""Numbers in the factors of the slices that a cell is made of, at most, 64 MiB in float32; and
+slices, if there are as many, whatever their size."""
 
 
 def module_products(build: str, places: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -75,7 +102,8 @@ def module_products(build: str, places: Sequence[tuple[int, int]]) -> np.ndarray
         Numbers of the adapters, and of the module in each.
     """
     pairs = [read_factors(build, adapter, module) for adapter, module in places]
-    norms = [read_spooled(build, adapter).norm or 1.0 for adapter, _ in places]
+    own = read_norms(build)
+    norms = [own[adapter] or 1.0 for adapter, _ in places]
     found = pair_products([b for b, _ in pairs], [a for _, a in pairs])
     scaled: np.ndarray = found / np.outer(norms, norms)
     return scaled
@@ -99,7 +127,7 @@ def price_cell(build: str, number: int, error: float, most_bytes: float) -> Pric
     if target.is_file():
         return Priced(*json.loads(target.read_text("utf-8")))
     cell = read_cell(build, number)
-    collection = CollectionInBits(stack_of(build, cell))
+    collection = collection_of(build, cell)
     rows: list[list[float]] = []
     for step in STEPS if len(cell.members) > 1 else ():
         shares = collection.shares(step)
@@ -109,7 +137,8 @@ def price_cell(build: str, number: int, error: float, most_bytes: float) -> Pric
         rows.append([float(value) for value in row])
         if best.lost2 <= error**2 * collection.norm2 or shares[0].bits > 8 * most_bytes:
             break
-    distances2 = collection.distances2().tolist() if cell.scope == "adapters" else []
+    means = cell.scope == "adapters"
+    distances2 = collection.distances2(slices_of(build, cell)).tolist() if means else []
     write_once(target, json.dumps([rows, distances2]).encode())
     return Priced(rows, distances2)
 
@@ -142,7 +171,7 @@ def fit_cell(
     mark = weights.removeprefix("weights-").removesuffix(".json")
     target = Path(build) / f"cell-{number:05}-{step:.9e}{mark and '-' + mark}.safetensors"
     if not target.is_file():
-        collection = CollectionInBits(stack_of(build, read_cell(build, number), weights), widest)
+        collection = collection_of(build, read_cell(build, number), weights, widest)
         ranks = (rank, rank) if rank is not None else collection.best(step).ranks
         basis = collection.quantise(ranks, step)
         # Not an npz, whose header NumPy parses as Python: in threads that fails now and then.
@@ -180,7 +209,7 @@ class CellFiles(Mapping[str, Cell]):
 
     def __init__(self, build: str, files: Sequence[tuple[int, str]]) -> None:
         self.build, self.files = build, files
-        self._planned = {number: read_cell(build, number) for number, _ in files}
+        self._planned = {number: read_cell(build, number, members=False) for number, _ in files}
         self._owner = {m: i for i, (n, _) in enumerate(files) for m in self._planned[n].modules}
         self._kept: dict[int, Cell] = {}
         self._room = self.KEPT

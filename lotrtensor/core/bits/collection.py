@@ -14,7 +14,7 @@ finer by √K, since its error is that of K slices; its distortion is then that 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,21 +23,24 @@ import numpy as np
 from lotrtensor.core.arrays import to_numpy
 from lotrtensor.core.bits.basis import QuantisedBasis
 from lotrtensor.core.bits.grid import column_cost, round_to_grid
+from lotrtensor.core.bits.spaces import Spaces, widest_space
 from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.bits.terms import predict_terms, slope, unit_columns
-from lotrtensor.core.fit import tuning
-from lotrtensor.core.fit.reduced_stack import ReducedStack
-from lotrtensor.core.fit.reduction import reduce_stack
 from lotrtensor.core.ranks.curve import outside2
-from lotrtensor.core.slice_svd import slice_svds
+from lotrtensor.core.slice_svd import slice_spectra
 from lotrtensor.core.stacks.low_rank import LowRankStack
 
-MOST_CORES = 2**25
-"""Entries that the cores of all slices between the bases hold at most, 256 MiB: beyond, the bases
-are cut to fewer columns, from a matrix-free block iteration."""
+NARROW = 128
+"""Columns of the spaces between which ranks are looked for first; twice as many where ranks above
+half of them are the best. A column is worth its bits only where it spares several slices one of
+theirs, and to decompose thousands of slices whole takes the cube of their number."""
 
-SAMPLE = 48
-"""Slices whose residuals stand for those of all when ranks are priced."""
+GAIN = 0.99
+"""Ratio of prices that counts: columns at the edge of being coded lower one by some thousandths."""
+
+FALLS = 0.75
+"""Ratio of what lies beyond all columns of the spaces to what lies beyond half of them, below which
+more columns are looked at; what is private lies beyond either nearly alike."""
 
 COLUMN_BITS = 8
 """Bits of a column beside its codes: its kind."""
@@ -65,87 +68,70 @@ class CollectionInBits:
     widest : (int, int), optional
         Ranks that no basis exceeds, where they are known: decomposing a stack to few columns takes
         a small part of the time.
+    slices : int, optional
+        Number of slices that those of the stack stand for, where they are a sample.
     """
 
-    def __init__(self, stack: LowRankStack, widest: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        stack: LowRankStack,
+        widest: tuple[int, int] | None = None,
+        slices: int | None = None,
+    ) -> None:
         self.stack, self.widest = stack, widest
-        self.spectra = [svd.values for svd in slice_svds(stack)]
-        self.norm2 = float(sum(np.sum(values**2) for values in self.spectra))
-        self._residuals: dict[tuple[int, int], list[np.ndarray]] = {}
+        self.slices = slices or stack.shape[0]
+        self.times = self.slices / stack.shape[0]
+        self.spectra = slice_spectra(stack)
+        self.norm2 = self.times * float(sum(np.sum(values**2) for values in self.spectra))
 
     @property
     def sides(self) -> tuple[int, int]:
         """M and n."""
         return self.stack.shape[1], self.stack.shape[2]
 
-    @property
-    def slices(self) -> int:
-        """Number of slices K."""
-        return self.stack.shape[0]
+    @cached_property
+    def _spaces(self) -> Spaces:
+        return Spaces(self.stack, self.widest or (NARROW, NARROW))
 
     @cached_property
-    def _reduced(self) -> ReducedStack:
-        (a, b), most = self.stack.max_rank, math.isqrt(MOST_CORES // self.slices)
-        if self.widest and 2 * self.widest[0] < a and 2 * self.widest[1] < b:
-            return ReducedStack(
-                self.stack, reduce_stack(self.stack, self.widest, kind="matrix-free")
-            )
-        if a * b <= most**2:
-            return ReducedStack(self.stack, reduce_stack(self.stack, kind="exact"))
-        widest = min(4 * most // 5, most - tuning.OVERSAMPLE)  # the block is wider by that much
-        rank = (max(1, widest), max(1, widest))
-        return ReducedStack(self.stack, reduce_stack(self.stack, rank, kind="matrix-free"))
-
-    @cached_property
-    def _bases(self) -> tuple[np.ndarray, np.ndarray]:
-        left, right = self._reduced.directions(max(self._reduced.largest))
-        return to_numpy(left), to_numpy(right)
-
-    @cached_property
-    def _cores(self) -> np.ndarray:
-        """Cores between the bases (K × a × b)."""
-        left, right = self._bases
-        pairs = (self._pair(k) for k in range(self.slices))
-        return np.stack([(left.T @ b) @ (a @ right) for b, a in pairs])
-
-    def _pair(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        b, a = self.stack.factors(k)
-        return to_numpy(b), to_numpy(a)
-
-    @cached_property
-    def _energies(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _cores2(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """At every place: energy of the cores, of K times their mean, and of what is left."""
-        whole = np.einsum("kij,kij->ij", self._cores, self._cores)
-        mean2 = self.slices * np.mean(self._cores, axis=0) ** 2
+        whole, mean = self._spaces.cores2
+        whole, mean2 = self.times * whole, self.slices * mean**2
         return whole, mean2, np.maximum(whole - mean2, 0.0)
 
     @cached_property
     def _beyond2(self) -> np.ndarray:
         """Energy outside the corner that ends at a place, that outside of the bases included."""
-        whole = self._energies[0]
+        whole = self._cores2[0]
         found: np.ndarray = outside2(whole) + max(self.norm2 - float(whole.sum()), 0.0)
         return found
 
-    def distances2(self) -> np.ndarray:
-        """‖ΔW_k − M‖² (K), M being the mean of all slices: what the mean alone leaves of each.
+    def distances2(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """‖ΔW_k − M‖² of any slices, M being the mean of those of the stack.
 
         Formed from products of thin factors; M is built only where it is smaller than they are.
         Differences of squares: good to 1e-7 of the norm, as far as anybody reads such a figure.
+
+        Parameters
+        ----------
+        pairs : iterable of (ndarray (m, r), ndarray (r, n))
+            Factors B and A of each slice, in turn.
         """
-        (_, m, n), ranks = self.stack.shape, self.stack.ranks
-        pairs = [self._pair(k) for k in range(self.slices)]
-        lefts, rights = np.hstack([b for b, _ in pairs]), np.vstack([a for _, a in pairs])
-        if sum(ranks) > min(m, n):
-            mean = lefts @ rights / self.slices
+        (count, m, n), ranks = self.stack.shape, self.stack.ranks
+        own = [tuple(map(to_numpy, self.stack.factors(k))) for k in range(count)]
+        lefts, rights = np.hstack([b for b, _ in own]) / count, np.vstack([a for _, a in own])
+        mean = lefts @ rights if sum(ranks) > min(m, n) else None
+        if mean is not None:
             mean2 = float(np.sum(mean**2))
-            inner = [float(np.sum((b.T @ mean) * a)) for b, a in pairs]
         else:
-            lefts = lefts / self.slices
             mean2 = float(np.sum((lefts.T @ lefts) * (rights @ rights.T)))
-            inner = [float(np.sum((lefts.T @ b) * (rights @ a.T))) for b, a in pairs]
-        norms2 = np.array([np.sum(values**2) for values in self.spectra])
-        found: np.ndarray = np.maximum(norms2 - 2.0 * np.array(inner) + mean2, 0.0)
-        return found
+        found = []
+        for b, a in pairs:
+            along = b.T @ mean if mean is not None else (b.T @ lefts) @ rights
+            norm2 = float(np.sum((b.T @ b) * (a @ a.T)))
+            found.append(max(norm2 - 2.0 * float(np.sum(along * a)) + mean2, 0.0))
+        return np.array(found)
 
     def alone(self, step: float) -> Share:
         """What private terms of the slices cost and lose, nothing being shared."""
@@ -154,6 +140,31 @@ class CollectionInBits:
 
     def shares(self, step: float) -> list[Share]:
         """What the pairs of ranks that are looked at cost and lose, nothing shared the first."""
+        found = self._shares(step)
+        while self._is_narrow(found, step):
+            columns = 2 * max(self._spaces.reduced.largest)
+            self._spaces = Spaces(self.stack, (columns, columns))
+            del self._cores2, self._beyond2
+            found = self._shares(step)
+        return found
+
+    def _is_narrow(self, found: Sequence[Share], step: float) -> bool:
+        """Whether there may be better ranks beyond the spaces that were looked at."""
+        largest = self._spaces.reduced.largest
+        most = widest_space(self.stack.shape[0])
+        if self.widest or self._spaces.exact or min(largest) >= most:
+            return False
+        best = min(share.price(step) for share in found)
+        inner = (s.price(step) for s in found if 2 * max(s.ranks) <= min(largest))
+        if best < GAIN * min(inner):
+            return True
+        # Slices that lie in spaces of some hundred columns gain nothing before all of these are
+        # there; what lies beyond falls quickly then.
+        p, q = largest
+        beyond2 = float(self._beyond2[-1, -1])
+        return found[0].lost2 < beyond2 < FALLS * float(self._beyond2[p // 2 - 1, q // 2 - 1])
+
+    def _shares(self, step: float) -> list[Share]:
         found = [self.alone(step)]
         common, own, rounding2 = self._corners(step)
         if not common.size:
@@ -164,10 +175,10 @@ class CollectionInBits:
         i, j = np.unravel_index(int(np.argmin(price)), price.shape)
         bits = float(common[i, j] + own[i, j])
         found.append(Share((int(i) + 1, int(j) + 1), bits, float(whole2[i, j])))
-        for p, q in self._ladder:
+        for p, q in self._spaces.ladder:
             if p > common.shape[0] or q > common.shape[1]:
                 continue  # columns too small for any code
-            bits, lost2 = self._private(self._residual((p, q)), step)
+            bits, lost2 = self._private(self._spaces.residual((p, q)), step)
             bits += float(common[p - 1, q - 1] + own[p - 1, q - 1])
             found.append(Share((p, q), bits, lost2 + float(rounding2[p - 1, q - 1])))
         return found
@@ -175,38 +186,6 @@ class CollectionInBits:
     def best(self, step: float) -> Share:
         """The ranks of the least ‖error‖² + λ · bits."""
         return min(self.shares(step), key=lambda share: share.price(step))
-
-    @cached_property
-    def _ladder(self) -> list[tuple[int, int]]:
-        """Pairs of ranks, each about twice the one before, whose two discarded energies agree."""
-        whole = self._energies[0]
-        tails = [np.append(np.cumsum(whole.sum(axis=i)[::-1])[::-1], 0.0) for i in (1, 0)]
-        pairs, rank = [], 1
-        while rank < max(whole.shape):
-            p = min(rank, whole.shape[0])
-            q = int(np.argmax(tails[1] <= tails[0][p]))
-            pairs.append((p, max(1, min(q, whole.shape[1]))))
-            rank *= 2
-        return sorted(set(pairs))
-
-    def _residual(self, pair: tuple[int, int]) -> list[np.ndarray]:
-        """Singular values of ΔW_k − U Uᵀ ΔW_k V Vᵀ of a sample of the slices."""
-        if pair not in self._residuals:
-            left, right = (x[:, :r] for x, r in zip(self._bases, pair, strict=True))
-            lefts, rights = [], []
-            for k in self._sample:
-                b, a = self._pair(k)
-                inside = left @ (left.T @ b)
-                lefts.append(np.hstack([b - inside, inside]))
-                rights.append(np.vstack([a, a - (a @ right) @ right.T]))
-            svds = slice_svds(LowRankStack(lefts, rights))
-            self._residuals[pair] = [svd.values for svd in svds]
-        return self._residuals[pair]
-
-    @cached_property
-    def _sample(self) -> list[int]:
-        count = min(SAMPLE, self.slices)
-        return [round(i * (self.slices - 1) / max(count - 1, 1)) for i in range(count)]
 
     def _private(self, spectra: Sequence[np.ndarray], step: float) -> tuple[float, float]:
         """Bits and squared error of private terms of slices that stand for all."""
@@ -219,7 +198,7 @@ class CollectionInBits:
 
     def _corners(self, step: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """At every corner: bits spent once, bits of the cores, and squared error of rounding."""
-        whole, mean2, centred2 = self._energies
+        whole, mean2, centred2 = self._cores2
         norms = np.sqrt(whole.sum(axis=1)), np.sqrt(whole.sum(axis=0))
         costs = [
             column_cost(norm / (math.sqrt(side) * step), None)
@@ -239,7 +218,8 @@ class CollectionInBits:
 
     def lower_bound2(self, ranks: tuple[int, int]) -> float:
         """Squared error that no basis of these ranks falls below, nothing being private."""
-        return self._reduced.lower_bound2(self._reduced.nearest(ranks))
+        reduced = self._spaces.reduced
+        return self.times * reduced.lower_bound2(reduced.nearest(ranks))
 
     def quantise(self, ranks: tuple[int, int], step: float) -> QuantisedBasis | None:
         """Return the basis of these ranks on a grid; None where nothing is left of it.
@@ -253,16 +233,17 @@ class CollectionInBits:
         """
         if not min(ranks):
             return None
-        found = self._reduced.tucker2(self._reduced.nearest(ranks), self._reduced.hosvd.left.dtype)
+        reduced, count = self._spaces.reduced, self.stack.shape[0]
+        found = reduced.tucker2(reduced.nearest(ranks), reduced.hosvd.left.dtype)
         left, core, right = (to_numpy(x) for x in (found.left, found.core, found.right))
-        first = _codes(left * np.sqrt(np.sum(core**2, axis=(0, 2))), step)
-        second = _codes(right * np.sqrt(np.sum(core**2, axis=(0, 1))), step)
+        first = _codes(left * np.sqrt(self.times * np.sum(core**2, axis=(0, 2))), step)
+        second = _codes(right * np.sqrt(self.times * np.sum(core**2, axis=(0, 1))), step)
         if not first.shape[1] or not second.shape[1]:
             return None
         inverse, other = (np.linalg.pinv(unit_columns(x)) for x in (first, second))
         mean = np.zeros((first.shape[1], second.shape[1]))
-        for b, a in map(self._pair, range(self.slices)):
-            mean += (inverse @ b) @ (a @ other.T) / self.slices
+        for b, a in map(self._spaces.pair, range(count)):
+            mean += (inverse @ b) @ (a @ other.T) / count
         # No finer than codes of 16 bits allow.
         largest = float(np.max(np.abs(mean)))
         finest = (LARGEST_CODE * step / largest) ** 2 if largest else math.inf

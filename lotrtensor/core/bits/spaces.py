@@ -1,0 +1,106 @@
+"""The leading spaces of a stack, and where the energy of its slices lies between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from lotrtensor.core.arrays import to_numpy
+from lotrtensor.core.fit import tuning
+from lotrtensor.core.fit.reduced_stack import ReducedStack
+from lotrtensor.core.fit.reduction import reduce_stack
+from lotrtensor.core.slice_svd import slice_spectra
+from lotrtensor.core.stacks.low_rank import LowRankStack
+
+MOST_CORES = 2**25
+"""Entries that the cores of all slices between the spaces hold at most, 256 MiB: beyond, the spaces
+are cut to fewer columns, from a matrix-free block iteration."""
+
+SAMPLE = 48
+"""Slices whose residuals stand for those of all when ranks are priced."""
+
+
+def widest_space(slices: int) -> int:
+    """Columns of spaces between which the cores of this many slices hold `MOST_CORES`."""
+    most = math.isqrt(MOST_CORES // slices)
+    return max(1, min(4 * most // 5, most - tuning.OVERSAMPLE))  # the block is wider by that much
+
+
+class Spaces:
+    """Orthonormal U (m × a) and V (n × b) by falling energy, of the HOSVD of a stack.
+
+    Parameters
+    ----------
+    stack : LowRankStack
+        K slices.
+    columns : (int, int) or None
+        Columns wanted; all if None, or if nearly all are.
+    """
+
+    def __init__(self, stack: LowRankStack, columns: tuple[int, int] | None) -> None:
+        self.stack = stack
+        (a, b), most = stack.max_rank, widest_space(stack.shape[0])
+        if columns and 2 * columns[0] < a and 2 * columns[1] < b:
+            columns = min(columns[0], most), min(columns[1], most)
+            reduction = reduce_stack(stack, columns, kind="matrix-free")
+        elif a * b <= MOST_CORES // stack.shape[0]:
+            reduction = reduce_stack(stack, kind="exact")
+        else:
+            reduction = reduce_stack(stack, (most, most), kind="matrix-free")
+        self.reduced = ReducedStack(stack, reduction)
+        self._residuals: dict[tuple[int, int], list[np.ndarray]] = {}
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing of the stack lies outside."""
+        return self.reduced.exact
+
+    @cached_property
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """U and V."""
+        left, right = self.reduced.directions(max(self.reduced.largest))
+        return to_numpy(left), to_numpy(right)
+
+    @cached_property
+    def cores2(self) -> tuple[np.ndarray, np.ndarray]:
+        """Σ_k G_k² and the mean of the cores G_k = Uᵀ ΔW_k V, entry by entry (a × b)."""
+        left, right = self.factors
+        whole = mean = np.zeros((left.shape[1], right.shape[1]))
+        for b, a in map(self.pair, range(self.stack.shape[0])):
+            core = (left.T @ b) @ (a @ right)
+            whole, mean = whole + core**2, mean + core / self.stack.shape[0]
+        return whole, mean
+
+    @cached_property
+    def ladder(self) -> list[tuple[int, int]]:
+        """Pairs of ranks, each about twice the one before, whose two discarded energies agree."""
+        whole, _ = self.cores2
+        tails = [np.append(np.cumsum(whole.sum(axis=i)[::-1])[::-1], 0.0) for i in (1, 0)]
+        pairs, rank = [], 1
+        while rank < max(whole.shape):
+            p = min(rank, whole.shape[0])
+            q = int(np.argmax(tails[1] <= tails[0][p]))
+            pairs.append((p, max(1, min(q, whole.shape[1]))))
+            rank *= 2
+        return sorted(set(pairs))
+
+    def pair(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """B (m × r) and A (r × n) of a slice."""
+        b, a = self.stack.factors(k)
+        return to_numpy(b), to_numpy(a)
+
+    def residual(self, ranks: tuple[int, int]) -> Sequence[np.ndarray]:
+        """Singular values of ΔW_k − U Uᵀ ΔW_k V Vᵀ of a sample of the slices, U and V cut."""
+        if ranks not in self._residuals:
+            left, right = (x[:, :r] for x, r in zip(self.factors, ranks, strict=True))
+            lefts, rights = [], []
+            count, last = min(SAMPLE, self.stack.shape[0]), self.stack.shape[0] - 1
+            for b, a in (self.pair(round(i * last / max(count - 1, 1))) for i in range(count)):
+                inside = left @ (left.T @ b)
+                lefts.append(np.hstack([b - inside, inside]))
+                rights.append(np.vstack([a, a - (a @ right) @ right.T]))
+            self._residuals[ranks] = slice_spectra(LowRankStack(lefts, rights))
+        return self._residuals[ranks]
