@@ -1,9 +1,10 @@
 """Bytes against error of packs, beside each adapter alone and other packages that share.
 
-``python -m tests.bench.families FOLDER`` takes the adapters that ``examples/families.py`` trains,
-prints a Markdown table and writes ``docs/families.json``. vlora-dev and lorashare (extra
-``bench``) are left out where they are not installed. Their numbers are counted in 16 bits, though
-they write 32, and the smaller of what they need: bases, means and coefficients.
+``python -m tests.bench.families FOLDER`` takes the adapters that ``examples/families.py`` and
+``python -m tests.evidence.family`` train, prints Markdown tables and writes
+``docs/families.json``; ``python -m tests.evidence.families`` scores them on their tasks. vlora-dev
+and lorashare (extra ``bench``) are left out where they are not installed. Their numbers are counted
+in 16 bits, though they write 32, and the smaller of what they need: bases, means and coefficients.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,9 +26,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lotrtensor as lt
+from lotrtensor.adapters.modules import LoraModule
 
 TOLERANCES = (0.5, 0.3, 0.2, 0.1)
 COMPONENTS, RANKS = (1, 2, 4, 8, 12), (4, 8, 16, 32, 64)
+FORMS: tuple[tuple[str, float], ...] = (
+    *((form, tolerance) for tolerance in TOLERANCES for form in ("pack", "each alone")),
+    *(("vlora", components) for components in COMPONENTS),
+    *(("lorashare", components) for components in RANKS),
+)
 HALF = 2
 """Bytes of a number of the other packages."""
 
@@ -44,6 +51,14 @@ class Point(NamedTuple):
     seconds: float
 
 
+class Made(NamedTuple):
+    """What a form makes of a family: its bytes, every adapter as a LoRA, seconds of a processor."""
+
+    bytes: int
+    adapters: list[lt.LoraAdapter]
+    seconds: float
+
+
 def main() -> None:
     """Measure every family in every form."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -51,63 +66,69 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/families.json"))
     parser.add_argument("--only", nargs="+", help="families")
     arguments = parser.parse_args()
-    families: dict[str, list[Path]] = {}
-    for path in sorted(arguments.folder.iterdir()):
-        if (path / "adapter_config.json").is_file():
-            families.setdefault(path.name.partition("-")[0], []).append(path)
+    families = families_of(arguments.folder)
     points: list[Point] = []
     for name, paths in families.items():
         if arguments.only and name not in arguments.only:
             continue
-        for point in measured(name, paths):
-            points.append(point)
-            print(json.dumps(point._asdict()), flush=True)
+        for form, setting in FORMS:
+            made = make(form, paths, setting)
+            if made is not None:
+                points.append(point(name, form, setting, made, paths))
+                print(json.dumps(points[-1]._asdict()), flush=True)
     sizes = {n: sum(lora(p).bytes for p in ps) for n, ps in families.items()}
     content = {"source_bytes": sizes, "points": [point._asdict() for point in points]}
     arguments.out.write_text(json.dumps(content, indent=2) + "\n")
     print("\n".join([*table(content), "", *others(content)]))
 
 
-def measured(family: str, paths: list[Path]) -> Iterator[Point]:
-    """All points of one family."""
-    for tolerance in TOLERANCES:
-        yield packed(family, paths, tolerance)
-        yield alone(family, paths, tolerance)
+def families_of(folder: Path) -> dict[str, list[Path]]:
+    """Adapters by the first word of their names."""
+    families: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if (path / "adapter_config.json").is_file():
+            families.setdefault(path.name.partition("-")[0], []).append(path)
+    return families
+
+
+def make(form: str, paths: list[Path], setting: float) -> Made | None:
+    """A family in a form; None where a package is missing, or has no such form of so few."""
+    if form == "pack":
+        return packed(paths, setting)
+    if form == "each alone":
+        return alone(paths, setting)
+    if not find_spec(form) or (form == "vlora" and setting >= len(paths)):
+        return None
     with tempfile.TemporaryDirectory() as folder:
         # Neither takes bfloat16.
         copies = [Path(folder) / path.name for path in paths]
         for path, copy in zip(paths, copies, strict=True):
             replace(lora(path), dtype=np.dtype("float32")).save(copy)
-        for components in COMPONENTS:
-            if components < len(paths) and find_spec("vlora"):
-                yield vlora(family, copies, components)
-        for components in RANKS:
-            if find_spec("lorashare"):
-                yield lorashare(family, copies, components)
+        return {"vlora": vlora, "lorashare": lorashare}[form](copies, int(setting))
 
 
-def packed(family: str, paths: list[Path], tolerance: float) -> Point:
-    """The pack, measured anew against the originals."""
+def packed(paths: list[Path], tolerance: float) -> Made:
+    """The pack, and what is in it."""
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as executor:
         made = lt.pack(paths, Path(folder) / "pack", tolerance=tolerance, executor=executor)
         seconds = time.process_time() - started
         size = sum(p.stat().st_size for p in (Path(folder) / "pack").iterdir())
-        rows = made.verify({path.name: lora(path) for path in paths})
-    return point(family, "pack", tolerance, size, [r.relative_error for r in rows], seconds)
+        found = [like(path, made.member(path.name).updates()) for path in paths]
+    return Made(size, found, seconds)
 
 
-def alone(family: str, paths: list[Path], tolerance: float) -> Point:
+def alone(paths: list[Path], tolerance: float) -> Made:
     """Every adapter compressed by itself, whole directories."""
     started = time.process_time()
     made = [lt.compress(lora(path), tolerance=tolerance) for path in paths]
     seconds = time.process_time() - started
     size = sum(adapter.file_bytes for adapter in made)
-    errors = [adapter.relative_error for adapter in made]
-    return point(family, "each alone", tolerance, size, errors, seconds)
+    found = [like(p, a.updates()) for p, a in zip(paths, made, strict=True)]
+    return Made(size, found, seconds)
 
 
-def vlora(family: str, paths: list[Path], components: int) -> Point:
+def vlora(paths: list[Path], components: int) -> Made:
     """vlora-dev: principal components of the flattened A and B of every layer, and their means."""
     from vlora import init_subspace
 
@@ -119,15 +140,15 @@ def vlora(family: str, paths: list[Path], components: int) -> Point:
     numbers = sum(x.numel() for part in parts for x in part.values())
     for task in space.tasks.values():
         numbers += sum(x.numel() for p in (task.loadings_a, task.loadings_b) for x in p.values())
-    errors = []
+    made = []
     for path in paths:
         found = space.reconstruct(path.name)
         pairs = {plain(k): (found.lora_b[k], found.lora_a[k]) for k in found.layer_names}
-        errors.append(relative_error(path, pairs))
-    return point(family, "vlora", components, HALF * numbers, errors, seconds)
+        made.append(scaled(path, pairs))
+    return Made(HALF * numbers, made, seconds)
 
 
-def lorashare(family: str, paths: list[Path], components: int) -> Point:
+def lorashare(paths: list[Path], components: int) -> Made:
     """Lorashare: principal components of the rows of A and of the columns of B, layer by layer."""
     from lorashare import SHAREModel
 
@@ -138,23 +159,23 @@ def lorashare(family: str, paths: list[Path], components: int) -> Point:
     seconds = time.process_time() - started
     numbers = sum(x.numel() for x in model.components.values())
     numbers += sum(x.numel() for own in model.all_loadings.values() for x in own.values())
-    errors = []
+    made = []
     for path in paths:
         found = model.reconstruct(path.name)
         ends = (".lora_B.weight", ".lora_A.weight")
         stems = {key.removesuffix(ends[0]) for key in found if key.endswith(ends[0])}
         pairs = {plain(stem): (found[stem + ends[0]], found[stem + ends[1]]) for stem in stems}
-        errors.append(relative_error(path, pairs))
-    return point(family, "lorashare", components, HALF * numbers, errors, seconds)
+        made.append(scaled(path, pairs))
+    return Made(HALF * numbers, made, seconds)
 
 
-def point(
-    family: str, form: str, setting: float, size: int, errors: list[float], seconds: float
-) -> Point:
+def point(family: str, form: str, setting: float, made: Made, paths: list[Path]) -> Point:
     """One point, with the digits that mean something."""
+    pairs = zip(paths, made.adapters, strict=True)
+    errors = [lt.compare(lora(path), found).relative_error for path, found in pairs]
     mean = math.sqrt(sum(e**2 for e in errors) / len(errors))
-    rounded = [float(f"{value:.4g}") for value in (mean, max(errors), seconds)]
-    return Point(family, form, setting, size, *rounded)
+    rounded = [float(f"{value:.4g}") for value in (mean, max(errors), made.seconds)]
+    return Point(family, form, setting, made.bytes, *rounded)
 
 
 def lora(path: Path) -> lt.LoraAdapter:
@@ -169,17 +190,20 @@ def plain(key: str) -> str:
     return key.removeprefix("base_model.model.")
 
 
-def relative_error(path: Path, pairs: Mapping[str, tuple[Any, Any]]) -> float:
-    """Of s B A against the adapter; the others do not keep the scale s."""
+def like(path: Path, modules: tuple[LoraModule, ...]) -> lt.LoraAdapter:
+    """Modules as a LoRA in float32, so that nothing beside their own rounding is lost."""
+    return lt.LoraAdapter(modules, lora(path).config, np.dtype("float32"))
+
+
+def scaled(path: Path, pairs: Mapping[str, tuple[Any, Any]]) -> lt.LoraAdapter:
+    """Factors of another package as s B and A; the others do not keep the scale s."""
     config = json.loads((path / "adapter_config.json").read_text("utf-8"))
     scale = config["lora_alpha"] / config["r"]
-    lost2 = norm2 = 0.0
+    modules = []
     for module in lora(path).modules:
-        own = module.B.astype(float) @ module.A.astype(float)
         b, a = (x.detach().double().numpy() for x in pairs[module.name])
-        lost2 += float(np.sum((own - scale * b @ a) ** 2))
-        norm2 += float(np.sum(own**2))
-    return math.sqrt(lost2 / norm2)
+        modules.append(LoraModule(module.name, scale * b, a))
+    return like(path, tuple(modules))
 
 
 def table(content: Mapping[str, Any]) -> list[str]:

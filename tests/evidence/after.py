@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,6 @@ def cells(
     scorer = Scorer(source, encoder.tokens(texts), np.array(labels))
     if ("frozen", "0") not in known:
         yield scorer.frozen(task) | {"form": "frozen", "ratio": 0}
-    before = scorer.outputs(lora)
     for form, ratio in FORMS:
         if (form, str(ratio)) in known:
             continue
@@ -81,7 +81,7 @@ def cells(
             yield row | {"refused": str(error)}
             continue
         row["bytes"] = size
-        yield row | scorer.score(made, before) | {"error": compare(lora, made).relative_error}
+        yield row | scorer.score(made) | {"error": compare(lora, made).relative_error}
 
 
 FORMS = (
@@ -143,6 +143,13 @@ class Scorer:
         self.source, self.rows, self.labels = source, rows, labels
         self.head = load_head(source)
 
+    @cached_property
+    def before(self) -> np.ndarray:
+        """Logits through the adapter as it was trained."""
+        lora = load(self.source)
+        assert isinstance(lora, LoraAdapter)
+        return self.outputs(lora)
+
     def outputs(self, lora: LoraAdapter) -> np.ndarray:
         """Logits, rows × classes."""
         with tempfile.TemporaryDirectory() as scratch:
@@ -150,11 +157,11 @@ class Scorer:
             model = PeftModel.from_pretrained(encoder.load_base(), Path(scratch) / "lora")
             return encoder.logits(model, self.head, self.rows).numpy()
 
-    def score(self, lora: LoraAdapter, before: np.ndarray) -> dict[str, Any]:
+    def score(self, lora: LoraAdapter) -> dict[str, Any]:
         """Accuracy, its difference from the original's, and the divergence from its outputs."""
         found = self.outputs(lora)
-        lost = right(found, self.labels) - right(before, self.labels)
-        apart = divergence(before, found)
+        lost = right(found, self.labels) - right(self.before, self.labels)
+        apart = divergence(self.before, found)
         return self.accuracy(found) | {
             "difference": round(float(lost.mean()), 5),
             "difference_interval": [round(x, 5) for x in interval(lost)],
