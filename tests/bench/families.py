@@ -28,7 +28,7 @@ import numpy as np
 import lotrtensor as lt
 from lotrtensor.adapters.modules import LoraModule
 
-TOLERANCES = (0.5, 0.3, 0.2, 0.1)
+TOLERANCES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 COMPONENTS, RANKS = (1, 2, 4, 8, 12), (4, 8, 16, 32, 64)
 FORMS: tuple[tuple[str, float], ...] = (
     *((form, tolerance) for tolerance in TOLERANCES for form in ("pack", "each alone")),

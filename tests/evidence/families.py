@@ -1,8 +1,9 @@
 """Score families of adapters on their tasks, in a pack, each alone and in other packages' forms.
 
-``PYTHONPATH=examples python -m tests.evidence.families FOLDER`` takes the adapters of ``tests.bench.families``, a JSON
-line a family and form in ``docs/evidence/families.jsonl``, and prints a Markdown table. Of sixteen
-checkpoints of a run the last four are scored. Stopped at any time, it goes on where it was.
+``PYTHONPATH=examples python -m tests.evidence.families FOLDER`` takes the adapters of
+``tests.bench.families``, writes a JSON line a family and form into
+``docs/evidence/families.jsonl``, and prints a Markdown table. Of sixteen checkpoints of a run the
+last four are scored. Stopped at any time, it goes on where it was.
 """
 
 from __future__ import annotations
