@@ -533,3 +533,22 @@ def test_a_file_in_which_nothing_is_left_is_warned_of(bundled, tmp_path):
         small = lt.compress(bundled, budget=1000, bits=16)
     assert small.relative_error == 1.0
     assert not any(module.B.any() for module in small.to_lora().modules)
+
+
+def test_groups_at_once_make_the_same_bytes(monkeypatch, bundled):
+    """Large adapters are worked on group beside group."""
+    expected = [lt.compress(bundled, **goal) for goal in ({"budget": "10%"}, {"tolerance": 0.3})]
+    monkeypatch.setattr("lotrtensor.verbs._compression_job.MANY", 0)
+    monkeypatch.setattr("lotrtensor.core.threads._processors", lambda: 3)
+    seen = []
+    found = [
+        lt.compress(bundled, **goal, progress=lambda *step: seen.append(step))
+        for goal in ({"budget": "10%"}, {"tolerance": 0.3})
+    ]
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.relative_error == other.relative_error
+        assert mine.alternatives == other.alternatives
+        for a, b in zip(mine.updates(), other.updates(), strict=True):
+            np.testing.assert_array_equal(a.B, b.B)
+            np.testing.assert_array_equal(a.A, b.A)
+    assert len(set(seen)) == len(bundled.modules) // 6

@@ -101,7 +101,7 @@ def analyze(
         reduced.append(reduce_group(group))
     svds = [module_svds(group) for _, group in members]
     types = by_type([group for _, group in members], reduced, lora.dtype)
-    job = compression_job(lora)
+    job = compression_job(lora, at_once=True)
     others = _others(types, members, svds, report)
     every: list[Representation] = [*forms_in_bits(job), types, *others]
     report("sizes")

@@ -85,11 +85,20 @@ def side_by_side(function: Callable[[T], R], parts: Sequence[T]) -> list[R]:
     """
     workers = min(len(parts), _processors())
     if workers < 2:
-        return [function(part) for part in parts]
+        return one_by_one(function, parts)
     from concurrent.futures import ThreadPoolExecutor
 
     with one_thread(), ThreadPoolExecutor(workers) as pool:
         return list(pool.map(function, parts))
+
+
+def one_by_one(function: Callable[[T], R], parts: Sequence[T]) -> list[R]:
+    """Return ``function`` of every part, in turn: for parts that are small, or a caller's pool.
+
+    >>> one_by_one(abs, [-1, 2, -3])
+    [1, 2, 3]
+    """
+    return [function(part) for part in parts]
 
 
 def _processors() -> int:

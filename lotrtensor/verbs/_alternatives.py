@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,10 @@ from lotrtensor.core.ranks.allocation import allocate_parameters
 from lotrtensor.core.ranks.curve import efficient_pairs, outside2
 from lotrtensor.core.ranks.terms import ranks_for_parameters, truncation_error
 from lotrtensor.core.squared_error import SquaredError
+from lotrtensor.core.threads import one_by_one
+
+Each = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+"""`lotrtensor.core.threads.side_by_side`, or one by one."""
 
 
 class PriceInBits(NamedTuple):
@@ -29,7 +34,11 @@ Prices = dict[Parts, list[PriceInBits]]
 
 
 def prices_in_bits(
-    groups: Sequence[StackInBits], coarsest: float, overhead: int, largest: float
+    groups: Sequence[StackInBits],
+    coarsest: float,
+    overhead: int,
+    largest: float,
+    each: Each = one_by_one,
 ) -> Prices:
     """Sizes and errors on grids from the coarsest on, to ``largest`` bytes.
 
@@ -43,6 +52,8 @@ def prices_in_bits(
         Bytes of a file that holds no codes: config, index and headers.
     largest : float
         Bytes at which to stop.
+    each : callable
+        How the groups are gone through.
 
     Notes
     -----
@@ -53,10 +64,10 @@ def prices_in_bits(
     prices: Prices = {"both": [], "private": [], "shared": []}
     for i in range(OCTAVES * GRIDS):
         step = coarsest * 2.0 ** (-i / GRIDS)
-        each = [group.predictions(step) for group in groups]
+        predicted = each(partial(StackInBits.predictions, step=step), groups)
         for parts, found in prices.items():
-            size = overhead + CODER * sum(prediction[parts].bits for prediction in each) / 8
-            lost2 = sum(prediction[parts].lost2 for prediction in each)
+            size = overhead + CODER * sum(prediction[parts].bits for prediction in predicted) / 8
+            lost2 = sum(prediction[parts].lost2 for prediction in predicted)
             price = PriceInBits(size, SquaredError(lost2, norm2).relative, step)
             if not found or (size > found[-1].bytes and price[1] < found[-1].relative_error):
                 found.append(price)

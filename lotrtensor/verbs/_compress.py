@@ -115,7 +115,8 @@ def compress(
             f"rank is {rank}, which shared factors of one width have; expected form 'lotr' and "
             "bits from 1 to 16 with it, or a budget or tolerance instead"
         )
-    job = compression_job(lora, PARTS[form], width, group_by, progress, _source_of(adapter))
+    source = _source_of(adapter)
+    job = compression_job(lora, PARTS[form], width, group_by, progress, source, at_once=True)
     if goal.rank:
         found = job.of_rank(goal.rank, rank)
     elif budget is None or given is None:

@@ -17,8 +17,15 @@ from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, QuantisedStack, 
 from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank
+from lotrtensor.core.threads import one_by_one, side_by_side
 from lotrtensor.errors import DataError, RankError
-from lotrtensor.verbs._alternatives import PriceInBits, Prices, alternatives, prices_in_bits
+from lotrtensor.verbs._alternatives import (
+    Each,
+    PriceInBits,
+    Prices,
+    alternatives,
+    prices_in_bits,
+)
 from lotrtensor.verbs._fit_groups import Progress
 from lotrtensor.verbs._goals import Asked, groups_goal
 from lotrtensor.verbs._sources import SourceGroup, lora_groups, source_group
@@ -31,17 +38,27 @@ def compression_job(
     group_by: str = "type",
     progress: Progress | None = None,
     source: SourceRecord | None = None,
+    *,
+    at_once: bool = False,
 ) -> CompressionJob:
-    """Decompose the groups of an adapter once, for all sizes."""
+    """Decompose the groups of an adapter once, for all sizes.
+
+    Groups of large adapters are worked on ``at_once``, if that is so; not where a caller works on
+    several adapters at once. The result is the same.
+    """
     members = lora_groups(lora, group_by)
-    groups = []
-    for done, (name, modules) in enumerate(members):
+
+    def decomposed(number: int) -> tuple[SourceGroup, StackInBits]:
+        name, modules = members[number]
         if progress:
-            progress(name, done, len(members))
+            progress(name, number, len(members))
         group = source_group(name, modules, lora.dtype)
-        groups.append((group, StackInBits(module_stack(modules), parts, width)))
+        return group, StackInBits(module_stack(modules), parts, width)
+
+    each = side_by_side if at_once and lora.parameters > MANY else one_by_one
+    groups = each(decomposed, range(len(members)))
     job = CompressionJob(
-        groups, lora, source or SourceRecord(lora.dtype, lora.parameters, lora.bytes)
+        groups, lora, source or SourceRecord(lora.dtype, lora.parameters, lora.bytes), each
     )
     if not SMALLEST < job.largest < LARGEST:
         raise DataError(
@@ -58,6 +75,7 @@ class CompressionJob:
     groups: list[tuple[SourceGroup, StackInBits]]
     lora: LoraAdapter
     source: SourceRecord
+    each: Each = one_by_one
 
     @property
     def norm2(self) -> float:
@@ -65,7 +83,7 @@ class CompressionJob:
 
     def predict(self, step: float) -> tuple[float, float]:
         """Bytes of all codes, and relative error."""
-        found = [stack.predict(step) for _, stack in self.groups]
+        found = self.each(lambda group: group[1].predict(step), self.groups)
         lost2 = sum(prediction.lost2 for prediction in found)
         bits = sum(prediction.bits for prediction in found)
         return bits / 8, math.sqrt(max(lost2, 0.0) / self.norm2) if self.norm2 else 0.0
@@ -75,11 +93,12 @@ class CompressionJob:
         predicted = self.predict(step)[1]
         # The rounding of a value to half precision is a relative error of 3e-4.
         dtype = FLOAT32 if predicted < FINE or not 1e-2 < self.largest < 6e4 else FLOAT16
-        return self._adapter(
-            tuple(
-                _group(source, stack, stack.quantise(step, dtype)) for source, stack in self.groups
-            )
-        )
+
+        def quantised(group: tuple[SourceGroup, StackInBits]) -> CompressedGroup:
+            source, stack = group
+            return _group(source, stack, stack.quantise(step, dtype))
+
+        return self._adapter(tuple(self.each(quantised, self.groups)))
 
     def _adapter(self, groups: tuple[CompressedGroup, ...]) -> CompressedAdapter:
         lora = self.lora
@@ -131,7 +150,8 @@ class CompressionJob:
     def prices(self, largest: float) -> Prices:
         """Sizes and errors of files of either part and of both, as predicted."""
         stacks = [stack for _, stack in self.groups]
-        return prices_in_bits(stacks, self.coarsest, self.smallest.file_bytes, largest)
+        smallest = self.smallest.file_bytes
+        return prices_in_bits(stacks, self.coarsest, smallest, largest, self.each)
 
     def alternatives(self, made: CompressedAdapter) -> tuple[Alternative, ...]:
         """What other forms would reach at the size of what was made."""
@@ -240,6 +260,10 @@ TRIES = 8
 
 NUDGE = 1.01
 """Ratio of a step to the one that did not do, where the model leads to the same one again."""
+
+MANY = 2**22
+"""Numbers of an adapter below which its groups are gone through one by one: a pool of threads and
+its switches cost what they spare."""
 
 FINEST = 1e-5
 """Steps nearer than this share are one."""
