@@ -62,4 +62,5 @@ copybutton_exclude = ".linenos, .gp, .go"
 logging.getLogger("traitlets").setLevel(logging.WARNING)  # nbclient tells of every page
 # Cells find ``lotr`` beside this interpreter, and draw with the site's own copy of Plotly.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+os.environ["LOTR_EXAMPLES"] = str(HERE.parent / "examples")
 os.environ["IPYTHONDIR"] = str(HERE / "_ipython")
