@@ -20,7 +20,7 @@ stage = @printf '\n== %s\n' '$(1)'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest test-deep test-oldest fuzz faults lint notebooks docs bench evidence peft-matrix clean
+.PHONY: help demo test pytest test-deep test-oldest coverage fuzz faults lint notebooks docs bench evidence peft-matrix clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,16 @@ test-oldest: ## Run the tests with the lowest versions that pyproject.toml allow
 	@$(MAKE) --no-print-directory $(OLDEST)/installed TEST=$(OLDEST) CONSTRAINTS=constraints-oldest.txt
 	$(call stage,pytest with the lowest versions)
 	@$(OLDEST)/bin/python -m pytest -n 2
+
+# Of each package by itself; the exit code is that of the last.
+coverage: $(TEST)/installed ## Run the tests and tell which branches of the code they take
+	@$(BIN)/python $(PIP_INSTALL) -e '.[coverage]'
+	@$(BIN)/python -m pytest -n 2 -q --cov --cov-report=
+	@for package in core adapters verbs packs torch peft; do \
+	    $(BIN)/python -m coverage report --format=total --precision=1 \
+	        --include="lotrtensor/$$package/*" | sed "s/^/$$package /"; done
+	@$(BIN)/python -m coverage report --fail-under=95 --skip-covered --sort=cover \
+	    --include='lotrtensor/core/*,lotrtensor/adapters/*,lotrtensor/verbs/*'
 
 docs: $(TEST)/installed ## Run the notebooks and pages, and build the documentation into docs/_build/html
 	$(call stage,notebooks and documentation)
@@ -92,13 +102,13 @@ clean: ## Remove all environments, caches and build products
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Tests load nothing from a model hub, and measure the same device everywhere.
-pytest test-deep test-oldest docs bench evidence: export HF_HUB_OFFLINE := 1
-pytest test-deep test-oldest docs bench evidence: export JAX_PLATFORMS := cpu
+pytest test-deep test-oldest coverage docs bench evidence: export HF_HUB_OFFLINE := 1
+pytest test-deep test-oldest coverage docs bench evidence: export JAX_PLATFORMS := cpu
 # JAX compiles every operation anew for every shape: quickly, rather than into quick code.
-pytest test-deep: export XLA_FLAGS := \
+pytest test-deep coverage: export XLA_FLAGS := \
     --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 # Processes with a thread each: threads of several would wait for one another.
-pytest test-deep test-oldest fuzz faults docs: export OMP_NUM_THREADS := 1
+pytest test-deep test-oldest coverage fuzz faults docs: export OMP_NUM_THREADS := 1
 
 define create-venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
