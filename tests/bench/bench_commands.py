@@ -1,9 +1,9 @@
 """Whole commands as a person waits for them, each beside what it could not do without.
 
-``python -m tests.bench.bench_commands`` runs them on the bundled adapter and on an adapter of the
-shape that a model of eight billion parameters has (`tests.bench.shaped`), each in a process of its
-own, and writes ``docs/bench-commands.json``; ``--only convert --merge`` runs some rows again. A row
-says
+``python -m tests.bench.bench_commands`` runs them on the bundled adapter, on an adapter of the
+shape that a model of eight billion parameters has (`tests.bench.shaped`), and on a checkpoint of
+two layers of it, each in a process of its own, and writes ``docs/bench-commands.json``;
+``--only convert --merge`` runs some rows again. A row says
 
     seconds   median of the runs, from the start of the process to its end
     cpu       median of the processor time, which other processes on the machine change least
@@ -30,7 +30,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 
 from lotrtensor import load
 from lotrtensor.adapters.grouping import Slot, group_modules
@@ -40,6 +42,8 @@ from tests.bench.shaped import planted
 JSON = Path("docs/bench-commands.json")
 RUNS = 3
 RANK = {"bundled": 8, "8B shape": 32}
+LAYERS = 2
+"""Layers of the checkpoint that is merged into and extracted from: 0.9 GB in bfloat16."""
 
 
 class Rates(NamedTuple):
@@ -113,6 +117,32 @@ def commands(shape: str, source: Path, folder: Path) -> dict[str, list[str]]:
         "export": ["export", lotr, "-o", portable, "--force"],
         "verify": ["verify", str(source), portable],
     }
+
+
+def checkpoint(folder: Path) -> tuple[dict[str, list[str]], dict[str, float]]:
+    """A checkpoint with an adapter for it, the commands that join and part them, and their flops.
+
+    To extract at rank r takes two products of every difference with r columns at least.
+    """
+    lora, base = planted(layers=LAYERS), folder / "base"
+    source, merged, out = (str(folder / name) for name in ("source", "merged", "out"))
+    lora.save(source, force=True)
+    base.mkdir(exist_ok=True)
+    rng = np.random.default_rng(1)
+    tensors = {
+        f"{m.name}.weight": rng.standard_normal(m.shape, np.float32).astype(ml_dtypes.bfloat16)
+        for m in lora.modules
+    }
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    entries = sum(tensor.size for tensor in tensors.values())
+    rank = str(lora.modules[0].rank)
+    arguments = {
+        "merge": ["merge", source, "--base", str(base), "-o", merged, "--force"],
+        "extract": ["extract", "--base", str(base), "--tuned", merged, "-o", out, "--rank", rank,
+                    "--form", "lora", "--force"],
+    }  # fmt: skip
+    needed = {"merge": 2.0 * entries * int(rank), "extract": 4.0 * entries * int(rank)}
+    return arguments, needed
 
 
 def _bytes(path: str) -> int:
@@ -215,6 +245,13 @@ def measure(folder: Path, runs: int, only: Sequence[str] = ()) -> list[dict[str,
             if only and command not in only:
                 continue
             rows.append(row(shape, command, arguments, needed[command], work, runs))
+            print(rows[-1], file=sys.stderr, flush=True)
+    if not only or {"merge", "extract"} & set(only):
+        work = folder / "checkpoint"
+        work.mkdir(exist_ok=True)
+        named, needed = checkpoint(work)
+        for command, arguments in named.items():
+            rows.append(row("2 layers of 8B", command, arguments, needed[command], work, runs))
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
