@@ -8,6 +8,7 @@ from hypothesis import given
 
 from lotrtensor.core.bits.basis import QuantisedBasis, code_slice
 from lotrtensor.core.bits.collection import CollectionInBits
+from lotrtensor.core.bits.spaces import strata
 from lotrtensor.core.bits.stream import entropy_bits
 from lotrtensor.core.bits.terms import quantise_slice, slope
 from lotrtensor.core.slice_svd import slice_svds
@@ -224,9 +225,9 @@ def test_a_sample_stands_for_all(parts):
     assert best.bits == pytest.approx(expected.bits, rel=0.1)
     assert best.lost2 == pytest.approx(expected.lost2, rel=0.1)
     pairs = list(zip(found.B, found.A, strict=True))
-    mean = sum(b @ a for b, a in pairs[::2]) / 40
+    mean = sum(b @ a for b, a in pairs) / 80
     distances2 = [np.linalg.norm(b @ a - mean) ** 2 for b, a in pairs]
-    np.testing.assert_allclose(sample.distances2(pairs), distances2, rtol=1e-6)
+    np.testing.assert_allclose(sample.distances2(lambda: pairs), distances2, rtol=1e-6)
     ranks = best.ranks
     lost2 = []
     for collection in (whole, sample):
@@ -234,3 +235,37 @@ def test_a_sample_stands_for_all(parts):
         assert basis.slices == 80
         lost2.append(sum(code_slice(basis, b, a, step).lost2 for b, a in pairs))
     assert lost2[1] < 1.1 * lost2[0]
+
+
+@pytest.mark.parametrize("sides", [(40, 200), (200, 40), (12, 300)])
+@pytest.mark.parametrize("share", [0.05, 0.02])
+def test_a_side_narrower_than_the_spaces(sides, share, monkeypatch):
+    """Slices that lie in nearly all of a narrow side: there is nothing wider to look at."""
+    found = family(8, slices=40, sides=sides, mean=0.0, common=1.0, own=0.05, ranks=(1, 11, 1))
+    exact, step = made(found, share)
+    monkeypatch.setattr("lotrtensor.core.bits.spaces.MOST_CORES", 40 * 60**2)
+    monkeypatch.setattr("lotrtensor.core.bits.collection.NARROW", 4)
+    narrow, _ = made(found, share)
+    assert narrow.best(step).price(step) == pytest.approx(exact.best(step).price(step), rel=0.03)
+    assert max(narrow._spaces.reduced.largest) <= 60
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
+def test_distances_from_the_mean_in_any_gauge(scale):
+    found = family(9, slices=6, mean=1.0, common=0.0, own=0.01)
+    lefts = [(scale * b).astype("float32") for b in found.B]
+    rights = [(a / scale).astype("float32") for a in found.A]
+    collection = CollectionInBits(Factors(tuple(lefts), tuple(rights), "gauge").stack())
+    distances2 = collection.distances2(lambda: list(zip(lefts, rights, strict=True)))
+    whole = found.dense()
+    expected = np.sum((whole - whole.mean(axis=0)) ** 2, axis=(1, 2))
+    np.testing.assert_allclose(distances2, expected, rtol=1e-3)
+
+
+def test_a_part_of_every_part_of_the_whole():
+    places = strata(1000, 128)
+    assert len(set(places)) == 128 and places == sorted(places)
+    assert 0.3 < np.mean(np.array(places) % 2) < 0.7
+    assert all(-1 < place - i * 1000 / 128 < 1000 / 128 for i, place in enumerate(places))
+    assert strata(128, 128) == list(range(128))
+    assert len(set(strata(130, 128))) == 128

@@ -69,6 +69,8 @@ def test_fused_experts_are_merged_slice_by_slice_and_extracted_again(name, tmp_p
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-2, atol=1e-2)
 
 
+# Their experts do not run without numbers in transformers 5.3.
+@pytest.mark.filterwarnings("ignore:.* does not take a run without numbers")
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_an_update_of_fused_experts_is_merged_into_experts_stored_one_by_one(name, tmp_path):
     base, model = adapted(name)

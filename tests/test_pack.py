@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import lotrtensor as lt
 from adapters_fixtures import write_lora
 from lotrtensor.adapters.formats.coded_row import from_row, to_row
-from lotrtensor.packs import coding
+from lotrtensor.packs import coding, tasks
 from pack_decoder import read_adapter
-from pack_fixtures import contents, dense_error, family, strangers
+from pack_fixtures import contents, dense, dense_error, family, strangers
 
 INDEX_BYTES = 300
 """What the index of a pack takes, beside what its adapters save in headers and configs."""
@@ -405,7 +405,7 @@ def test_a_cluster_that_is_not_there_is_refused(tmp_path, cluster):
 
 
 def test_more_clusters_than_adapters(tmp_path):
-    found = lt.pack(family(2), tmp_path / "pack", tolerance=0.2, clusters=5)
+    found = lt.pack(family(2, layers=1), tmp_path / "pack", tolerance=0.2, clusters=5)
     assert found.cells == () and all(row.relative_error <= 0.2 for row in found.rows)
 
 
@@ -414,3 +414,64 @@ def test_clusters_that_mean_nothing(tmp_path, options):
     with pytest.raises(lt.LotrError, match="clusters"):
         lt.pack(family(2), tmp_path / "pack", tolerance=0.2, **options)
     assert not (tmp_path / "pack").exists()
+
+
+# --- many adapters: bases of a sample -------------------------------------------------------------
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """Cells are made of 16 slices."""
+    monkeypatch.setattr(tasks, "ENTRIES", 1)
+    monkeypatch.setattr(tasks, "FEWEST", 16)
+
+
+@pytest.mark.parametrize("goal", [{"tolerance": 0.1}, {"budget": "8%"}, {"rank": 4}])
+@pytest.mark.parametrize("share", ["auto", "adapters", "both"])
+def test_a_pack_of_a_sample(tmp_path, sampled, goal, share):
+    adapters = family(48, layers=1, own=0.02)
+    found = lt.pack(adapters, tmp_path / "pack", share=share, **goal)
+    assert found.bounds == (None,) * len(found.cells)
+    assert share == "auto" or all(row.uses_bases for row in found.rows)
+    whole = {name: dense(adapter.modules) for name, adapter in adapters.items()}
+    for own in whole.values():
+        norm = np.sqrt(sum(np.linalg.norm(x) ** 2 for x in own.values()))
+        own.update({n: x / norm for n, x in own.items()})
+    mean = {n: sum(own[n] for own in whole.values()) / 48 for n in whole["user-0"]}
+    for row in found.rows:
+        own = whole[row.name]
+        error = dense_error(found.member(row.name).updates(), adapters[row.name])
+        assert error == pytest.approx(row.relative_error, rel=1e-4)
+        expected = np.sqrt(sum(np.linalg.norm(own[n] - mean[n]) ** 2 for n in own))
+        assert row.mean_error == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_sample_of_two_families_in_turn_has_both(tmp_path, sampled):
+    two = zip(family(24, layers=1).values(), family(24, layers=1, seed=9).values(), strict=True)
+    adapters = {f"user-{i}": adapter for i, adapter in enumerate(a for pair in two for a in pair)}
+    found = lt.pack(adapters, tmp_path / "pack", rank=8, share="adapters")
+    assert max(row.relative_error for row in found.rows) < 0.3
+
+
+def test_a_rank_above_that_of_the_sample(tmp_path, sampled):
+    adapters = family(30, layers=1, own=0.5, own_rank=3)
+    found = lt.pack(adapters, tmp_path / "pack", rank=80, share="adapters")
+    assert {cell.basis.rank for cell in found.cells} == {(80, 80)}
+
+
+def test_a_sample_does_not_go_by_the_first_adapter(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "ENTRIES", 2**15)
+    monkeypatch.setattr(tasks, "FEWEST", 2)
+    seen = []
+    whole = tasks.CollectionInBits
+
+    def kept(stack, *options):
+        seen.append(stack)
+        return whole(stack, *options)
+
+    monkeypatch.setattr(tasks, "CollectionInBits", kept)
+    small = family(1, layers=1, rank=1, own_rank=1)
+    adapters = small | {f"wide-{i}": a for i, a in enumerate(strangers(20, own_rank=24).values())}
+    lt.pack(adapters, tmp_path / "pack", tolerance=0.3, share="adapters")
+    sizes = [sum(stack.ranks) * sum(stack.shape[1:]) for stack in seen]
+    assert max(sizes) < 2 * 2**15, sizes

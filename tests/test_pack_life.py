@@ -106,7 +106,9 @@ def test_one_that_the_bases_do_not_suit_is_refused(tmp_path):
     least = min(1 - row.relative_error**2 for row in found.rows)
     akin, other = family(7)["user-6"], family(1, seed=9)["user-0"]
     before = contents(found.path)
-    with pytest.raises(lt.RankError, match="a larger max_error and refit the pack"):
+    with pytest.raises(
+        lt.RankError, match=r"other: other would have .*; without max_error it is at most 0.7"
+    ):
         found.add_all({"akin": akin, "other": other})
     assert contents(found.path) == before  # none of them
     assert 1 - found.add("akin", akin).relative_error ** 2 >= 0.5 * least
@@ -115,12 +117,14 @@ def test_one_that_the_bases_do_not_suit_is_refused(tmp_path):
     assert 1 - row.relative_error**2 < 0.5 * least
     assert dense_error(found.member("other").updates(), other) <= row.relative_error
     assert found.names[-3:] == ("akin", "private", "other")
+    with pytest.raises(lt.RankError, match="without max_error"):  # what was let in is no measure
+        found.add("another", family(1, seed=10)["user-0"])
 
 
 def test_a_largest_error_of_what_is_added(tmp_path):
     found, one = lt.pack(family(4), tmp_path / "pack", budget=20_000), family(5)["user-4"]
     before = contents(found.path)
-    with pytest.raises(lt.RankError, match="and max_error is 1e-06"):
+    with pytest.raises(lt.RankError, match="max_error is 1e-06"):
         found.add("new", one, max_error=1e-6)
     for bad in (-1, float("nan"), "much", True):
         with pytest.raises(lt.OptionError, match="max_error"):
@@ -137,6 +141,14 @@ def test_several_are_added_at_once_or_none(pack, tmp_path):
     with pytest.raises(lt.FormatError, match="different base models"):
         pack.add_all({"a": family(1)["user-0"], "b": narrow})
     assert contents(pack.path) == before
+    for bad in (["a"], "a", family(1)["user-0"], None):
+        with pytest.raises(lt.OptionError, match="expected adapters by their names"):
+            pack.add_all(bad)
+    with pytest.raises(lt.OptionError, match="max_error"):
+        pack.add_all({}, max_error="much")
+    with pytest.raises(lt.RankError, match="user-0: tolerance is 1e-07"):
+        pack.add_all(family(2), tolerance=1e-7)
+    assert contents(pack.path) == before and pack.add_all({}) == ()
     seen = []
     rows = pack.add_all(family(3), progress=lambda *step: seen.append(step))
     assert [row.name for row in rows] == list(pack.names) == ["user-0", "user-1", "user-2"]

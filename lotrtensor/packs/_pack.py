@@ -104,9 +104,9 @@ def pack(
     -----
     Every adapter weighs the same, whatever its norm. With ``share="auto"`` every adapter is also
     compressed by itself, and is kept so where its part of the pack would be larger; where all
-    that is gained is less than the bases take, nothing is shared. Memory is that of one cell, a
-    module over all adapters, and of one adapter, for each worker. A build that was stopped goes on
-    when the same call is made again.
+    that is gained is less than the bases take, nothing is shared. Memory is that of one cell,
+    a module over all adapters or over some hundred of them, and of one adapter, for each worker. A
+    build that was stopped goes on when the same call is made again.
 
     Examples
     --------

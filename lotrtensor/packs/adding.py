@@ -15,7 +15,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.core.bits.terms import slope
 from lotrtensor.core.options import check_number
 from lotrtensor.core.ranks.goal import make_goal
-from lotrtensor.errors import FormatError, RankError
+from lotrtensor.errors import FormatError, LotrError, OptionError, RankError
 from lotrtensor.packs.coding import cells_by_module, member_to_tensors
 from lotrtensor.packs.encoding import alone, norm_of, on_bases, settled
 from lotrtensor.packs.files import ADAPTER_SHARD, Entry, Index, write_shard
@@ -24,6 +24,7 @@ from lotrtensor.packs.spool import Source, as_lora
 from lotrtensor.packs.tasks import member_bytes
 from lotrtensor.packs.trained import is_trained, mark_of, read_trained
 from lotrtensor.verbs._compress import Form
+from lotrtensor.verbs._fit_groups import Progress
 
 LEAST = 0.5
 """Share of what the worst kept adapter of a pack keeps that a new one keeps at least, of ‖ΔW‖²: one
@@ -69,8 +70,6 @@ def encode_new(
     FormatError
         If a module has another shape in the pack.
     """
-    if tolerance is not None:
-        make_goal(None, tolerance, None, None)
     if is_trained(source):  # its codes are what the pack holds: nothing is lost
         member = read_trained(expand(source), cells, mark_of(index))
         return _new(member, cells, uses_bases=True)
@@ -104,6 +103,59 @@ def encode_new(
     return min(found, key=cost)
 
 
+def encode_all(
+    adapters: Mapping[str, Source],
+    cells: Sequence[Cell],
+    index: Index,
+    shapes: MutableMapping[str, tuple[int, int]],
+    *,
+    tolerance: float | None,
+    max_error: float | None,
+    progress: Progress | None,
+) -> dict[str, NewMember]:
+    """Encode adapters that are to be added together; see `encode_new` and `check_suited`.
+
+    Raises
+    ------
+    FormatError, OptionError, RankError
+        As for one; of several adapters, the sentence begins with the name of the one.
+    """
+    found = {}
+    for done, (name, adapter) in enumerate(adapters.items()):
+        if progress:
+            progress(name, done, len(adapters))
+        try:
+            new = encode_new(adapter, name, cells, index, shapes, tolerance)
+            if max_error is not None or (tolerance or index.goal.get("tolerance")) is None:
+                check_suited(name, new, index, max_error)
+        except LotrError as error:
+            if len(adapters) == 1:
+                raise
+            raise type(error)(f"{name}: {error}") from error
+        found[name] = new
+    return found
+
+
+def check_options(adapters: object, tolerance: float | None, max_error: float | None) -> None:
+    """Refuse what `lotrtensor.Pack.add_all` cannot take, before anything is read.
+
+    Raises
+    ------
+    OptionError
+        If the adapters are no mapping, or ``max_error`` is no finite number of at least 0.
+    RankError
+        If the tolerance is none.
+    """
+    if not isinstance(adapters, Mapping):
+        raise OptionError(
+            f"adapters is a {type(adapters).__name__}; expected adapters by their names"
+        )
+    if tolerance is not None:
+        make_goal(None, tolerance, None, None)
+    if max_error is not None:
+        check_number(max_error, "max_error")
+
+
 def check_suited(name: str, new: NewMember, index: Index, max_error: float | None = None) -> None:
     """Refuse an adapter of which a pack would keep too little.
 
@@ -120,25 +172,23 @@ def check_suited(name: str, new: NewMember, index: Index, max_error: float | Non
         The pack's index.
     max_error : float or None
         Relative error that is accepted; if not given, that at which 1 - error² is half of what
-        the worst kept adapter of the pack has.
+        the worst kept one has of the adapters that the bases were made of.
 
     Raises
     ------
-    OptionError
-        If ``max_error`` is no finite number of at least 0.
     RankError
         If the error is larger.
     """
-    if max_error is None:
-        worst = max((entry.relative_error for entry in index.adapters.values()), default=0.0)
+    most = max_error
+    if most is None:
+        # Those that were added later have no mean error: what was let in by hand is no measure.
+        packed = [entry for entry in index.adapters.values() if entry.mean_error is not None]
+        worst = max((entry.relative_error for entry in packed), default=0.0)
         most = math.sqrt(1.0 - LEAST * max(1.0 - worst**2, 0.0))
-        expected = f"its adapters have {worst:.2g} at most"
-    else:
-        most = check_number(max_error, "max_error")
-        expected = f"max_error is {max_error:g}"
     if new.error > most:
+        reason = "max_error is" if max_error is not None else "without max_error it is at most"
         raise RankError(
-            f"{name} would have a relative error of {new.error:.2g}, and {expected}; give a "
+            f"{name} would have a relative error of {new.error:.2g}; {reason} {most:.2g}: give a "
             "tolerance, or a larger max_error and refit the pack with its original"
         )
 

@@ -366,9 +366,14 @@ class _Builder:
             cells=tuple(cells),
             shards=tuple(shards),
             next=max(following + len(shards), self.before.next + len(members)),
-            bounds=tuple(
-                own.relative for own in tasks.CellFiles(self.folder, draft.cells).bounds()
-            ),
+            bounds=self._bounds(draft.cells),
+        )
+
+    def _bounds(self, cells: list[tuple[int, str]]) -> tuple[float | None, ...]:
+        files = tasks.CellFiles(self.folder, cells)
+        return tuple(
+            None if sampled else own.relative
+            for own, sampled in zip(files.bounds(), files.sampled(), strict=True)
         )
 
     def _index(self, draft: Draft, files: Sequence[str], goal: Mapping[str, float]) -> Index:

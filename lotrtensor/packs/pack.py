@@ -13,7 +13,7 @@ from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
-from lotrtensor.packs.adding import check_suited, encode_new, with_members
+from lotrtensor.packs.adding import check_options, encode_all, with_members
 from lotrtensor.packs.files import (
     Index,
     check_digest,
@@ -81,9 +81,10 @@ class Pack:
     ----------
     path : path-like
         The directory.
-    bounds : tuple of float
-        For every cell the relative error, over the slices that it was made of, that no basis of its
-        ranks falls below where nothing is private: what `pack` finds, and no file holds.
+    bounds : tuple of float or None
+        For every cell the relative error, over its slices, that no basis of its ranks falls below
+        where nothing is private: what `pack` finds, and no file holds. None where the cell was
+        made of a sample of them.
 
     Raises
     ------
@@ -107,7 +108,7 @@ class Pack:
     ('c', None, ('b', 'c'))
     """
 
-    def __init__(self, path: str | os.PathLike[str], bounds: tuple[float, ...] = ()) -> None:
+    def __init__(self, path: str | os.PathLike[str], bounds: tuple[float | None, ...] = ()) -> None:
         self.path, self.bounds = expand(path), bounds
         self._index = read_index(self.path)
 
@@ -234,7 +235,7 @@ class Pack:
         max_error : float, optional
             Relative error past which the adapter is refused, for a pack that was made for a size or
             a rank and holds no tolerance. If not given, 1 - error² is at least half of what it is
-            for any adapter of the pack.
+            for any of the adapters that its bases were made of.
 
         Raises
         ------
@@ -270,20 +271,22 @@ class Pack:
         Raises
         ------
         FormatError, OptionError, RankError
-            As for `add`; the sentence names the adapter.
+            As for `add`; the sentence begins with the adapter's name.
         """
+        check_options(adapters, tolerance, max_error)
         with locked(self.path):
             index = read_index(self.path)
             plain_names([*index.adapters, *adapters])
             self._set(index)
-            shapes, found = self._shapes(), {}
-            for done, (name, adapter) in enumerate(adapters.items()):
-                if progress:
-                    progress(name, done, len(adapters))
-                new = encode_new(adapter, name, self.cells, index, shapes, tolerance)
-                if max_error is not None or (tolerance or index.goal.get("tolerance")) is None:
-                    check_suited(name, new, index, max_error)
-                found[name] = new
+            found = encode_all(
+                adapters,
+                self.cells,
+                index,
+                self._shapes(),
+                tolerance=tolerance,
+                max_error=max_error,
+                progress=progress,
+            )
             index = with_members(self.path, index, found)
             publish(self.path, index)
             self._set(index)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.errors import FormatError
@@ -28,6 +29,8 @@ class PlannedCell:
         Shape (m, n) of ΔW.
     members : tuple of (int, int)
         Its slices: number of the adapter, and of the module in it.
+    ranks : tuple of int
+        LoRA rank of each.
     cluster : int
         Cluster that these adapters are.
     """
@@ -37,7 +40,16 @@ class PlannedCell:
     modules: tuple[str, ...]
     shape: tuple[int, int]
     members: tuple[tuple[int, int], ...]
+    ranks: tuple[int, ...] = ()
     cluster: int = 0
+
+
+class Place(NamedTuple):
+    """Number of an adapter, of a module in it, and its LoRA rank."""
+
+    adapter: int
+    module: int
+    rank: int
 
 
 def plan_cells(
@@ -58,7 +70,7 @@ def plan_cells(
         If a module has unlike shapes in two adapters.
     """
     known: dict[str, tuple[SpooledModule, str]] = {}
-    places: dict[str, list[tuple[int, int]]] = {}
+    places: dict[str, list[Place]] = {}
     for number, adapter in adapters.items():
         for i, module in enumerate(adapter.modules):
             first, owner = known.setdefault(module.name, (module, adapter.name))
@@ -68,13 +80,13 @@ def plan_cells(
                     f"{module.shape[0]} × {module.shape[1]} in {adapter.name}; they belong to "
                     "different base models, and to different packs"
                 )
-            places.setdefault(module.name, []).append((number, i))
+            places.setdefault(module.name, []).append(Place(number, i, module.rank))
     slots = [Slot(m.name, m.shape, m.embedding) for m, _ in known.values()]
     groups = group_modules(slots, "type")
     cells = []
     for cluster in sorted(set(clusters.values())) if clusters else [0]:
         own = {
-            name: [place for place in each if not clusters or clusters[place[0]] == cluster]
+            name: [place for place in each if not clusters or clusters[place.adapter] == cluster]
             for name, each in places.items()
         }
         for kind, group in groups.items():
@@ -92,19 +104,21 @@ def _cell(
     scope: str,
     names: tuple[str, ...],
     slot: Slot,
-    places: Mapping[str, Sequence[tuple[int, int]]],
+    places: Mapping[str, Sequence[Place]],
     cluster: int,
 ) -> PlannedCell:
-    members = tuple(place for name in names for place in places[name])
-    return PlannedCell(kind, scope, names, slot.shape, members, cluster)
+    own = [place for name in names for place in places[name]]
+    members = tuple((place.adapter, place.module) for place in own)
+    ranks = tuple(place.rank for place in own)
+    return PlannedCell(kind, scope, names, slot.shape, members, ranks, cluster)
 
 
 def write_plan(build: str, cells: Sequence[PlannedCell]) -> None:
     """Write the plan, for the tasks to read: two files a cell, as members may be thousands."""
     for number, cell in enumerate(cells):
         content = asdict(cell)
-        members = content.pop("members")
-        for path, part in zip(_paths(build, number), (content, members), strict=True):
+        slices = content.pop("members"), content.pop("ranks")
+        for path, part in zip(_paths(build, number), (content, slices), strict=True):
             write_once(path, json.dumps(part).encode())
 
 
@@ -117,5 +131,6 @@ def read_cell(build: str, number: int, *, members: bool = True) -> PlannedCell:
     path, slices = _paths(build, number)
     item = json.loads(path.read_text("utf-8"))
     item["modules"], item["shape"] = tuple(item["modules"]), tuple(item["shape"])
-    found = json.loads(slices.read_text("utf-8")) if members else []
-    return PlannedCell(**item, members=tuple((adapter, module) for adapter, module in found))
+    places, ranks = json.loads(slices.read_text("utf-8")) if members else ([], [])
+    pairs = tuple((adapter, module) for adapter, module in places)
+    return PlannedCell(**item, members=pairs, ranks=tuple(ranks))

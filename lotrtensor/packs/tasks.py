@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from lotrtensor.adapters.formats.header import read_header
 from lotrtensor.adapters.formats.tensors import Tensors, file_bytes, read_file
 from lotrtensor.core.bits.basis import QuantisedBasis
 from lotrtensor.core.bits.collection import CollectionInBits
+from lotrtensor.core.bits.spaces import strata
 from lotrtensor.core.similarity import pair_products
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
@@ -64,31 +67,33 @@ def slices_of(
         yield b * (own.get(str(adapter), 1.0) / (norms[adapter] or 1.0)), a
 
 
+ENTRIES = 2**24
+"""Numbers in the factors of the slices that a cell is made of, at most: 64 MiB in float32."""
+
+FEWEST = 128
+"""Slices that a cell is made of, if it has as many, whatever their size."""
+
+
 def collection_of(
     build: str,
     cell: PlannedCell,
     weights: str = "",
     widest: tuple[int, int] | None = None,
+    rank: int | None = None,
 ) -> CollectionInBits:
-    """The slices of a cell, or as many of them, evenly spaced, as memory is given to.
+    """The slices of a cell, or as many of them at random as memory is given to.
 
     So neither memory nor the time of a decomposition grows with the number of adapters. What many
     adapters share is told by some hundreds of them; what is private, by each when it is encoded.
+    Where they have too few columns for a ``rank`` that is asked for, there are more of them.
     """
-    first = read_factors(build, *cell.members[0])[0]
-    most = max(FEWEST, ENTRIES // (sum(cell.shape) * first.shape[1]))
-    count = len(cell.members)
-    step = max(1.0, (count - 1) / (most - 1))
-    places = [round(i * step) for i in range(min(count, most))]
-    some = replace(cell, members=tuple(cell.members[i] for i in places))
-    pairs = list(slices_of(build, some, weights))
+    count, columns = len(cell.members), sum(cell.ranks) / len(cell.ranks)
+    most = max(FEWEST, int(ENTRIES / (sum(cell.shape) * columns)))
+    most = max(most, math.ceil(2 * (rank or 0) / columns))
+    members = tuple(cell.members[i] for i in strata(count, most))
+    pairs = list(slices_of(build, replace(cell, members=members), weights))
     stack = LowRankStack([b for b, _ in pairs], [a for _, a in pairs])
     return CollectionInBits(stack, widest, count)
-
-
-ENTRIES, FEWEST = 2**24, 128
-"""Numbers in the factors of the slices that a cell is made of, at most, 64 MiB in float32; and
-slices, if there are as many, whatever their size."""
 
 
 def module_products(build: str, places: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -138,7 +143,8 @@ def price_cell(build: str, number: int, error: float, most_bytes: float) -> Pric
         if best.lost2 <= error**2 * collection.norm2 or shares[0].bits > 8 * most_bytes:
             break
     means = cell.scope == "adapters"
-    distances2 = collection.distances2(slices_of(build, cell)).tolist() if means else []
+    all_slices = partial(slices_of, build, cell)
+    distances2 = collection.distances2(all_slices).tolist() if means else []
     write_once(target, json.dumps([rows, distances2]).encode())
     return Priced(rows, distances2)
 
@@ -171,7 +177,7 @@ def fit_cell(
     mark = weights.removeprefix("weights-").removesuffix(".json")
     target = Path(build) / f"cell-{number:05}-{step:.9e}{mark and '-' + mark}.safetensors"
     if not target.is_file():
-        collection = collection_of(build, read_cell(build, number), weights, widest)
+        collection = collection_of(build, read_cell(build, number), weights, widest, rank)
         ranks = (rank, rank) if rank is not None else collection.best(step).ranks
         basis = collection.quantise(ranks, step)
         # Not an npz, whose header NumPy parses as Python: in threads that fails now and then.
@@ -181,6 +187,7 @@ def fit_cell(
             content["slices"] = np.array([basis.slices])
             bound = SquaredError(collection.lower_bound2(basis.rank), collection.norm2)
             content |= {"bound": np.array([bound.relative]), "norm2": np.array([bound.norm2])}
+            content["times"] = np.array([collection.times])
         write_once(target, file_bytes(content, {}))
     return target.name if "left" in read_header(target) else ""
 
@@ -228,6 +235,11 @@ class CellFiles(Mapping[str, Cell]):
         found = (read_file(Path(self.build) / file)[0] for _, file in self.files)
         pairs = ((float(x["bound"][0]), float(x["norm2"][0])) for x in found)
         return tuple(SquaredError(bound**2 * norm2, norm2) for bound, norm2 in pairs)
+
+    def sampled(self) -> tuple[bool, ...]:
+        """Whether a cell was made of a sample of its slices: its bound is of these alone."""
+        found = (read_file(Path(self.build) / file)[0] for _, file in self.files)
+        return tuple(float(x["times"][0]) > 1 for x in found)
 
     def in_order(self) -> Iterator[Cell]:
         """The cells, in the order of the plan."""

@@ -43,8 +43,8 @@ def compression_job(
 ) -> CompressionJob:
     """Decompose the groups of an adapter once, for all sizes.
 
-    Groups of large adapters are worked on ``at_once``, if that is so; not where a caller works on
-    several adapters at once. The result is the same.
+    With ``at_once`` the groups of a large adapter are worked on side by side, a thread each, to
+    the same result; a caller that has a thread for each of several adapters leaves it False.
     """
     members = lora_groups(lora, group_by)
 

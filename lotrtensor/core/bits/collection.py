@@ -14,7 +14,7 @@ finer by √K, since its error is that of K slices; its distortion is then that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -44,6 +44,10 @@ more columns are looked at; what is private lies beyond either nearly alike."""
 
 COLUMN_BITS = 8
 """Bits of a column beside its codes: its kind."""
+
+
+Pair = tuple[np.ndarray, np.ndarray]
+"""Thin factors B (m × r) and A (r × n) of a slice."""
 
 
 class Share(NamedTuple):
@@ -91,7 +95,10 @@ class CollectionInBits:
 
     @cached_property
     def _spaces(self) -> Spaces:
-        return Spaces(self.stack, self.widest or (NARROW, NARROW))
+        if self.widest:
+            return Spaces(self.stack, self.widest)
+        most = widest_space(self.stack.shape[0])
+        return Spaces(self.stack, (min(NARROW, most), min(NARROW, most)))
 
     @cached_property
     def _cores2(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -107,31 +114,48 @@ class CollectionInBits:
         found: np.ndarray = outside2(whole) + max(self.norm2 - float(whole.sum()), 0.0)
         return found
 
-    def distances2(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """‖ΔW_k − M‖² of any slices, M being the mean of those of the stack.
+    def distances2(self, slices: Callable[[], Iterable[Pair]]) -> np.ndarray:
+        """‖ΔW_k − M‖² (K) of all slices, M being their mean.
 
-        Formed from products of thin factors; M is built only where it is smaller than they are.
-        Differences of squares: good to 1e-7 of the norm, as far as anybody reads such a figure.
+        Formed from products of thin factors in float64; M is built only where it is smaller than
+        they are. Differences of squares: good to 1e-7 of the norm, as far as anybody reads such a
+        figure. Where the stack is a sample, M is what of the mean lies between the spaces: of
+        hundreds of slices next to nothing of it is beyond them.
 
         Parameters
         ----------
-        pairs : iterable of (ndarray (m, r), ndarray (r, n))
-            Factors B and A of each slice, in turn.
+        slices : callable
+            Returns an iterable of the factors B (m × r) and A (r × n) of every slice, in turn.
         """
-        (count, m, n), ranks = self.stack.shape, self.stack.ranks
-        own = [tuple(map(to_numpy, self.stack.factors(k))) for k in range(count)]
-        lefts, rights = np.hstack([b for b, _ in own]) / count, np.vstack([a for _, a in own])
-        mean = lefts @ rights if sum(ranks) > min(m, n) else None
-        if mean is not None:
-            mean2 = float(np.sum(mean**2))
-        else:
-            mean2 = float(np.sum((lefts.T @ lefts) * (rights @ rights.T)))
+        along, mean2 = self._along_mean() if self.times == 1 else self._along_spaces(slices())
         found = []
-        for b, a in pairs:
-            along = b.T @ mean if mean is not None else (b.T @ lefts) @ rights
+        for b, a in slices():
+            b, a = b.astype(np.float64), a.astype(np.float64)
             norm2 = float(np.sum((b.T @ b) * (a @ a.T)))
-            found.append(max(norm2 - 2.0 * float(np.sum(along * a)) + mean2, 0.0))
+            found.append(max(norm2 - 2.0 * along(b, a) + mean2, 0.0))
         return np.array(found)
+
+    def _along_mean(self) -> tuple[Callable[[np.ndarray, np.ndarray], float], float]:
+        """⟨B A, M⟩ as a function, and ‖M‖², M being the mean of the stack."""
+        (count, m, n), ranks = self.stack.shape, self.stack.ranks
+        pairs = [tuple(map(to_numpy, self.stack.factors(k))) for k in range(count)]
+        lefts, rights = np.hstack([b for b, _ in pairs]) / count, np.vstack([a for _, a in pairs])
+        if sum(ranks) > min(m, n):
+            mean = lefts @ rights
+            return lambda b, a: float(np.sum((b.T @ mean) * a)), float(np.sum(mean**2))
+        mean2 = float(np.sum((lefts.T @ lefts) * (rights @ rights.T)))
+        return lambda b, a: float(np.sum((lefts.T @ b) * (rights @ a.T))), mean2
+
+    def _along_spaces(
+        self, slices: Iterable[Pair]
+    ) -> tuple[Callable[[np.ndarray, np.ndarray], float], float]:
+        """The same of the part of the mean of given slices that lies between the spaces."""
+        left, right = self._spaces.factors
+        mean = np.zeros((left.shape[1], right.shape[1]))
+        for b, a in slices:
+            mean += (left.T @ b) @ (a @ right) / self.slices
+        turned = right @ mean.T
+        return lambda b, a: float(np.sum((left.T @ b) * (a @ turned).T)), float(np.sum(mean**2))
 
     def alone(self, step: float) -> Share:
         """What private terms of the slices cost and lose, nothing being shared."""
@@ -143,6 +167,7 @@ class CollectionInBits:
         found = self._shares(step)
         while self._is_narrow(found, step):
             columns = 2 * max(self._spaces.reduced.largest)
+            columns = min(columns, widest_space(self.stack.shape[0]))
             self._spaces = Spaces(self.stack, (columns, columns))
             del self._cores2, self._beyond2
             found = self._shares(step)
@@ -150,19 +175,22 @@ class CollectionInBits:
 
     def _is_narrow(self, found: Sequence[Share], step: float) -> bool:
         """Whether there may be better ranks beyond the spaces that were looked at."""
-        largest = self._spaces.reduced.largest
-        most = widest_space(self.stack.shape[0])
-        if self.widest or self._spaces.exact or min(largest) >= most:
+        largest, most = self._spaces.reduced.largest, widest_space(self.stack.shape[0])
+        full = all(
+            columns >= min(most, rank)
+            for columns, rank in zip(largest, self.stack.max_rank, strict=True)
+        )
+        if self.widest or self._spaces.exact or full:
             return False
         best = min(share.price(step) for share in found)
-        inner = (s.price(step) for s in found if 2 * max(s.ranks) <= min(largest))
+        inner = (s.price(step) for s in found if 2 * max(s.ranks) <= max(largest))
         if best < GAIN * min(inner):
             return True
         # Slices that lie in spaces of some hundred columns gain nothing before all of these are
         # there; what lies beyond falls quickly then.
         p, q = largest
-        beyond2 = float(self._beyond2[-1, -1])
-        return found[0].lost2 < beyond2 < FALLS * float(self._beyond2[p // 2 - 1, q // 2 - 1])
+        half2 = float(self._beyond2[max(p // 2, 1) - 1, max(q // 2, 1) - 1])
+        return found[0].lost2 < float(self._beyond2[-1, -1]) < FALLS * half2
 
     def _shares(self, step: float) -> list[Share]:
         found = [self.alone(step)]

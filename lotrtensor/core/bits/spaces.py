@@ -23,6 +23,21 @@ SAMPLE = 48
 """Slices whose residuals stand for those of all when ranks are priced."""
 
 
+def strata(count: int, most: int) -> list[int]:
+    """Places of ``most`` of ``count`` things, one at random of each of as many equal parts.
+
+    Not evenly spaced: things of two kinds that come in turn would be of one kind then.
+
+    >>> strata(5, 9), len(strata(100, 10))
+    ([0, 1, 2, 3, 4], 10)
+    """
+    if count <= most:
+        return list(range(count))
+    ends = [i * count // most for i in range(most + 1)]
+    rng = np.random.default_rng(count)
+    return [int(place) for place in rng.integers(ends[:-1], ends[1:])]
+
+
 def widest_space(slices: int) -> int:
     """Columns of spaces between which the cores of this many slices hold `MOST_CORES`."""
     most = math.isqrt(MOST_CORES // slices)
@@ -36,15 +51,15 @@ class Spaces:
     ----------
     stack : LowRankStack
         K slices.
-    columns : (int, int) or None
-        Columns wanted; all if None, or if nearly all are.
+    columns : (int, int)
+        Columns wanted, about; all if most are.
     """
 
-    def __init__(self, stack: LowRankStack, columns: tuple[int, int] | None) -> None:
+    def __init__(self, stack: LowRankStack, columns: tuple[int, int]) -> None:
         self.stack = stack
         (a, b), most = stack.max_rank, widest_space(stack.shape[0])
-        if columns and 2 * columns[0] < a and 2 * columns[1] < b:
-            columns = min(columns[0], most), min(columns[1], most)
+        if 2 * columns[0] < a or 2 * columns[1] < b:
+            columns = min(columns[0], a), min(columns[1], b)
             reduction = reduce_stack(stack, columns, kind="matrix-free")
         elif a * b <= MOST_CORES // stack.shape[0]:
             reduction = reduce_stack(stack, kind="exact")
@@ -97,8 +112,7 @@ class Spaces:
         if ranks not in self._residuals:
             left, right = (x[:, :r] for x, r in zip(self.factors, ranks, strict=True))
             lefts, rights = [], []
-            count, last = min(SAMPLE, self.stack.shape[0]), self.stack.shape[0] - 1
-            for b, a in (self.pair(round(i * last / max(count - 1, 1))) for i in range(count)):
+            for b, a in map(self.pair, strata(self.stack.shape[0], SAMPLE)):
                 inside = left @ (left.T @ b)
                 lefts.append(np.hstack([b - inside, inside]))
                 rights.append(np.vstack([a, a - (a @ right) @ right.T]))
