@@ -59,7 +59,7 @@ MODELS = {
             f"{MLP}.down_proj": (4096, 14336),
         },
         rank=16,
-        counts=(32, 64, 128, 256),
+        counts=(32, 64, 128),
     ),
 }
 LAYERS, CROWD, PROCESSORS = 32, 10_000, 8
