@@ -121,3 +121,12 @@ def test_a_pack_is_analysed_by_itself(tmp_path):
 def test_what_is_no_collection(arguments):
     with pytest.raises(lt.OptionError, match="expected"):
         lt.analyze_collection(**arguments)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 9])
+def test_as_many_clusters_as_are_asked_for(size):
+    vectors = np.random.default_rng(size).normal(size=(size, 30))
+    vectors /= np.linalg.norm(vectors, axis=1)[:, None]
+    for count in range(1, size + 3):
+        labels = similarity.average_linkage(vectors @ vectors.T, count=count)
+        assert sorted(set(labels.tolist())) == list(range(min(count, size)))

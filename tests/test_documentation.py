@@ -98,6 +98,25 @@ def test_the_tables_of_packs_are_what_was_measured():
             assert any(p.bytes < other.bytes and p.error < other.error for p in own), other
 
 
+def test_the_table_of_what_packs_keep_is_what_was_measured():
+    from tests.evidence.families import table
+    from tests.evidence.tables import read
+
+    page = (ROOT / "howto" / "packs.md").read_text("utf-8")
+    assert "\n".join(table(read(ROOT / "evidence" / "families.jsonl"))) in page
+
+
+def test_the_tables_of_crowds_are_what_was_measured():
+    from tests.bench.crowd import crowd_table, table
+
+    page = (ROOT / "howto" / "packs.md").read_text("utf-8")
+    models = json.loads((ROOT / "crowd.json").read_text("utf-8"))["models"]
+    for model in models.values():
+        assert "\n".join(table(model["rows"])) in page
+        assert model["slopes"]["cpu_seconds"] <= 1.1
+    assert "\n".join(crowd_table(models["a layer of 8 B"]["rows"])) in page
+
+
 def test_the_table_of_commands_is_what_was_measured():
     from tests.bench.bench_commands import table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -76,7 +77,7 @@ def run() -> None:
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"lotr: error: {message}", file=sys.stderr)
+    _say(f"lotr: error: {message}")
     raise SystemExit(1) from None
 
 
@@ -88,4 +89,10 @@ def _close_stdout() -> None:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"lotr: warning: {printable(message)}", file=sys.stderr)
+    _say(f"lotr: warning: {printable(message)}")
+
+
+def _say(line: str) -> None:
+    """Print a line for the user; where that fails, the exit code says as much."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

@@ -272,7 +272,8 @@ def average_linkage(
     np.fill_diagonal(distances, 0.0)
     tree = hierarchy.linkage(squareform(distances, checks=False), method="average")
     if count is not None:
-        labels = hierarchy.fcluster(tree, count, criterion="maxclust").tolist()
+        # Not fcluster's maxclust, which finds fewer in SciPy 1.13.
+        labels = hierarchy.cut_tree(tree, min(count, len(cosine))).ravel().tolist()
     else:
         labels = hierarchy.fcluster(tree, 1.0 - (threshold or 0.0), criterion="distance").tolist()
     order = sorted(set(labels), key=lambda label: (-labels.count(label), labels.index(label)))

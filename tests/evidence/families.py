@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from train_demo_adapter import load_examples
 from transformers import logging
 
 from tests.bench.families import Made, families_of, lora, make
@@ -69,6 +68,8 @@ def scorer(path: Path, cache: Path) -> Scorer:
     if family == "task":
         texts, labels = zip(*load_task(name, cache).test, strict=True)
     else:
+        from train_demo_adapter import load_examples
+
         _, test = load_examples()
         texts, labels = zip(*((row.text, row.label) for row in test), strict=True)
     return Scorer(path, encoder.tokens(texts), np.array(labels))
