@@ -206,6 +206,7 @@ def test_narrow_spaces_find_what_all_columns_do(parts, monkeypatch):
     exact, step = made(found, 0.02)
     expected = exact.best(step)
     assert exact._spaces.exact
+    monkeypatch.setattr("lotrtensor.core.bits.spaces.CHEAP_FLOPS", 0)
     monkeypatch.setattr("lotrtensor.core.bits.collection.NARROW", 6)
     narrow, _ = made(found, 0.02)
     best = narrow.best(step)
@@ -244,6 +245,7 @@ def test_a_side_narrower_than_the_spaces(sides, share, monkeypatch):
     found = family(8, slices=40, sides=sides, mean=0.0, common=1.0, own=0.05, ranks=(1, 11, 1))
     exact, step = made(found, share)
     monkeypatch.setattr("lotrtensor.core.bits.spaces.MOST_CORES", 40 * 60**2)
+    monkeypatch.setattr("lotrtensor.core.bits.spaces.CHEAP_FLOPS", 0)
     monkeypatch.setattr("lotrtensor.core.bits.collection.NARROW", 4)
     narrow, _ = made(found, share)
     assert narrow.best(step).price(step) == pytest.approx(exact.best(step).price(step), rel=0.03)

@@ -21,7 +21,7 @@ import numpy as np
 from lotrtensor.adapters.formats.header import read_header
 from lotrtensor.adapters.formats.tensors import Tensors, file_bytes, read_file
 from lotrtensor.core.bits.basis import QuantisedBasis
-from lotrtensor.core.bits.collection import CollectionInBits
+from lotrtensor.core.bits.collection import CollectionInBits, cheapest
 from lotrtensor.core.bits.spaces import strata
 from lotrtensor.core.similarity import pair_products
 from lotrtensor.core.squared_error import SquaredError
@@ -136,7 +136,7 @@ def price_cell(build: str, number: int, error: float, most_bytes: float) -> Pric
     rows: list[list[float]] = []
     for step in STEPS if len(cell.members) > 1 else ():
         shares = collection.shares(step)
-        best = min(shares, key=lambda share: share.price(step))
+        best = cheapest(shares, step)
         row = [shares[0].bits, shares[0].lost2, best.bits, best.lost2, best.price(step)]
         row += best.ranks
         rows.append([float(value) for value in row])

@@ -23,7 +23,7 @@ import numpy as np
 from lotrtensor.core.arrays import to_numpy
 from lotrtensor.core.bits.basis import QuantisedBasis
 from lotrtensor.core.bits.grid import column_cost, round_to_grid
-from lotrtensor.core.bits.spaces import Spaces, widest_space
+from lotrtensor.core.bits.spaces import Spaces, is_cheap, widest_space
 from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.bits.terms import predict_terms, slope, unit_columns
 from lotrtensor.core.ranks.curve import outside2
@@ -36,7 +36,8 @@ half of them are the best. A column is worth its bits only where it spares sever
 theirs, and to decompose thousands of slices whole takes the cube of their number."""
 
 GAIN = 0.99
-"""Ratio of prices that counts: columns at the edge of being coded lower one by some thousandths."""
+"""Ratio of prices that counts: hundreds of columns at the edge of being coded lower one by some
+thousandths, and are not coded in the end."""
 
 FALLS = 0.75
 """Ratio of what lies beyond all columns of the spaces to what lies beyond half of them, below which
@@ -60,6 +61,13 @@ class Share(NamedTuple):
     def price(self, step: float) -> float:
         """‖error‖² + λ · bits."""
         return self.lost2 + slope(step) * self.bits
+
+
+def cheapest(shares: Sequence[Share], step: float) -> Share:
+    """The share of the least price, or that of the fewest columns of those as good as that."""
+    best = min(shares, key=lambda share: share.price(step))
+    like = (x for x in shares if min(x.ranks) and GAIN * x.price(step) <= best.price(step))
+    return min(like, key=lambda share: sum(share.ranks)) if min(best.ranks) else best
 
 
 class CollectionInBits:
@@ -95,8 +103,8 @@ class CollectionInBits:
 
     @cached_property
     def _spaces(self) -> Spaces:
-        if self.widest:
-            return Spaces(self.stack, self.widest)
+        if self.widest or is_cheap(self.stack):
+            return Spaces(self.stack, self.widest or self.stack.max_rank)
         most = widest_space(self.stack.shape[0])
         return Spaces(self.stack, (min(NARROW, most), min(NARROW, most)))
 
@@ -212,8 +220,8 @@ class CollectionInBits:
         return found
 
     def best(self, step: float) -> Share:
-        """The ranks of the least ‖error‖² + λ · bits."""
-        return min(self.shares(step), key=lambda share: share.price(step))
+        """The ranks of the least ‖error‖² + λ · bits; the fewest where prices nearly agree."""
+        return cheapest(self.shares(step), step)
 
     def _private(self, spectra: Sequence[np.ndarray], step: float) -> tuple[float, float]:
         """Bits and squared error of private terms of slices that stand for all."""

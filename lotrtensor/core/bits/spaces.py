@@ -11,7 +11,7 @@ import numpy as np
 from lotrtensor.core.arrays import to_numpy
 from lotrtensor.core.fit import tuning
 from lotrtensor.core.fit.reduced_stack import ReducedStack
-from lotrtensor.core.fit.reduction import reduce_stack
+from lotrtensor.core.fit.reduction import exact_flops, reduce_stack
 from lotrtensor.core.slice_svd import slice_spectra
 from lotrtensor.core.stacks.low_rank import LowRankStack
 
@@ -44,6 +44,17 @@ def widest_space(slices: int) -> int:
     return max(1, min(4 * most // 5, most - tuning.OVERSAMPLE))  # the block is wider by that much
 
 
+def is_cheap(stack: LowRankStack) -> bool:
+    """Whether all columns of a stack take some seconds, and memory that is given to cores."""
+    a, b = stack.max_rank
+    return exact_flops(stack) <= CHEAP_FLOPS and a * b <= MOST_CORES // stack.shape[0]
+
+
+CHEAP_FLOPS = 1e11
+"""Estimated cost of all columns up to which they are not looked for a few at a time, three seconds.
+96 slices of 1536 × 384 at rank 8 are 3e10; two such took 8 s from few columns, and 1 s at once."""
+
+
 class Spaces:
     """Orthonormal U (m × a) and V (n × b) by falling energy, of the HOSVD of a stack.
 
@@ -58,7 +69,8 @@ class Spaces:
     def __init__(self, stack: LowRankStack, columns: tuple[int, int]) -> None:
         self.stack = stack
         (a, b), most = stack.max_rank, widest_space(stack.shape[0])
-        if 2 * columns[0] < a or 2 * columns[1] < b:
+        few = 2 * columns[0] < a, 2 * columns[1] < b
+        if all(few) or (any(few) and not is_cheap(stack)):
             columns = min(columns[0], a), min(columns[1], b)
             reduction = reduce_stack(stack, columns, kind="matrix-free")
         elif a * b <= MOST_CORES // stack.shape[0]:
