@@ -21,7 +21,7 @@ OUTSIDE = (
     "llama-cli",
 )
 """Commands that need a network, a server or another project."""
-OURS = ("make demo", "make test", "make lint docs", ".venv-test/bin/python -m pytest")
+OURS = ("make ", ".venv-test/bin/python -m pytest")
 RUN_BY_A_TEST = {"howto/image-models.md", "reference/cli.md", "training.md"}
 """Pages whose commands other tests run."""
 
