@@ -43,7 +43,7 @@ def _checkpoints(folder: Path) -> None:
 
 
 def _merged(folder: Path) -> None:
-    lt.merge(folder / "base", folder / "adapter", folder / "out")
+    lt.merge(folder / "base", lt.load(folder / "adapter"), folder / "out")
 
 
 def _family(folder: Path) -> None:
