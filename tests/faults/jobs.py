@@ -43,7 +43,8 @@ def _checkpoints(folder: Path) -> None:
 
 
 def _merged(folder: Path) -> None:
-    lt.merge(folder / "base", lt.load(folder / "adapter"), folder / "out")
+    other = lt.convert(lt.load(folder / "adapter"), rank=1)
+    lt.merge(folder / "base", other, folder / "out")
 
 
 def _family(folder: Path) -> None:
