@@ -43,7 +43,7 @@ def _checkpoints(folder: Path) -> None:
 
 
 def _merged(folder: Path) -> None:
-    other = lt.convert(lt.load(folder / "adapter"), rank=1)
+    other = lt.truncate(lt.load(folder / "adapter"), rank=1)
     lt.merge(folder / "base", other, folder / "out")
 
 
