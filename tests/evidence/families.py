@@ -90,6 +90,11 @@ def score(scorers: list[Scorer], made: Made) -> dict[str, Any]:
     }
 
 
+def points(difference: float) -> str:
+    """Per cent lost, without a minus before zero."""
+    return f"{round(-100 * difference, 1) + 0.0:.1f}"
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown."""
     lines = ["| family | form | bytes | accuracy | points lost | by the worst | KL, nats |"]
@@ -99,7 +104,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         size = f"{row['bytes']:,}" if row["bytes"] else ""
         lines.append(
             f"| {row['family']} | {form} | {size} | {row['accuracy']:.3f} | "
-            f"{-100 * row['difference']:.1f} | {-100 * row['least']:.1f} | {row['kl']:.4f} |"
+            f"{points(row['difference'])} | {points(row['least'])} | {row['kl']:.4f} |"
         )
     return lines
 
