@@ -30,8 +30,11 @@ from lotrtensor.adapters.modules import LoraModule
 
 TOLERANCES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 COMPONENTS, RANKS = (1, 2, 4, 8, 12), (4, 8, 16, 32, 64)
+HALVES = "each alone, 16 bit"
+"""Truncated LoRAs, ranks shared out over the modules at one error: plain numbers."""
+
 FORMS: tuple[tuple[str, float], ...] = (
-    *((form, tolerance) for tolerance in TOLERANCES for form in ("pack", "each alone")),
+    *((form, tolerance) for tolerance in TOLERANCES for form in ("pack", "each alone", HALVES)),
     *(("vlora", components) for components in COMPONENTS),
     *(("lorashare", components) for components in RANKS),
 )
@@ -95,8 +98,8 @@ def make(form: str, paths: list[Path], setting: float) -> Made | None:
     """A family in a form; None where a package is missing, or has no such form of so few."""
     if form == "pack":
         return packed(paths, setting)
-    if form == "each alone":
-        return alone(paths, setting)
+    if form in ("each alone", HALVES):
+        return alone(paths, setting, bits=form != HALVES)
     if not find_spec(form) or (form == "vlora" and setting >= len(paths)):
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -118,14 +121,17 @@ def packed(paths: list[Path], tolerance: float) -> Made:
     return Made(size, found, seconds)
 
 
-def alone(paths: list[Path], tolerance: float) -> Made:
-    """Every adapter compressed by itself, whole directories."""
+def alone(paths: list[Path], tolerance: float, *, bits: bool) -> Made:
+    """Every adapter by itself: compressed, whole directories, or truncated, its numbers alone."""
     started = time.process_time()
-    made = [lt.compress(lora(path), tolerance=tolerance) for path in paths]
-    seconds = time.process_time() - started
-    size = sum(adapter.file_bytes for adapter in made)
-    found = [like(p, a.updates()) for p, a in zip(paths, made, strict=True)]
-    return Made(size, found, seconds)
+    if bits:
+        made = [lt.compress(lora(path), tolerance=tolerance) for path in paths]
+        size = sum(adapter.file_bytes for adapter in made)
+        found = [like(p, a.updates()) for p, a in zip(paths, made, strict=True)]
+    else:
+        found = [lt.truncate(lora(path), tolerance=tolerance) for path in paths]
+        size = sum(adapter.bytes for adapter in found)
+    return Made(size, found, time.process_time() - started)
 
 
 def vlora(paths: list[Path], components: int) -> Made:
@@ -207,17 +213,21 @@ def scaled(path: Path, pairs: Mapping[str, tuple[Any, Any]]) -> lt.LoraAdapter:
 
 
 def table(content: Mapping[str, Any]) -> list[str]:
-    """Markdown: packs beside each adapter alone at one error, then the other packages."""
+    """Markdown: packs beside each adapter alone at one error."""
     points = [Point(**row) for row in content["points"]]
-    lines = ["| family | error | pack, bytes | each alone, bytes | pack smaller by |"]
-    lines.append("| --- | --- | --- | --- | --- |")
-    for own in points:
-        if own.form == "pack":
-            other = next(p for p in points if p[:3] == (own.family, "each alone", own.setting))
-            lines.append(
-                f"| {own.family} | {own.setting} | {own.bytes:,} | {other.bytes:,} | "
-                f"{other.bytes / own.bytes:.2f} × |"
-            )
+    lines = [
+        "| family | error | pack, bytes | each alone, bytes | each alone, 16 bit | smaller by |"
+    ]
+    lines.append(f"|{' --- |' * 6}")
+    for own in (point for point in points if point.form == "pack"):
+        bits, halves = (
+            next(p.bytes for p in points if p[:3] == (own.family, form, own.setting))
+            for form in ("each alone", HALVES)
+        )
+        lines.append(
+            f"| {own.family} | {own.setting} | {own.bytes:,} | {bits:,} | {halves:,} | "
+            f"{bits / own.bytes:.2f} ×, {halves / own.bytes:.1f} × |"
+        )
     return lines
 
 
