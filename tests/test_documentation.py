@@ -140,3 +140,12 @@ def test_formulas_are_of_what_the_renderer_knows(page):
     inline = r"(?<!\$)\$([^$\n]+)\$(?!\$)"
     for formula in re.findall(r"\$\$(.+?)\$\$", text, re.DOTALL) + re.findall(inline, text):
         assert tex2mathml(formula.strip())
+
+
+def test_the_table_of_faults_is_what_was_measured():
+    page = (ROOT / "trust.md").read_text("utf-8")
+    found = json.loads((ROOT / "faults.json").read_text("utf-8"))
+    for row in found["commands"]:
+        assert f"| {row['command']} | {row['points']} | {len(row['failures'])} |" in page
+    assert f"Of {found['points']:,} points none did otherwise" in page
+    assert not any(row["failures"] for row in found["commands"])

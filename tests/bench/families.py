@@ -215,10 +215,8 @@ def scaled(path: Path, pairs: Mapping[str, tuple[Any, Any]]) -> lt.LoraAdapter:
 def table(content: Mapping[str, Any]) -> list[str]:
     """Markdown: packs beside each adapter alone at one error."""
     points = [Point(**row) for row in content["points"]]
-    lines = [
-        "| family | error | pack, bytes | each alone, bytes | each alone, 16 bit | smaller by |"
-    ]
-    lines.append(f"|{' --- |' * 6}")
+    names = ("family", "error", "pack, bytes", "each alone, bytes", "in 16 bits", "smaller by")
+    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     for own in (point for point in points if point.form == "pack"):
         bits, halves = (
             next(p.bytes for p in points if p[:3] == (own.family, form, own.setting))
