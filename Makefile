@@ -48,7 +48,7 @@ RUNS := 1000000
 fuzz: $(TEST)/installed ## Read a million changed files (RUNS=), and write the counts into docs/fuzz.json
 	@$(BIN)/python -m tests.fuzz --runs $(RUNS) --processes 2 --json docs/fuzz.json
 
-faults: $(TEST)/installed ## Let every system call of every writing command fail once (needs strace)
+faults: $(TEST)/installed ## Let every writing system call of commands that write fail once (needs strace)
 	@$(BIN)/python -m tests.faults --json docs/faults.json
 
 test-oldest: ## Run the tests with the lowest versions that pyproject.toml allows, on Python 3.11

@@ -156,7 +156,7 @@ def add(
     tolerance: Tolerance = None,
     max_error: Annotated[
         float | None,
-        typer.Option(help="Relative error past which an adapter is refused, without a tolerance."),
+        typer.Option(help="Relative error past which an adapter is refused."),
     ] = None,
     json: Json = False,
 ) -> None:

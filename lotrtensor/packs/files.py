@@ -90,7 +90,7 @@ class Index:
         ``tolerance`` or ``step``, and ``rank``: what is asked of an adapter that is added.
     share : str
         What was asked to be shared.
-    bounds : tuple of float or None
+    bounds : tuple of (float or None)
         Relative error that no basis of a cell's ranks falls below, cell by cell, from the build
         that made them; not in the file.
     """

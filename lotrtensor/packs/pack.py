@@ -81,7 +81,7 @@ class Pack:
     ----------
     path : path-like
         The directory.
-    bounds : tuple of float or None
+    bounds : tuple of (float or None)
         For every cell the relative error, over its slices, that no basis of its ranks falls below
         where nothing is private: what `pack` finds, and no file holds. None where the cell was
         made of a sample of them.
@@ -233,9 +233,9 @@ class Pack:
         tolerance : float, optional
             Relative error that is not exceeded; what the pack was made with if not given.
         max_error : float, optional
-            Relative error past which the adapter is refused, for a pack that was made for a size or
-            a rank and holds no tolerance. If not given, 1 - error² is at least half of what it is
-            for any of the adapters that its bases were made of.
+            Relative error past which the adapter is refused. If not given, and neither the pack nor
+            the call has a tolerance, 1 - error² has to be half at least of what it is for any
+            adapter in the pack that the bases were made of.
 
         Raises
         ------
@@ -268,10 +268,15 @@ class Pack:
         progress : callable, optional
             As for `lotrtensor.pack`.
 
+        Returns
+        -------
+        tuple of PackRow
+            What the index says of each, in the order given.
+
         Raises
         ------
         FormatError, OptionError, RankError
-            As for `add`; the sentence begins with the adapter's name.
+            As for `add`; of several adapters, the one that is refused is named first.
         """
         check_options(adapters, tolerance, max_error)
         with locked(self.path):

@@ -68,7 +68,8 @@ def slices_of(
 
 
 ENTRIES = 2**24
-"""Numbers in the factors of the slices that a cell is made of, at most: 64 MiB in float32."""
+"""Numbers in the factors of the slices that a cell is made of, 64 MiB in float32, at most, but for
+`FEWEST` and ranks that are asked for."""
 
 FEWEST = 128
 """Slices that a cell is made of, if it has as many, whatever their size."""
@@ -81,7 +82,7 @@ def collection_of(
     widest: tuple[int, int] | None = None,
     rank: int | None = None,
 ) -> CollectionInBits:
-    """The slices of a cell, or as many of them at random as memory is given to.
+    """The slices of a cell, or one from each of as many equal parts as memory is given to.
 
     So neither memory nor the time of a decomposition grows with the number of adapters. What many
     adapters share is told by some hundreds of them; what is private, by each when it is encoded.

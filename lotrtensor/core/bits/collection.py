@@ -220,7 +220,7 @@ class CollectionInBits:
         return found
 
     def best(self, step: float) -> Share:
-        """The ranks of the least ‖error‖² + λ · bits; the fewest where prices nearly agree."""
+        """The ranks of the least ‖error‖² + λ · bits; the fewest columns of prices within 1 %."""
         return cheapest(self.shares(step), step)
 
     def _private(self, spectra: Sequence[np.ndarray], step: float) -> tuple[float, float]:
@@ -253,7 +253,11 @@ class CollectionInBits:
         return common, self.slices * _corner_sums(own.bits), rounding2
 
     def lower_bound2(self, ranks: tuple[int, int]) -> float:
-        """Squared error that no basis of these ranks falls below, nothing being private."""
+        """Squared error that no basis of these ranks falls below, nothing being private.
+
+        An estimate where the stack is a sample: the bound of the sample, as many times as it
+        stands for.
+        """
         reduced = self._spaces.reduced
         return self.times * reduced.lower_bound2(reduced.nearest(ranks))
 
