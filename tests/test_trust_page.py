@@ -7,9 +7,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_every_promise_names_a_test_that_is_there():
-    rows = re.findall(
-        r"^\| (?!promise|---)(.+?) \| (.+?) \|$", (ROOT / "docs/trust.md").read_text(), re.M
-    )
+    promises = (ROOT / "docs/trust.md").read_text().partition("## Faults")[0]
+    rows = re.findall(r"^\| (?!promise|---)(.+?) \| (.+?) \|$", promises, re.M)
     assert len(rows) > 10
     for promise, kept_by in rows:
         named = re.findall(r"`(tests/\w+\.py)`", kept_by)
