@@ -47,8 +47,8 @@ COLUMN_BITS = 8
 """Bits of a column beside its codes: its kind."""
 
 
+# Thin factors B (m × r) and A (r × n) of a slice.
 Pair = tuple[np.ndarray, np.ndarray]
-"""Thin factors B (m × r) and A (r × n) of a slice."""
 
 
 class Share(NamedTuple):
