@@ -34,6 +34,10 @@ Source = str | os.PathLike[str] | Adapter | Packed
 """A path, a hub's address, an adapter in memory, or one that is in a pack already."""
 
 
+NORMS = "norms.json"
+"""File of the norms of all adapters, in the build directory."""
+
+
 class SpooledModule(NamedTuple):
     """A module of a spooled adapter: path, shape (m, n), LoRA rank, whether it is an embedding."""
 
@@ -137,9 +141,6 @@ def read_norms(build: str) -> dict[int, float]:
     """Return the norms of all adapters by their numbers."""
     content = json.loads((Path(build) / NORMS).read_text("utf-8"))
     return {int(number): norm for number, norm in content.items()}
-
-
-NORMS = "norms.json"
 
 
 def read_factors(build: str, number: int, module: int) -> tuple[np.ndarray, np.ndarray]:
