@@ -249,6 +249,22 @@ def test_what_cannot_be_adapted_is_named_and_the_model_is_as_it_was(options, err
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
+def test_a_module_that_is_a_parameter_of_experts_is_refused_with_the_way_out(name):
+    text = f"'{name}', which is not found.*target_parameters names: .*'experts.gate_up_proj'"
+    with pytest.raises(lt.FormatError, match=text):
+        peft.get_peft_model(tiny("qwen3_moe"), LotrConfig(r=2, target_modules=["q_proj", name]))
+
+
+@pytest.mark.parametrize("targets", [["q_b_proj", "down_proj"], r".*\.(q_b_proj|down_proj)"])
+def test_experts_that_other_modules_share_a_name_with_are_left_out_with_a_word(targets):
+    with pytest.warns(lt.LotrWarning, match="'down_proj', and experts are left as they are"):
+        model = peft.get_peft_model(tiny("deepseek_v3"), LotrConfig(r=2, target_modules=targets))
+    names = {name for group in model.base_model.plans("default") for name in group.modules}
+    assert any("shared_experts.down_proj" in name for name in names)
+    assert not any(".experts.0." in name for name in names)
+
+
 def test_a_file_of_other_experts_is_refused_and_the_model_is_as_it_was(tmp_path):
     _, model = adapted()
     model.save_pretrained(tmp_path / "adapter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +19,14 @@ from lotrtensor.adapters.formats.wrappers import matched_names
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.adapters.parts import group_parts
-from lotrtensor.errors import FormatError, UnsupportedAdapterError
+from lotrtensor.errors import FormatError, LotrWarning, UnsupportedAdapterError
 from lotrtensor.packs.files import is_pack
 from lotrtensor.packs.members import first_cluster
 from lotrtensor.packs.pack import Pack
 from lotrtensor.peft.config import LotrConfig
 from lotrtensor.peft.experts import Experts
 from lotrtensor.torch.apply import check_train
-from lotrtensor.torch.expert_slices import Layer, find_experts, with_slices
+from lotrtensor.torch.expert_slices import ExpertSlice, Layer, find_experts, with_slices
 from lotrtensor.torch.expert_stacks import expert_stacks
 from lotrtensor.torch.groups import GroupPlan, check_plans, check_rank, plan_groups, scale_of
 from lotrtensor.torch.init import INITS
@@ -202,7 +203,7 @@ def _from_pack(config: LotrConfig, pack: Pack, layers: Mapping[str, Layer]) -> A
                 f"{field} does not choose among the bases of a pack; name layers in target_modules"
             )
     if pack.cells:
-        check_names(config, (name for cell in pack.cells for name in cell.modules))
+        check_names(config, dict.fromkeys(name for cell in pack.cells for name in cell.modules))
     plans, groups = [], []
     for cell in first_cluster(pack.cells):  # the largest cluster
         names = tuple(name for name in cell.modules if name in layers and _is_chosen(config, name))
@@ -236,23 +237,37 @@ def _is_chosen(config: LotrConfig, path: str) -> bool:
     return chosen and not _is_named(path, config.exclude_modules)
 
 
-def check_names(config: LotrConfig, layers: Iterable[str]) -> None:
+def check_names(config: LotrConfig, layers: Mapping[str, Layer | None]) -> None:
     """Refuse a list of target modules of which one matches nothing: most often a slip of the pen.
+
+    Experts that the model holds as parameters are no modules: a name that means them is refused,
+    and one that modules have as well is warned of, since their experts are left out.
 
     Raises
     ------
     FormatError
         Naming it.
     """
-    if not isinstance(config.target_modules, set):
+    paths = [path for path, layer in layers.items() if not isinstance(layer, ExpertSlice)]
+    slices = {path: x.parameter for path, x in layers.items() if isinstance(x, ExpertSlice)}
+    ends = sorted({f"experts.{parameter}" for parameter in slices.values()})
+    way_out = f"experts of this model are parameters, which target_parameters names: {ends}"
+    if isinstance(config.target_modules, set):
+        for name in sorted(config.target_modules):
+            if not any(_is_named(path, [name]) for path in paths):
+                raise FormatError(
+                    f"target_modules has {name!r}, which is not found among {len(paths)} modules, "
+                    f"such as {paths[0]!r}; {way_out if ends else 'correct it or leave it out'}"
+                )
+    if config.target_modules == "all-linear" or config.target_parameters is not None:
         return
-    paths = list(layers)
-    for name in sorted(config.target_modules):
-        if not any(path == name or path.endswith("." + name) for path in paths):
-            raise FormatError(
-                f"target_modules has {name!r}, which is not found among {len(paths)} modules, such "
-                f"as {paths[0]!r}; correct it or leave it out"
-            )
+    meant = {slices[path] for path in slices if _is_named(path, config.target_modules)}
+    if meant:
+        warnings.warn(
+            f"target_modules has {min(meant)!r}, and experts are left as they are: {way_out}",
+            LotrWarning,
+            stacklevel=2,
+        )
 
 
 def check_carried(config: LotrConfig, model: nn.Module) -> None:
