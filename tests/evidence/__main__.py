@@ -1,6 +1,6 @@
 """Run what has not been run yet, a JSON line a cell, and print the tables of what is done.
 
-    python -m tests.evidence [after] [training] [--tasks amazon …] [--cache DIR]
+    python -m tests.evidence [after] [training] [--tasks amazon …] [--seeds 0 …]
 
 Stopped at any time, the same command goes on where it was: a cell whose line stands in
 ``docs/evidence/PART.jsonl`` is not run again, and trained adapters stay in the cache.
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import logging
@@ -23,7 +24,7 @@ from tests.evidence.tasks import TASKS, load_task
 RESULTS = Path("docs/evidence")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lotrtensor-evidence"
 KEYS = {"after": ("form", "ratio"), "training": ("method", "seed", "rate")}
-PARTS = {"after": after.cells, "training": training.cells}
+PARTS: dict[str, Any] = {"after": after.cells, "training": training.cells}
 
 
 def main() -> None:
@@ -31,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -47,7 +49,8 @@ def main() -> None:
                 if row["task"] == name
             }
             task = load_task(name, options.cache)
-            for cell in PARTS[part](task, options.cache, known, path):
+            more = {"seeds": options.seeds} if part == "training" else {}
+            for cell in PARTS[part](task, options.cache, known, path, **more):
                 line = json.dumps({"task": name} | cell)
                 with path.open("a") as file:
                     file.write(line + "\n")

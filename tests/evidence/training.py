@@ -6,14 +6,22 @@ not trained on, found with one seed on one task, `TUNED_ON`, and kept for the ot
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, VBLoRAConfig, VeraConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TinyLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import nn
 
 from lotrtensor import LoraAdapter, LowRankStack, load, tucker2
@@ -26,37 +34,63 @@ from tests.evidence.tasks import TASKS, Task, load_task
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 TUNED_ON, TUNING_ROWS, TUNING_EPOCHS = "wordnet", 1000, 2
-EPOCHS, SEEDS = 2, (0, 1, 2)
+EPOCHS = 2
 
 ALL: dict[str, Any] = {"target_modules": encoder.TARGETS, "task_type": "FEATURE_EXTRACTION"}
-PAIR = ALL | {"target_modules": ["query", "value"]}
+LAYERS = 6
 
 
 def adapt(method: str, task: str, cache: Path) -> PeftModel:
     """The encoder with the adapter of a method, untrained."""
     model = get_peft_model(encoder.load_base(), CONFIGS[method]())
-    if method.endswith("basis of the other tasks"):
+    if method.endswith("of the other tasks"):
         take_basis(model, [name for name in TASKS if name != task], cache)
     return model
 
 
+def lora(r: int = 1, **fields: Any) -> LoraConfig:
+    return LoraConfig(r=r, lora_alpha=2 * r, **ALL | fields)
+
+
+def cores(r: int, init: str = "orthogonal", group_by: str = "type") -> LotrConfig:
+    return LotrConfig(r=r, train="cores", init=init, group_by=group_by, **ALL)
+
+
+def each() -> str:
+    """Every layer a group of its own, with U and V of its own."""
+    # The first that matches counts: "output.dense" ends "attention.output.dense" too.
+    ends = [rf"layer\.{k}\..*{re.escape(end)}$" for k in range(LAYERS) for end in encoder.TARGETS]
+    return ",".join(f"g{k}={end}" for k, end in enumerate(ends))
+
+
 CONFIGS: dict[str, Callable[[], Any]] = {
-    "LoRA 8": lambda: LoraConfig(r=8, lora_alpha=16, **ALL),
-    "LoRA 1": lambda: LoraConfig(r=1, lora_alpha=2, **ALL),
-    "LoRA 1, query and value": lambda: LoraConfig(r=1, lora_alpha=2, **PAIR),
+    "LoRA 8": lambda: lora(8),
+    "LoRA 1": lora,
+    "LoRA 1, query and value": lambda: lora(target_modules=["query", "value"]),
+    "LoRA 1, query and value, last layer": lambda: lora(
+        target_modules=["query", "value"], layers_to_transform=[LAYERS - 1]
+    ),
     "LoTR 2": lambda: LotrConfig(r=2, **ALL),
     "LoTR 4": lambda: LotrConfig(r=4, **ALL),
     "LoTR 8": lambda: LotrConfig(r=8, **ALL),
-    "LoTR 4, query and value": lambda: LotrConfig(r=4, group_by="qv=query|value", **PAIR),
-    "cores 8, random basis": lambda: LotrConfig(r=8, train="cores", **ALL),
-    "cores 16, random basis": lambda: LotrConfig(r=16, train="cores", **ALL),
-    "cores 8, basis of the weights": lambda: LotrConfig(r=8, train="cores", init="svd", **ALL),
-    "cores 16, basis of the weights": lambda: LotrConfig(r=16, train="cores", init="svd", **ALL),
-    "cores 8, basis of the other tasks": lambda: LotrConfig(r=8, train="cores", **ALL),
-    "cores 16, basis of the other tasks": lambda: LotrConfig(r=16, train="cores", **ALL),
+    "LoTR 4, query and value": lambda: LotrConfig(
+        r=4, group_by="qv=query|value", **ALL | {"target_modules": ["query", "value"]}
+    ),
+    "cores 8, random basis": lambda: cores(8),
+    "cores 16, random basis": lambda: cores(16),
+    "cores 8, basis of the weights": lambda: cores(8, "svd"),
+    "cores 16, basis of the weights": lambda: cores(16, "svd"),
+    "LoRA-XS 8": lambda: cores(8, "svd", each()),
+    "LoRA-XS 16": lambda: cores(16, "svd", each()),
+    "cores 8, basis of the other tasks": lambda: cores(8),
+    "cores 16, basis of the other tasks": lambda: cores(16),
+    "cores 8, bases of each layer of the other tasks": lambda: cores(8, group_by=each()),
+    "cores 16, bases of each layer of the other tasks": lambda: cores(16, group_by=each()),
     "VeRA 64": lambda: VeraConfig(r=64, **ALL),
     "VB-LoRA 1": lambda: VBLoRAConfig(r=1, num_vectors=32, vector_length=192, topk=2, **ALL),
+    "TinyLoRA 64": lambda: TinyLoraConfig(r=2, u=64, **ALL),
 }
+"""Methods by name. LoRA-XS (arXiv 2405.17604) trains cores between the singular vectors of W."""
 
 
 @torch.no_grad()
@@ -96,7 +130,11 @@ def _by_factors(layers: dict[str, Any]) -> list[list[str]]:
 
 
 def cells(
-    task: Task, cache: Path, known: set[tuple[str, ...]], results: Path
+    task: Task,
+    cache: Path,
+    known: set[tuple[str, ...]],
+    results: Path,
+    seeds: Sequence[int] = (0, 1, 2),
 ) -> Iterator[dict[str, Any]]:
     """Tune where the rates are tuned, then train and score what is not yet known."""
     if task.name == TUNED_ON:
@@ -106,7 +144,7 @@ def cells(
                     key = {"method": method, "seed": "tuning", "rate": rate}
                     yield key | tune(task, cache, method, rate)
     rates = best_rates(read(results))
-    for seed in SEEDS:
+    for seed in seeds:
         for method in CONFIGS:
             rate = rates.get(method)
             if rate is None:
