@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lotrtensor.adapters.calibration import Calibration, ModuleMoments, Moment
     from lotrtensor.adapters.compressed import CompressedAdapter, CompressedSummary
     from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, SourceRecord
     from lotrtensor.adapters.loading import load
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Alternative",
     "Analysis",
+    "Calibration",
     "Cell",
     "Choice",
     "Clustering",
@@ -97,6 +99,8 @@ __all__ = [
     "Member",
     "MissingPackageError",
     "ModuleDifference",
+    "ModuleMoments",
+    "Moment",
     "OptionError",
     "Pack",
     "PackRow",
@@ -137,6 +141,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "adapters.calibration": ("Calibration", "ModuleMoments", "Moment"),
     "adapters.compressed": ("CompressedAdapter", "CompressedSummary"),
     "adapters.compressed_group": ("Alternative", "CompressedGroup", "SourceRecord"),
     "adapters.loading": ("load",),

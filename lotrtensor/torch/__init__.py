@@ -8,6 +8,7 @@
 """
 
 from lotrtensor.torch.apply import apply_lotr, param_groups, set_trainable
+from lotrtensor.torch.calibration import calibrate
 from lotrtensor.torch.experts import LotrExperts, LotrExpertsUpdate
 from lotrtensor.torch.exporting import to_adapter
 from lotrtensor.torch.factors import FactorTable, SharedFactors
@@ -27,6 +28,7 @@ __all__ = [
     "LotrLinear",
     "SharedFactors",
     "apply_lotr",
+    "calibrate",
     "check_adapted",
     "heal",
     "load_lotr",

@@ -5,15 +5,20 @@ Updates are added by hooks on the layers, so that any model is taken as it is an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lotrtensor.errors import DataError, OptionError
+from lotrtensor.adapters.formats.carried import PREFIX
+from lotrtensor.errors import DataError, OptionError, ShapeError, UnsupportedAdapterError
+from lotrtensor.torch.expert_slices import ExpertSlice, layers_by_name
+from lotrtensor.torch.groups import slot_of
+from lotrtensor.torch.sources import from_numpy
 
 Read = Callable[[Any], Tensor]
 Update = tuple[Tensor, Tensor, Tensor | None]
@@ -30,11 +35,15 @@ class Output(NamedTuple):
 
 
 Outputs = Callable[[Any, Updates], Output]
+Seen = Callable[[str, Tensor, Tensor], None]
 
 
 @contextmanager
 def outputs_of(
-    model: nn.Module, layers: Mapping[str, nn.Module], read: Read | None
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    read: Read | None,
+    seen: Seen | None = None,
 ) -> Iterator[Outputs]:
     """A function that runs a batch with given updates; the model only evaluates meanwhile.
 
@@ -46,6 +55,8 @@ def outputs_of(
         Its linear layers that updates are for, by path.
     read : callable or None
         Takes the model's output, returns the tensor to compare; see `lotrtensor.torch.heal`.
+    seen : callable, optional
+        Is told the path of a layer, its input, and what it gives with its update.
 
     Raises
     ------
@@ -67,7 +78,10 @@ def outputs_of(
         if scale is not None:
             shared = h.shape[-1] - len(scale)
             h = torch.cat([h[..., :shared], h[..., shared:] * scale], dim=-1)
-        return y + h @ b.T
+        found = y + h @ b.T
+        if seen is not None:
+            seen(name, x, found)
+        return found
 
     def outputs(batch: Any, updates: Updates) -> Output:
         nonlocal current
@@ -75,14 +89,14 @@ def outputs_of(
         found = _call(model, batch)
         if missing := set(layers) - called:
             raise DataError(
-                f"{min(missing)} did not run on the first batch: its values cannot be fitted"
+                f"{min(missing)} did not run on the first batch, so that nothing is known of it"
             )
         y, name = (read(found), "") if read else _read(found)
         if not isinstance(y, Tensor):
             raise OptionError(f"read gave a {type(y).__name__}; expected a tensor")
         if not bool(torch.isfinite(y).all()):
             raise DataError("the model's output is not finite")
-        return Output(_kept(y, batch), name == "logits" and _are_classes(y, model))
+        return Output(kept(y, batch), name == "logits" and _are_classes(y, model))
 
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -100,6 +114,69 @@ def outputs_of(
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+
+
+def check_batches(batches: Iterable[Any], least: int, what: str) -> list[Any]:
+    """Return inputs as a list.
+
+    Raises
+    ------
+    DataError
+        If they are no iterable.
+    OptionError
+        If there are fewer than ``least``, which ``what`` needs.
+    """
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise DataError(f"batches is a {type(batches).__name__}; expected several of them")
+    found = list(batches)
+    if len(found) < least:
+        raise OptionError(f"there are {len(found)} batches; {what} needs at least {least}")
+    return found
+
+
+def check_carried(model: nn.Module, carried: Mapping[str, np.ndarray]) -> None:
+    """Refuse a model without the tensors, a trained head say, that an adapter carries.
+
+    Raises
+    ------
+    DataError
+        Naming one.
+    """
+    own = model.state_dict()
+    for key, value in carried.items():
+        name = key.removeprefix(PREFIX)
+        expected = from_numpy(np.asarray(value))
+        found = own.get(name)
+        if found is None or not torch.equal(found.cpu().to(expected.dtype), expected):
+            raise DataError(
+                f"the adapter carries {name}, and the model has no such values: load them into the "
+                "model first, or the outputs are not the original's"
+            )
+
+
+def linear_layers(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, nn.Module]:
+    """Return the adapted layers by path, which are linear and have the updates' shapes.
+
+    Raises
+    ------
+    DataError, ShapeError, UnsupportedAdapterError
+        If one is missing, has another shape, or is an embedding or an expert.
+    """
+    known = layers_by_name(model)
+    found: dict[str, nn.Module] = {}
+    for name, shape in shapes.items():
+        if name not in known:
+            raise DataError(f"the model has no {name}, which the adapter adapts")
+        layer = known[name]
+        if isinstance(layer, ExpertSlice | nn.Embedding):
+            raise UnsupportedAdapterError(
+                f"{name} is an embedding or an expert; outputs are looked at for linear layers only"
+            )
+        own = slot_of(name, layer).shape
+        if own != shape:
+            raise ShapeError(f"{name} is {own} in the model and {shape} in the adapter")
+        found[name] = layer
+    return found
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -121,7 +198,7 @@ def _read(output: Any) -> tuple[Tensor, str]:
     return first, ""
 
 
-def _kept(y: Tensor, batch: Any) -> Tensor:
+def kept(y: Tensor, batch: Any) -> Tensor:
     """Places (rows × …) that the mask of a batch of sequences leaves; all of an output a row."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     # An output a sequence may have as many classes as the sequence has places.

@@ -17,16 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from lotrtensor.adapters.compressed import CompressedAdapter
-from lotrtensor.adapters.formats.carried import PREFIX
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.core.bits.terms import QuantisedTerms
 from lotrtensor.core.options import check_number
 from lotrtensor.core.stacks.low_rank import LowRankStack
-from lotrtensor.errors import DataError, OptionError, ShapeError, UnsupportedAdapterError
-from lotrtensor.torch.distillation import Read, mean_distance, outputs_of, train_scales
-from lotrtensor.torch.expert_slices import ExpertSlice, layers_by_name
-from lotrtensor.torch.groups import check_model, slot_of
+from lotrtensor.errors import DataError, OptionError, ShapeError
+from lotrtensor.torch.distillation import (
+    Read,
+    check_batches,
+    check_carried,
+    linear_layers,
+    mean_distance,
+    outputs_of,
+    train_scales,
+)
+from lotrtensor.torch.groups import check_model
 from lotrtensor.torch.sources import from_numpy
 
 HELD_OUT = 5
@@ -132,7 +138,7 @@ def heal(
     """
     check_model(model)
     lora = _checked(compressed, original)
-    inputs = _batches(batches)
+    inputs = check_batches(batches, 2 * HELD_OUT, "healing")
     if read is not None and not callable(read):
         raise OptionError(f"read is a {type(read).__name__}; expected a function")
     if not check_number(rate, "rate") > 0:
@@ -151,8 +157,8 @@ def heal(
     wanted = {
         m.name: (from_numpy(m.B).float(), from_numpy(m.A).float(), None) for m in lora.modules
     }
-    layers = _layers(model, compressed)
-    _check_carried(model, lora)
+    layers = linear_layers(model, {m.name: m.shape for m in lora.modules})
+    check_carried(model, lora.extras)
     with outputs_of(model, layers, read) as outputs:
         held, trained = inputs[::HELD_OUT], [x for k, x in enumerate(inputs) if k % HELD_OUT]
         before = mean_distance(outputs, held, changed, wanted)
@@ -188,55 +194,12 @@ def _checked(compressed: CompressedAdapter, original: LoraAdapter | LotrAdapter)
     return lora
 
 
-def _batches(batches: Iterable[Any]) -> list[Any]:
-    if isinstance(batches, str) or not isinstance(batches, Iterable):
-        raise DataError(f"batches is a {type(batches).__name__}; expected several of them")
-    found = list(batches)
-    if len(found) < 2 * HELD_OUT:
-        raise OptionError(f"there are {len(found)} batches; healing needs at least {2 * HELD_OUT}")
-    return found
-
-
-def _check_carried(model: nn.Module, lora: LoraAdapter) -> None:
-    """Refuse a model without the tensors, a trained head say, that the adapter carries."""
-    own = model.state_dict()
-    for key, value in lora.extras.items():
-        name = key.removeprefix(PREFIX)
-        carried = from_numpy(np.asarray(value))
-        found = own.get(name)
-        if found is None or not torch.equal(found.cpu().to(carried.dtype), carried):
-            raise DataError(
-                f"the adapter carries {name}, and the model has no such values: load them into the "
-                "model first, or the outputs are not the original's"
-            )
-
-
 def _pairs(adapter: CompressedAdapter) -> Iterator[tuple[str, Pair]]:
     """B and A of every module; the columns of its own terms come last."""
     for group in adapter.groups:
         for k, name in enumerate(group.modules):
             b, a = group.stack.factors(k)
             yield name, (from_numpy(b).float(), from_numpy(a).float())
-
-
-def _layers(model: nn.Module, adapter: CompressedAdapter) -> dict[str, nn.Module]:
-    """The adapted layers by path, which are linear and have the updates' shapes."""
-    known = layers_by_name(model)
-    found: dict[str, nn.Module] = {}
-    for group in adapter.groups:
-        for name in group.modules:
-            if name not in known:
-                raise DataError(f"the model has no {name}, which the adapter adapts")
-            layer = known[name]
-            if isinstance(layer, ExpertSlice | nn.Embedding):
-                raise UnsupportedAdapterError(
-                    f"{name} is an embedding or an expert; values are fitted for linear layers only"
-                )
-            shape = slot_of(name, layer).shape
-            if shape != group.shape:
-                raise ShapeError(f"{name} is {shape} in the model and {group.shape} in the adapter")
-            found[name] = layer
-    return found
 
 
 def _with_values(

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from typing import Literal
 
+from lotrtensor.adapters.calibration import Calibration
 from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.compressed_group import SourceRecord
 from lotrtensor.adapters.loading import Adapter, check_adapter
@@ -16,9 +17,10 @@ from lotrtensor.core.bits.stack import Parts
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank, make_goal
 from lotrtensor.core.threads import on_one_thread
-from lotrtensor.errors import LotrWarning, OptionError
+from lotrtensor.errors import DataError, LotrWarning, OptionError, RankError
 from lotrtensor.verbs._compression_job import compression_job
 from lotrtensor.verbs._fit_groups import Progress
+from lotrtensor.verbs._metrics import metrics_of
 
 Form = Literal["auto", "lotr", "lora"]
 
@@ -37,6 +39,7 @@ def compress(
     form: Form = "auto",
     bits: int | str = "auto",
     group_by: str = "type",
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> CompressedAdapter:
     """Compress an adapter: bits where the energy is, ΔW_k ≈ U G_k Vᵀ + P_k Q_kᵀ.
@@ -65,6 +68,10 @@ def compress(
         width, and the size follows from the ranks.
     group_by : str
         Which modules share factors; see `group_modules`.
+    calibration : Calibration, optional
+        What `lotrtensor.torch.calibrate` measured: of all files of the budget, the one is looked
+        for that changes the model's outputs least, rather than the updates. It has terms of
+        single modules, and its plain relative error is larger, and may be above 1.
     progress : callable, optional
         Told of every group before it is decomposed.
 
@@ -81,7 +88,10 @@ def compress(
         If the goal is out of reach, or not exactly one is given (the smallest file is named), or
         ``bits`` is out of range.
     OptionError
-        If ``form`` is unknown, or a rank is given without ``form="lotr"`` and a width.
+        If ``form`` is unknown, a rank is given without ``form="lotr"`` and a width, or a calibration
+        with shared factors or a width.
+    DataError
+        If the calibration is of other modules.
 
     Warns
     -----
@@ -116,7 +126,13 @@ def compress(
             "bits from 1 to 16 with it, or a budget or tolerance instead"
         )
     source = _source_of(adapter)
-    job = compression_job(lora, PARTS[form], width, group_by, progress, source, at_once=True)
+    metrics = None
+    if calibration is not None:
+        _check_calibrated(calibration, form, width, budget)
+        metrics = metrics_of(lora, calibration)
+    job = compression_job(
+        lora, PARTS[form], width, group_by, progress, source, metrics=metrics, at_once=True
+    )
     if goal.rank:
         found = job.of_rank(goal.rank, rank)
     elif budget is None or given is None:
@@ -131,8 +147,29 @@ def compress(
             stacklevel=2,
         )
     # A form or width that was asked for is not one way among several.
-    asked = form != "auto" or width is not None
+    asked = form != "auto" or width is not None or metrics is not None
     return found if asked else replace(found, alternatives=job.alternatives(found))
+
+
+def _check_calibrated(
+    calibration: object, form: Form, width: int | None, budget: int | str | None
+) -> None:
+    """Refuse what a calibration has no meaning for."""
+    if not isinstance(calibration, Calibration):
+        raise DataError(
+            f"calibration is a {type(calibration).__name__}; expected a Calibration, which "
+            "lotrtensor.torch.calibrate returns"
+        )
+    if form == "lotr" or width is not None:
+        raise OptionError(
+            "a calibration is for terms of single modules, whose columns take the bits that they "
+            "are worth; expected form 'auto' or 'lora', and bits 'auto'"
+        )
+    if budget is None:
+        raise RankError(
+            "a calibration keeps the outputs, of which tolerance, energy and rank say nothing; "
+            "expected a budget with it"
+        )
 
 
 def _source_of(adapter: Adapter) -> SourceRecord:

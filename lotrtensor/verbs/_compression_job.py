@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -15,6 +15,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import module_stack
 from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, QuantisedStack, StackInBits
 from lotrtensor.core.bits.stream import LARGEST_CODE
+from lotrtensor.core.bits.weighted import Metrics, WeightedStackInBits
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank
 from lotrtensor.core.threads import one_by_one, side_by_side
@@ -39,6 +40,7 @@ def compression_job(
     progress: Progress | None = None,
     source: SourceRecord | None = None,
     *,
+    metrics: Mapping[str, Metrics] | None = None,
     at_once: bool = False,
 ) -> CompressionJob:
     """Decompose the groups of an adapter once, for all sizes.
@@ -53,7 +55,10 @@ def compression_job(
         if progress:
             progress(name, number, len(members))
         group = source_group(name, modules, lora.dtype)
-        return group, StackInBits(module_stack(modules), parts, width)
+        stack = module_stack(modules)
+        if metrics is not None:
+            return group, WeightedStackInBits(stack, [metrics[m.name] for m in modules])
+        return group, StackInBits(stack, parts, width)
 
     each = side_by_side if at_once and lora.parameters > MANY else one_by_one
     groups = each(decomposed, range(len(members)))
@@ -138,9 +143,14 @@ class CompressionJob:
         return largest or 1.0  # of an adapter of zeros any step is as good
 
     @property
+    def reach(self) -> float:
+        """Largest norm of a column that is rounded."""
+        return max(stack.reach for _, stack in self.groups) or 1.0
+
+    @property
     def coarsest(self) -> float:
         """A step at which about the largest term alone is left."""
-        return 4.0 * self.largest / math.sqrt(min(self.groups[0][1].sides))
+        return 4.0 * self.reach / math.sqrt(min(self.groups[0][1].sides))
 
     @cached_property
     def smallest(self) -> CompressedAdapter:
@@ -164,7 +174,7 @@ class CompressionJob:
     def solve(self, crossed: Callable[[float], bool]) -> tuple[float, float]:
         """Neighbouring steps between which ``crossed`` turns true, as it does at coarse ones."""
         # No entry of a column exceeds its norm, and codes are integers of 16 bits.
-        low, high = self.largest / LARGEST_CODE, self.coarsest
+        low, high = self.reach / LARGEST_CODE, self.coarsest
         while high > low * (1.0 + FINEST):
             middle = math.sqrt(low * high)
             low, high = (low, middle) if crossed(middle) else (middle, high)

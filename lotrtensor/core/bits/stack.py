@@ -137,6 +137,11 @@ class StackInBits:
         """M and n."""
         return self.stack.shape[1], self.stack.shape[2]
 
+    @property
+    def reach(self) -> float:
+        """Largest norm of a column that is rounded."""
+        return max(float(svd.values[0]) for svd in self.svds)
+
     def predict(self, step: float) -> Prediction:
         """Return what the better of a shared and a private part costs and loses."""
         return self.predictions(step)[self.parts]

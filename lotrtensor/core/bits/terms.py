@@ -150,7 +150,7 @@ def quantise_slice(svd: SliceSvd, step: float, width: int | None = None) -> Quan
     else:
         turned = (left[:, keep] * np.sqrt(values[keep])) @ equalising_rotation(values[keep])
         codes = round_to_width(turned, width)
-    codes = _independent(codes)
+    codes = independent(codes)
     if not codes.shape[1]:
         return QuantisedTerms.empty(m, n)
     # Weighted by what an error of an entry costs: the norm of the column that it meets.
@@ -164,7 +164,7 @@ def quantise_slice(svd: SliceSvd, step: float, width: int | None = None) -> Quan
     return QuantisedTerms(first, fitted, second)
 
 
-def _independent(codes: np.ndarray) -> np.ndarray:
+def independent(codes: np.ndarray) -> np.ndarray:
     """The columns without those that are zero, or copies of others up to their sign."""
     codes = codes[:, codes.any(axis=0)]
     gram = codes.T @ codes

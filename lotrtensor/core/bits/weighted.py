@@ -1,0 +1,162 @@
+"""A stack in bits under metrics: terms that keep what a model's outputs are made of.
+
+Inputs x of a layer have the second moment S = E x xᵀ, and gradients g of the outputs with respect
+to what the layer gives C = E g gᵀ. An error E of its update then costs, to second order and for x
+and g that do not depend on each other,
+
+    E (gᵀ E x)² = tr(Eᵀ C E S)
+
+(Martens and Grosse, "K-FAC", arXiv 1503.05671), where the plain norm has C = S = I. The terms
+σ p qᵀ of an update that are orthogonal in this metric are the SVD of C^½ ΔW S^½, taken back; a term
+is kept where it takes more off than its bits do elsewhere, as in `lotrtensor.core.bits.terms`, and
+both its columns are rounded with error feedback (`lotrtensor.core.bits.metric`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lotrtensor.core.arrays import to_numpy
+from lotrtensor.core.bits.grid import column_cost
+from lotrtensor.core.bits.metric import Metric
+from lotrtensor.core.bits.stack import FLOAT16, Parts, Prediction, QuantisedStack, StackInBits
+from lotrtensor.core.bits.terms import (
+    TERM_BITS,
+    QuantisedTerms,
+    independent,
+    lost2,
+    slope,
+    unit_columns,
+)
+from lotrtensor.core.stacks.low_rank import LowRankStack
+
+
+class Metrics(NamedTuple):
+    """C and S of one slice: metrics on its columns (m) and rows (n)."""
+
+    left: Metric
+    right: Metric
+
+    def norm2(self, b: np.ndarray, a: np.ndarray) -> float:
+        """tr((BA)ᵀ C (BA) S) of thin factors B (m × c) and A (c × n)."""
+        return float(np.sum((self.left.root(b) @ self.right.root(a.T).T) ** 2))
+
+
+class _Slice(NamedTuple):
+    """A slice B A in terms that are orthogonal in its metrics.
+
+    ``left`` and ``right`` are the columns as they are rounded, for a step of one size for all;
+    ``values`` the singular values in the metrics.
+    """
+
+    b: np.ndarray
+    a: np.ndarray
+    metrics: Metrics
+    left: np.ndarray
+    values: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def of(cls, b: np.ndarray, a: np.ndarray, metrics: Metrics) -> _Slice:
+        """Turn the factors into terms p_j σ_j q_jᵀ with pᵀCp = qᵀSq = 1."""
+        first, second = metrics.left.root(b), metrics.right.root(a.T)
+        u, values, vt = np.linalg.svd(first @ second.T)
+        # B A = (B T⁻¹) (T T'ᵀ) (T'⁻ᵀ A) for the triangles T and T'.
+        p, q = b @ np.linalg.pinv(first) @ u, a.T @ np.linalg.pinv(second) @ vt.T
+        left, right = (np.sqrt(metric.gain) * values for metric in metrics)
+        return cls(b, a, metrics, p * left, values, q * right)
+
+    def kept(self, step: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which terms are worth keeping, the bits of all, and the error² that each leaves."""
+        sides = np.array([len(self.b), self.a.shape[1]], dtype=float)
+        squares = [np.mean(side**2, axis=0) for side in (self.left, self.right)]
+        deviations = np.sqrt(np.stack(squares, axis=1))
+        cost = column_cost(deviations / step, None)
+        bits = np.sum(sides * cost.bits, axis=1) + TERM_BITS
+        left2 = np.sum(sides * cost.distortion * deviations**2, axis=1)
+        lost = np.minimum(left2, self.values**2)
+        return self.values**2 - lost > slope(step) * bits, bits, lost
+
+    def quantise(self, step: float) -> QuantisedTerms:
+        """Round: left columns, then right ones solved for anew, then the values of the terms."""
+        m, n = len(self.b), self.a.shape[1]
+        codes = independent(self.metrics.left.round(self.left[:, self.kept(step)[0]], step))
+        if not codes.shape[1]:
+            return QuantisedTerms.empty(m, n)
+        weighted = self.metrics.left.times(codes)
+        gram = codes.T @ weighted
+        # Y = ΔWᵀ C P (PᵀCP)⁻¹, whatever S is.
+        solved = np.linalg.lstsq(gram, (weighted.T @ self.b) @ self.a, rcond=None)[0].T
+        scaled = solved * np.sqrt(np.diag(gram) * self.metrics.right.gain)
+        turned = self.metrics.right.round(scaled, step)
+        some = turned.any(axis=0)
+        if not some.any():
+            return QuantisedTerms.empty(m, n)
+        first, second = codes[:, some].astype(np.int16), turned[:, some].astype(np.int16)
+        return QuantisedTerms(first, self._fitted(first, second), second)
+
+    def _fitted(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """The t of the least error of P diag(t) Qᵀ: one linear system of size c."""
+        p, q = unit_columns(first), unit_columns(second)
+        left, right = self.metrics.left.times(p), self.metrics.right.times(q)
+        inner = np.sum((left.T @ self.b) * (self.a @ right).T, axis=1)
+        found: np.ndarray = np.linalg.lstsq((p.T @ left) * (q.T @ right), inner, rcond=None)[0]
+        return found
+
+    def lost2(self, terms: QuantisedTerms) -> float:
+        """Squared error in the metrics."""
+        b, a = terms.factors()
+        return self.metrics.norm2(np.hstack([self.b, -b]), np.vstack([self.a, a]))
+
+
+class WeightedStackInBits(StackInBits):
+    """A stack of thin factors, decomposed once for all steps under the metrics of its slices.
+
+    Parameters
+    ----------
+    stack : LowRankStack
+        K slices ΔW_k.
+    metrics : sequence of Metrics
+        Of every slice.
+    """
+
+    def __init__(self, stack: LowRankStack, metrics: Sequence[Metrics]) -> None:
+        super().__init__(stack, "private")
+        pairs = [
+            [to_numpy(x).astype(np.float64) for x in stack.factors(k)] for k in range(len(metrics))
+        ]
+        self._slices = [_Slice.of(b, a, own) for (b, a), own in zip(pairs, metrics, strict=True)]
+
+    @property
+    def reach(self) -> float:
+        """Largest norm of a column that is rounded."""
+        sides = [side for own in self._slices for side in (own.left, own.right)]
+        return max(float(np.max(np.linalg.norm(side, axis=0))) for side in sides)
+
+    @property
+    def weighted_norm2(self) -> float:
+        """Squared norm of all slices in their metrics."""
+        return float(sum(np.sum(own.values**2) for own in self._slices))
+
+    def weighted_lost2(self, found: QuantisedStack) -> float:
+        """Squared error of a stack in the metrics."""
+        return sum(own.lost2(t) for own, t in zip(self._slices, found.private, strict=True))
+
+    def _predicted(self, step: float) -> dict[Parts, Prediction]:
+        bits, lost = 0.0, 0.0
+        for own in self._slices:
+            keep, every, left = own.kept(step)
+            bits += float(every[keep].sum())
+            lost += float(np.where(keep, left, own.values**2).sum())
+        return {"private": Prediction(bits, lost, (0, 0))}
+
+    def quantise(
+        self, step: float, value_dtype: np.dtype = FLOAT16
+    ) -> tuple[QuantisedStack, float]:
+        """Return the stack on a grid of this step, and its plain ‖error‖²."""
+        private = tuple(own.quantise(step).rounded(value_dtype) for own in self._slices)
+        lost = sum(lost2(svd, terms) for svd, terms in zip(self.svds, private, strict=True))
+        return QuantisedStack(None, private, value_dtype), lost

@@ -1,0 +1,76 @@
+"""Metrics of an adapter's slices, from a calibration."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+
+from lotrtensor.adapters.calibration import Calibration, Moment
+from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.core.bits.metric import Metric
+from lotrtensor.core.bits.weighted import Metrics
+from lotrtensor.errors import DataError, LotrWarning
+
+DAMPING = 0.3
+"""Share of the mean eigenvalue that is added to all: directions that the calibration did not see
+count by it, and without it errors of any size would be left there."""
+
+SAME = 0.01
+"""Relative difference of two adapters' norms up to which they are taken for one."""
+
+
+def metrics_of(lora: LoraAdapter, calibration: Calibration) -> dict[str, Metrics]:
+    """Return the metrics of every module, so that the adapter's norm in them is its plain one.
+
+    Raises
+    ------
+    DataError
+        If a module was not calibrated, or in another shape; or adapts an embedding.
+
+    Warns
+    -----
+    LotrWarning
+        If the calibration was made with another adapter.
+    """
+    memo: dict[int, Metric] = {}
+    found: dict[str, Metrics] = {}
+    weighted2 = plain2 = known2 = 0.0
+    for module in lora.modules:
+        if module.embedding:
+            raise DataError(f"{module.name} is an embedding, which no calibration is made for")
+        moments = calibration.of(module.name, module.shape)
+        found[module.name] = Metrics(
+            *(
+                memo.setdefault(id(moment), _metric(moment))
+                for moment in (moments.outputs, moments.inputs)
+            )
+        )
+        b, a = _wide(module)
+        weighted2 += found[module.name].norm2(b, a)
+        plain2 += float(np.sum((b.T @ b) * (a @ a.T)))
+        known2 += moments.norm**2
+    if abs(math.sqrt(plain2) - math.sqrt(known2)) > SAME * math.sqrt(known2):
+        warnings.warn(
+            f"the calibration was made with another adapter, whose updates have the norm "
+            f"{math.sqrt(known2):.4g} and not {math.sqrt(plain2):.4g}",
+            LotrWarning,
+            stacklevel=4,
+        )
+    scale = plain2 / weighted2 if weighted2 else 1.0
+    return {name: Metrics(_scaled(own.left, scale), own.right) for name, own in found.items()}
+
+
+def _wide(module: LoraModule) -> tuple[np.ndarray, np.ndarray]:
+    return module.B.astype(np.float64), module.A.astype(np.float64)
+
+
+def _metric(moment: Moment) -> Metric:
+    floor = (moment.left_out + DAMPING * moment.trace) / moment.size
+    return Metric(moment.factor.astype(np.float64), floor)
+
+
+def _scaled(metric: Metric, scale: float) -> Metric:
+    return Metric(math.sqrt(scale) * metric.factor, scale * metric.floor)
