@@ -48,7 +48,7 @@ class Moment:
     @property
     def size(self) -> int:
         """Entries n of x."""
-        return self.factor.shape[1]
+        return int(self.factor.shape[1])
 
     @property
     def left_out(self) -> float:
@@ -129,7 +129,8 @@ class Calibration:
             check_floating(key, tensor, found)
         try:
             told = parse_json(metadata["modules"], f"{found}, its modules,")
-            modules = {name: _module(tensors, record) for name, record in told.items()}
+            known: dict[str, Moment] = {}
+            modules = {name: _module(tensors, record, known) for name, record in told.items()}
             return cls(modules, int(metadata["places"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{found} is damaged: {error!r}; calibrate again") from error
@@ -183,14 +184,22 @@ class Calibration:
         return found
 
 
-def _module(tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> ModuleMoments:
-    moments = []
-    for side in ("inputs", "outputs"):
-        factor, trace = tensors[record[side]["key"]], float(record[side]["trace"])
-        if factor.ndim != 2 or not math.isfinite(trace) or trace <= 0.0:
-            raise ValueError(f"{record[side]['key']} is no moment")
-        moments.append(Moment(factor, trace))
+def _module(
+    tensors: Mapping[str, np.ndarray], record: Mapping[str, Any], known: dict[str, Moment]
+) -> ModuleMoments:
+    """One module's record; a moment of several modules is one object."""
+    inputs, outputs = (
+        known.setdefault(own["key"], _moment(tensors[own["key"]], own))
+        for own in (record["inputs"], record["outputs"])
+    )
     norm = float(record["norm"])
     if not math.isfinite(norm):
         raise ValueError(f"a norm is {norm}")
-    return ModuleMoments(moments[0], moments[1], norm)
+    return ModuleMoments(inputs, outputs, norm)
+
+
+def _moment(factor: np.ndarray, record: Mapping[str, Any]) -> Moment:
+    trace = float(record["trace"])
+    if factor.ndim != 2 or not math.isfinite(trace) or trace <= 0.0:
+        raise ValueError(f"{record['key']} is no moment")
+    return Moment(factor, trace)

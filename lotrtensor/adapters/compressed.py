@@ -74,6 +74,9 @@ class CompressedAdapter:
         Tensors carried unchanged under their own keys: fully trained modules, biases.
     alternatives : tuple of Alternative
         What other forms would reach at this size, from `compress`; no file holds it.
+    weighted_error : float or None
+        Of an adapter that was just compressed by a calibration, the relative error in its metric,
+        √(Σ_k tr(E_kᵀ C_k E_k S_k) / Σ_k tr(ΔW_kᵀ C_k ΔW_k S_k)): see `lotrtensor.core.bits.weighted`.
 
     Examples
     --------
@@ -92,6 +95,7 @@ class CompressedAdapter:
     source: SourceRecord
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     alternatives: tuple[Alternative, ...] = ()
+    weighted_error: float | None = None
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> CompressedAdapter:

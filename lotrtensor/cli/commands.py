@@ -26,6 +26,14 @@ COMMANDS = {
         "compress",
         "Compress an adapter into one small file, its bits spent where they reduce the error most.",
     ),
+    "calibrate": (
+        "calibrate",
+        "Measure on a text which errors of an adapter its model's outputs see, for lotr compress.",
+    ),
+    "heal": (
+        "calibrate",
+        "Fit the values of a compressed adapter's terms to what the original makes of a text.",
+    ),
     "truncate": (
         "truncate",
         "Lower the ranks of an adapter: a LoRA stays a LoRA, a LoTR a LoTR.",

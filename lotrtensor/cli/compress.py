@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from lotrtensor.adapters.calibration import Calibration
 from lotrtensor.adapters.formats.directory import check_inputs_outside, check_output
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import (
@@ -43,6 +45,10 @@ def compress(
     group_by: Annotated[
         str, typer.Option(help="Which modules may share factors: type, shape, or PATTERNS.")
     ] = "type",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="What lotr calibrate measured: keep the outputs, not the updates."),
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -61,6 +67,7 @@ def compress(
             form=form,
             bits=bits,
             group_by=group_by,
+            calibration=None if calibration is None else Calibration.load(calibration),
             progress=progress,
         )
     found.save(output, force=force)

@@ -53,10 +53,12 @@ def compressed_document(adapter: CompressedAdapter) -> Document:
     """Errors and sizes of a compressed adapter and of its groups.
 
     ``file_bytes`` counts both files as written, without tensors that are carried along;
-    ``alternatives`` holds what other forms would reach at that size, of an adapter just compressed.
+    ``alternatives`` holds what other forms would reach at that size, of an adapter just compressed,
+    and ``weighted_error`` its error in the metric of the calibration, if it had one.
     """
     return {
         "relative_error": adapter.relative_error,
+        "weighted_error": adapter.weighted_error,
         "lower_bound": adapter.lower_bound,
         "parameters": adapter.parameters,
         "file_bytes": adapter.file_bytes,

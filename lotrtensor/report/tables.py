@@ -107,7 +107,15 @@ def file_line(document: Document) -> str:
 
 
 def alternative_lines(document: Document) -> list[str]:
-    """What other forms would reach at the size of a compressed adapter, one line each."""
+    """What other forms would reach at the size of a compressed adapter, one line each.
+
+    Of one compressed by a calibration, the error in its metric.
+    """
+    if document["weighted_error"] is not None:
+        return [
+            f"error in the calibration's metric: {error(document['weighted_error'])}; the plain "
+            "error is not what was kept low"
+        ]
     return [
         f"{other['form']}: error {error(other['relative_error'])} at that size"
         if other["relative_error"] is not None

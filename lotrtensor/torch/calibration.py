@@ -1,4 +1,4 @@
-"""Calibrating: second moments of what adapted layers see, and of how outputs depend on what they give.
+"""Calibrating: second moments of what layers see, and of how outputs depend on what they give.
 
 Of every adapted layer two moments are taken on some inputs, with the adapter in the model: of its
 inputs x, S = E x xᵀ, and of gradients g of the outputs with respect to what the layer gives,
@@ -7,8 +7,8 @@ of a class drawn from the model's own distribution, so that C is the Fisher info
 layer's output (Martens and Grosse, "K-FAC", arXiv 1503.05671); for other outputs those of a product
 with a random normal vector. No labels are needed.
 
-A moment is streamed: rows of inputs are gathered until they are some hundreds, and then cut to their
-leading directions. What is cut counts evenly.
+A moment is streamed: rows of inputs are gathered until they are some hundreds, and then cut to
+their leading directions. What is cut counts evenly.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def calibrate(
     batches: Iterable[Any],
     *,
     read: Read | None = None,
-    rank: int = 256,
+    rank: int = 64,
     seed: int = 0,
 ) -> Calibration:
-    """Measure which errors of an adapter's updates a model's outputs see, for `lotrtensor.compress`.
+    """Measure which errors of an adapter's updates a model's outputs see, to compress by it.
 
     Parameters
     ----------
@@ -162,10 +162,10 @@ class _Watch:
 
     def see(self, name: str, x: Tensor, y: Tensor) -> None:
         """Note an input, and ask for the gradient at what the layer gives."""
-        self.seen[name].append(x.detach())
+        self.seen[name].append(x)  # the very tensor, which tells layers of one input
         if not y.requires_grad:
             y.requires_grad_(True)
-        y.register_hook(self.gradients[name].append)
+        y.register_hook(self.gradients[name].append)  # type: ignore[no-untyped-call]
 
     def take(self, batch: Any, outputs: int) -> None:
         """Add what a batch has shown to the moments."""
@@ -187,7 +187,7 @@ class _Watch:
 
     def _add(self, side: str, name: str, found: list[Tensor], batch: Any) -> None:
         for x in found:
-            rows = kept(x, batch).reshape(-1, x.shape[-1]).float().cpu()
+            rows = kept(x.detach(), batch).reshape(-1, x.shape[-1]).float().cpu()
             if not bool(torch.isfinite(rows).all()):
                 kind = "its input" if side == "inputs" else "the gradient at its output"
                 raise DataError(f"{name}: {kind} is not finite on a batch")

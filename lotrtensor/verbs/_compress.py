@@ -88,8 +88,8 @@ def compress(
         If the goal is out of reach, or not exactly one is given (the smallest file is named), or
         ``bits`` is out of range.
     OptionError
-        If ``form`` is unknown, a rank is given without ``form="lotr"`` and a width, or a calibration
-        with shared factors or a width.
+        If ``form`` is unknown, a rank is given without ``form="lotr"`` and a width, or a
+        calibration with shared factors or a width.
     DataError
         If the calibration is of other modules.
 
@@ -148,7 +148,9 @@ def compress(
         )
     # A form or width that was asked for is not one way among several.
     asked = form != "auto" or width is not None or metrics is not None
-    return found if asked else replace(found, alternatives=job.alternatives(found))
+    if asked:
+        return replace(found, weighted_error=job.weighted_error(found))
+    return replace(found, alternatives=job.alternatives(found))
 
 
 def _check_calibrated(

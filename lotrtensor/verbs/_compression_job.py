@@ -86,6 +86,16 @@ class CompressionJob:
     def norm2(self) -> float:
         return sum(stack.norm2 for _, stack in self.groups)
 
+    def weighted_error(self, found: CompressedAdapter) -> float | None:
+        """Relative error in the metrics of a calibration; None without one."""
+        lost2 = norm2 = 0.0
+        for (_, stack), group in zip(self.groups, found.groups, strict=True):
+            if not isinstance(stack, WeightedStackInBits):
+                return None
+            lost2 += stack.weighted_lost2(group.stack)
+            norm2 += stack.weighted_norm2
+        return math.sqrt(lost2 / norm2) if norm2 else 0.0
+
     def predict(self, step: float) -> tuple[float, float]:
         """Bytes of all codes, and relative error."""
         found = self.each(lambda group: group[1].predict(step), self.groups)

@@ -57,7 +57,7 @@ class Metric:
     @property
     def size(self) -> int:
         """Entries n of a column."""
-        return self.factor.shape[1]
+        return int(self.factor.shape[1])
 
     def times(self, x: np.ndarray) -> np.ndarray:
         """Return M x."""
@@ -67,8 +67,7 @@ class Metric:
     def root(self, x: np.ndarray) -> np.ndarray:
         """Return a triangle T (c × c) with TᵀT = xᵀ M x, of ``x`` (n × c), c ≤ n + d."""
         both = np.vstack([self.factor @ x, np.sqrt(self.floor) * x])
-        found: np.ndarray = np.linalg.qr(both, mode="r")
-        return found
+        return np.linalg.qr(both).R
 
     @property
     def gain(self) -> float:
@@ -86,18 +85,19 @@ class Metric:
         from scipy.linalg import cho_factor, cho_solve, cholesky
 
         d, n = self.factor.shape
-        behind = self.floor * np.eye(d) + self.factor @ self.factor.T
+        after = self.floor * np.eye(d)
         found = []
-        for start in range(0, n, BLOCK):
+        # From the last block on, so that what follows is summed and never subtracted.
+        for start in reversed(range(0, n, BLOCK)):
             stop = min(start + BLOCK, n)
             own = self.factor[:, start:stop]
-            behind = behind - own @ own.T
-            solved = cho_solve(cho_factor(behind), own)
+            solved = cho_solve(cho_factor(after), own)
             metric = np.eye(stop - start) + own.T @ solved
             inverse = np.linalg.inv(metric)
             upper = cholesky((inverse + inverse.T) / 2)
             found.append(_Block(start, stop, -inverse @ solved.T, upper))
-        return found
+            after += own @ own.T
+        return found[::-1]
 
     def round(self, x: np.ndarray, step: float) -> np.ndarray:
         """Return codes (n × c) of columns ``x`` on a grid, each entry after those before it."""

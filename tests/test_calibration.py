@@ -1,0 +1,316 @@
+"""Calibration: moments beside dense ones, and adapters compressed by it beside dense outputs."""
+
+import copy
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import lotrtensor as lt
+from lotrtensor.core.bits.weighted import WeightedStackInBits
+from lotrtensor.verbs import _metrics
+
+torch = pytest.importorskip("torch")
+import lotrtensor.torch as lotr  # noqa: E402
+
+SIDES = {"query": (20, 32), "key": (24, 32), "last": (5, 20)}
+
+
+class Model(torch.nn.Module):
+    """Two layers of one input, and a third on the first of them."""
+
+    def __init__(self, kind="logits"):
+        super().__init__()
+        torch.manual_seed(0)
+        for name, (m, n) in SIDES.items():
+            self.add_module(name, torch.nn.Linear(n, m))
+        self.kind = kind
+
+    def forward(self, x, attention_mask=None):
+        y = self.last(torch.tanh(self.query(x)) + torch.tanh(self.key(x))[..., :20])
+        return SimpleNamespace(**{self.kind: y}) if self.kind else y
+
+
+@pytest.fixture
+def lora():
+    rng = np.random.default_rng(0)
+    modules = [
+        lt.LoraModule(name, 0.3 * rng.normal(size=(m, 4)), 0.5 * rng.normal(size=(4, n)))
+        for name, (m, n) in SIDES.items()
+    ]
+    return lt.LoraAdapter(tuple(modules), {}, np.dtype("float32"))
+
+
+@pytest.fixture
+def batches():
+    """Inputs that lie about a few directions, as those of layers do."""
+    generator = torch.Generator().manual_seed(1)
+    spread = torch.linspace(0, -3, 32).exp()
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=generator))[0]
+    return (torch.randn(40, 16, 32, generator=generator) * spread) @ turn
+
+
+def dense(model, adapter):
+    model = copy.deepcopy(model)
+    for module in (adapter if isinstance(adapter, lt.LoraAdapter) else adapter.to_lora()).modules:
+        delta = torch.as_tensor(module.B.astype(float) @ module.A.astype(float))
+        model.get_submodule(module.name).weight.data += delta.float()
+    return model.eval()
+
+
+def whole(moment):
+    """The matrix that a moment stands for, where nothing was cut."""
+    return moment.factor.T.astype(float) @ moment.factor
+
+
+def test_moments_of_inputs_are_those_of_dense_rows(lora, batches):
+    found = lotr.calibrate(Model(), lora, batches)
+    rows = batches.reshape(-1, 32).double().numpy()
+    np.testing.assert_allclose(whole(found.modules["query"].inputs), rows.T @ rows / 640, atol=1e-5)
+    assert found.modules["query"].inputs is found.modules["key"].inputs
+    adapted = dense(Model(), lora)
+    inner = torch.tanh(adapted.query(batches)) + torch.tanh(adapted.key(batches))[..., :20]
+    rows = inner.detach().reshape(-1, 20).double().numpy()
+    np.testing.assert_allclose(whole(found.modules["last"].inputs), rows.T @ rows / 640, atol=1e-5)
+    assert found.places == 640
+
+
+def test_moments_of_gradients_are_the_information_of_logits(lora, batches):
+    """Drawn classes against the exact E = Jᵀ (diag p − p pᵀ) J of every row."""
+    found = lotr.calibrate(Model(), lora, batches.repeat(20, 1, 1))
+    logits = dense(Model(), lora)(batches.reshape(-1, 32)).logits.double()
+    p = logits.softmax(-1).detach()
+    exact = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0).numpy()
+    drawn = whole(found.modules["last"].outputs)  # of the logits themselves: J = 1
+    assert np.linalg.norm(drawn - exact) < 0.05 * np.linalg.norm(exact)
+
+
+def test_moments_of_gradients_of_other_outputs_are_those_of_jacobians(lora, batches):
+    model = Model("")
+    found = lotr.calibrate(model, lora, batches.repeat(20, 1, 1))
+    np.testing.assert_allclose(whole(found.modules["last"].outputs), np.eye(5), atol=0.1)
+    adapted = dense(model, lora)
+    x = batches.reshape(-1, 32)
+    slope = (1 - torch.tanh(adapted.query(x)) ** 2).detach().double()
+    w = adapted.last.weight.detach().double()
+    exact = ((slope[:, :, None] * (w.T @ w)) * slope[:, None, :]).mean(0).numpy()
+    drawn = whole(found.modules["query"].outputs)
+    assert np.linalg.norm(drawn - exact) < 0.1 * np.linalg.norm(exact)
+
+
+def test_few_directions_and_few_rows_keep_the_trace(lora, batches, monkeypatch):
+    full = lotr.calibrate(Model(), lora, batches).modules["query"].inputs
+    few = lotr.calibrate(Model(), lora, batches, rank=3).modules["query"].inputs
+    assert few.factor.shape == (3, 32)
+    assert few.trace == pytest.approx(full.trace, rel=1e-6)
+    values = np.linalg.eigvalsh(whole(full))[::-1]
+    assert np.sum(few.factor.astype(float) ** 2) == pytest.approx(values[:3].sum(), rel=0.1)
+    assert few.left_out == pytest.approx(few.trace - values[:3].sum(), rel=0.3)
+    monkeypatch.setattr("lotrtensor.torch.calibration.PLACES", 320)
+    some = lotr.calibrate(Model(), lora, batches).modules["query"].inputs
+    assert some.trace == pytest.approx(full.trace, rel=1e-6)
+    assert np.linalg.norm(whole(some) - whole(full)) < 0.3 * np.linalg.norm(whole(full))
+
+
+def test_places_that_a_mask_leaves_out_do_not_count(lora, batches):
+    mask = torch.ones(8, 16, dtype=torch.long)
+    mask[:, 10:] = 0
+    one = [{"x": batches[:8], "attention_mask": mask}]
+    other = [{"x": batches[:8, :10], "attention_mask": mask[:, :10]}]
+    first, second = (lotr.calibrate(Model(), lora, found * 2) for found in (one, other))
+    assert first.places == second.places == 160
+    for name in SIDES:
+        for side in ("inputs", "outputs"):
+            a, b = (whole(getattr(found.modules[name], side)) for found in (first, second))
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def divergence(model, one, other, x):
+    p, q = (dense(model, adapter)(x).logits.double().log_softmax(-1) for adapter in (one, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_outputs_stay_nearer_at_one_size(lora, batches):
+    model = Model()
+    calibration = lotr.calibrate(model, lora, batches[:30])
+    budget = lt.compress(lora, tolerance=0.5, form="lora").file_bytes
+    plain = lt.compress(lora, budget=budget, form="lora")
+    kept = lt.compress(lora, budget=budget, calibration=calibration)
+    assert kept.file_bytes <= budget
+    with torch.no_grad():
+        x = batches[30:].reshape(-1, 32)
+        assert divergence(model, lora, kept, x) < 0.7 * divergence(model, lora, plain, x)
+    assert kept.alternatives == ()
+    assert plain.weighted_error is None
+
+
+def test_the_errors_are_those_of_dense_matrices(lora, batches, tmp_path):
+    calibration = lotr.calibrate(Model(), lora, batches)
+    kept = lt.compress(lora, budget="40%", calibration=calibration)
+    kept.save(tmp_path / "kept")
+    read = {m.name: m for m in lt.load(tmp_path / "kept").updates()}
+    plain = weighted = norm = scale = 0.0
+    for module in lora.modules:
+        moments = calibration.modules[module.name]
+        s, c = (_dense_metric(moment) for moment in (moments.inputs, moments.outputs))
+        delta = module.B.astype(float) @ module.A
+        error = delta - read[module.name].B @ read[module.name].A
+        plain += np.sum(error**2)
+        norm += np.sum(delta**2)
+        weighted += np.trace(error.T @ c @ error @ s)
+        scale += np.trace(delta.T @ c @ delta @ s)
+    assert kept.relative_error == pytest.approx(np.sqrt(plain / norm), rel=1e-4)
+    assert kept.weighted_error == pytest.approx(np.sqrt(weighted / scale), rel=1e-4)
+
+
+def _dense_metric(moment):
+    floor = (moment.left_out + _metrics.DAMPING * moment.trace) / moment.size
+    return whole(moment) + floor * np.eye(moment.size)
+
+
+def test_the_answer_is_the_update_s_and_not_the_factors_(lora, batches):
+    """Another gauge of the same update, B T · T⁻¹ A, gives the same terms."""
+    metrics = _metrics.metrics_of(lora, lotr.calibrate(Model(), lora, batches))
+    turn = np.linalg.qr(np.random.default_rng(3).normal(size=(4, 4)))[0] * 2.0
+    for m in lora.modules:
+        pairs = [(m.B, m.A), (m.B @ turn, np.linalg.solve(turn, m.A))]
+        stacks = [
+            WeightedStackInBits(lt.LowRankStack([b], [a]), [metrics[m.name]]) for b, a in pairs
+        ]
+        found = [np.matmul(*stack.quantise(0.1)[0].factors(0)) for stack in stacks]
+        np.testing.assert_allclose(found[0], found[1], atol=1e-3)
+
+
+def test_a_file_holds_what_was_measured(lora, batches, tmp_path):
+    found = lotr.calibrate(Model(), lora, batches)
+    found.save(tmp_path / "calibration")
+    read = lt.Calibration.load(tmp_path / "calibration")
+    assert read.places == found.places
+    assert read.modules["query"].inputs is read.modules["key"].inputs
+    for name, module in found.modules.items():
+        np.testing.assert_array_equal(read.modules[name].outputs.factor, module.outputs.factor)
+        assert read.modules[name].norm == module.norm
+    with pytest.raises(lt.FormatError, match="exists"):
+        found.save(tmp_path / "calibration")
+    one, other = (lt.compress(lora, budget="40%", calibration=x) for x in (found, read))
+    assert lt.compare(one, other).relative_error == 0
+
+
+def test_the_model_is_left_as_it_was(lora, batches):
+    model = Model().train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    lotr.calibrate(model, lora, batches)
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0)
+
+
+class Unused(Model):
+    def forward(self, x, attention_mask=None):
+        self.key(x)
+        return self.last(torch.tanh(self.query(x)))
+
+
+class Uncalled(Model):
+    def forward(self, x, attention_mask=None):
+        return self.last(torch.tanh(self.query(x)))
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [(Unused, "do not depend on key"), (Uncalled, "key did not run on the first batch")],
+)
+def test_a_layer_without_a_part_in_the_output_is_named(model, text, lora, batches):
+    with pytest.raises(lt.DataError, match=text):
+        lotr.calibrate(model(), lora, batches)
+
+
+def test_numbers_that_are_not_finite_are_named(lora, batches):
+    batches[3, 2, 1] = float("nan")
+    with pytest.raises(lt.DataError, match="not finite"):
+        lotr.calibrate(Model(), lora, batches)
+
+
+@pytest.mark.parametrize(("options", "error"), [({"rank": 0}, "rank is 0"), ({}, "0 batches")])
+def test_options_without_a_meaning_are_refused(options, error, lora, batches):
+    with pytest.raises(lt.OptionError, match=error):
+        lotr.calibrate(Model(), lora, batches if options else [], **options)
+
+
+def test_too_few_tokens_are_told(lora, batches):
+    with pytest.warns(lt.LotrWarning, match=r"48 places .* 32 columns: expected at least 64"):
+        lotr.calibrate(Model(), lora, batches[:3])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"tolerance": 0.3}, lt.RankError, "expected a budget"),
+        ({"budget": "40%", "form": "lotr"}, lt.OptionError, "terms of single modules"),
+        ({"budget": "40%", "bits": 4}, lt.OptionError, "terms of single modules"),
+    ],
+)
+def test_goals_without_a_meaning_are_refused(options, error, text, lora, batches):
+    calibration = lotr.calibrate(Model(), lora, batches)
+    with pytest.raises(error, match=text):
+        lt.compress(lora, calibration=calibration, **options)
+
+
+def test_a_calibration_of_other_modules_is_refused(lora, batches):
+    calibration = lotr.calibrate(Model(), lora, batches)
+    some = dict(list(calibration.modules.items())[:2])
+    with pytest.raises(lt.DataError, match="has no last"):
+        lt.compress(lora, budget="40%", calibration=lt.Calibration(some, 640))
+    other = {**calibration.modules, "last": calibration.modules["query"]}
+    with pytest.raises(lt.DataError, match=r"last is \(5, 20\) in the adapter and \(20, 32\)"):
+        lt.compress(lora, budget="40%", calibration=lt.Calibration(other, 640))
+    with pytest.raises(lt.DataError, match="calibration is a dict"):
+        lt.compress(lora, budget="40%", calibration=some)
+
+
+def test_a_calibration_of_another_adapter_is_told(lora, batches):
+    calibration = lotr.calibrate(Model(), lora, batches)
+    doubled = tuple(lt.LoraModule(m.name, 2 * m.B, m.A) for m in lora.modules)
+    with pytest.warns(lt.LotrWarning, match="another adapter"):
+        lt.compress(
+            dataclasses.replace(lora, modules=doubled), budget="40%", calibration=calibration
+        )
+
+
+def damaged(path, change):
+    """Write the file anew with its metadata changed."""
+    from safetensors.numpy import load_file, save_file
+
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+    metadata.pop("lotr_crc32")
+    save_file(load_file(path), path, change(metadata))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda m: {"format": "pt"}, "is no calibration"),
+        (lambda m: m | {"version": "9"}, "version '9'"),
+        (lambda m: m | {"modules": "[]"}, "damaged"),
+        (lambda m: m | {"modules": "{"}, "JSON"),
+        (lambda m: m | {"modules": '{"query": {"inputs": {"key": "x", "trace": 1}}}'}, "damaged"),
+        (lambda m: m | {"places": "many"}, "damaged"),
+    ],
+)
+def test_a_damaged_file_is_refused(change, text, lora, batches, tmp_path):
+    path = tmp_path / "calibration"
+    lotr.calibrate(Model(), lora, batches).save(path)
+    damaged(path, change)
+    with pytest.raises(lt.FormatError, match=text):
+        lt.Calibration.load(path)
+
+
+def test_no_file_is_refused(tmp_path):
+    with pytest.raises(lt.FormatError, match="does not exist"):
+        lt.Calibration.load(tmp_path / "none")
