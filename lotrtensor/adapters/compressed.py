@@ -76,7 +76,7 @@ class CompressedAdapter:
         What other forms would reach at this size, from `compress`; no file holds it.
     weighted_error : float or None
         Of an adapter that was just compressed by a calibration, the relative error in its metric,
-        √(Σ_k tr(E_kᵀ C_k E_k S_k) / Σ_k tr(ΔW_kᵀ C_k ΔW_k S_k)): see `lotrtensor.core.bits.weighted`.
+        √(Σ_k tr(E_kᵀ C_k E_k S_k) / Σ_k tr(ΔW_kᵀ C_k ΔW_k S_k)); no file holds it.
 
     Examples
     --------

@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lotrtensor import LoraAdapter, RankError, compare, compress, convert, load
+from lotrtensor import Calibration, LoraAdapter, RankError, compare, compress, convert, load
 from lotrtensor.adapters.modules import LoraModule
-from lotrtensor.torch import heal
+from lotrtensor.torch import calibrate, heal
 from tests.bench.rivals import Rival, absmax, best_terms, every_number, loraquant, normal_float
 from tests.evidence import encoder
 from tests.evidence.measures import divergence, interval, packed, right
@@ -26,6 +26,8 @@ from tests.evidence.tasks import Task
 RANK, ALPHA, RATE, EPOCHS = 8, 16, 1e-3, 3
 RATIOS = (4, 8, 16, 32, 64)
 HEALED = (16, 32, 64)
+CALIBRATED = 600
+"""Texts that a calibration looks at."""
 
 
 def original(task: Task, cache: Path) -> Path:
@@ -76,7 +78,7 @@ def cells(
             continue
         row = {"form": form, "ratio": ratio, "source_bytes": lora.bytes}
         try:
-            size, made = make(task, lora, form, ratio)
+            size, made = make(task, lora, form, ratio, cache)
         except RankError as error:  # one rank a group is more than the budget
             yield row | {"refused": str(error)}
             continue
@@ -88,6 +90,8 @@ FORMS = (
     *(("LoRA, as trained", 1),),
     *(("compressed", ratio) for ratio in RATIOS),
     *(("compressed and healed", ratio) for ratio in HEALED),
+    *(("calibrated", ratio) for ratio in RATIOS[1:]),
+    *(("calibrated and healed", ratio) for ratio in HEALED),
     *(("16-bit terms", ratio) for ratio in RATIOS),
     *(("16-bit LoTR", ratio) for ratio in RATIOS),
     *(("int8", 0), ("int4", 0), ("NF4", 0), ("LoRAQuant 3", 0), ("LoRAQuant 2", 0)),
@@ -95,7 +99,9 @@ FORMS = (
 """Forms, and how many times smaller they are asked to be (0: they have one size)."""
 
 
-def make(task: Task, lora: LoraAdapter, form: str, ratio: int) -> tuple[float, LoraAdapter]:
+def make(
+    task: Task, lora: LoraAdapter, form: str, ratio: int, cache: Path
+) -> tuple[float, LoraAdapter]:
     """Bytes of a form, and the LoRA that it stands for."""
     budget = lora.bytes // max(ratio, 1)
     match form:
@@ -108,6 +114,12 @@ def make(task: Task, lora: LoraAdapter, form: str, ratio: int) -> tuple[float, L
             small = compress(lora, budget=budget)
             healed = heal(encoder.load_base(), small, lora, encoder.inputs(task.train)).adapter
             return healed.file_bytes, healed.to_lora()
+        case "calibrated" | "calibrated and healed":
+            model = encoder.Classifier(encoder.load_base(), load_head(original(task, cache)))
+            small = compress(lora, budget=budget, calibration=calibrated(task, lora, model, cache))
+            if form == "calibrated and healed":
+                small = heal(model, small, lora, encoder.inputs(task.train)).adapter
+            return small.file_bytes, small.to_lora()
         case "16-bit LoTR":
             lotr = convert(lora, budget=budget)
             return lotr.bytes, lotr.to_lora()
@@ -124,6 +136,14 @@ def make(task: Task, lora: LoraAdapter, form: str, ratio: int) -> tuple[float, L
         case "LoRAQuant 2":
             return _plain(lora, loraquant(lora, 0.9, 2))
     raise ValueError(form)
+
+
+def calibrated(task: Task, lora: LoraAdapter, model: nn.Module, cache: Path) -> Calibration:
+    """Moments on some texts of the task, without their labels, measured once."""
+    path = cache / f"{task.name}-calibration.safetensors"
+    if not path.exists():
+        calibrate(model, lora, encoder.inputs(task.train[:CALIBRATED])).save(path)
+    return Calibration.load(path)
 
 
 def _plain(lora: LoraAdapter, rival: Rival) -> tuple[float, LoraAdapter]:

@@ -6,6 +6,7 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,6 +45,18 @@ def load_base(layers: int | None = None) -> nn.Module:
     return model.eval()
 
 
+class Classifier(nn.Module):
+    """An encoder with a head, under the encoder's own names of its layers."""
+
+    def __init__(self, base: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.embeddings, self.encoder, self.head = base.embeddings, base.encoder, head
+        self._whole = [base]  # in a list, so that its layers are not found under a second name
+
+    def forward(self, **batch: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(pooled(self._whole[0], batch)))
+
+
 def tokens(texts: Sequence[str]) -> list[list[int]]:
     """Numbers of the tokens of each text."""
     tokenizer = AutoTokenizer.from_pretrained(folder())
@@ -70,7 +83,11 @@ def inputs(rows: Sequence[tuple[str, int]]) -> list[dict[str, Tensor]]:
 
 def embed(model: nn.Module, rows: Sequence[list[int]]) -> Tensor:
     """Mean of the token vectors of each row."""
-    batch = padded(rows)
+    return pooled(model, padded(rows))
+
+
+def pooled(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean of the token vectors of each row of a batch."""
     mask = batch["attention_mask"]
     hidden = model(**batch).last_hidden_state
     return (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
