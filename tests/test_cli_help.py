@@ -67,6 +67,20 @@ def workshop(tmp_path_factory):
     return path
 
 
+def put_model(path):
+    """A base model that runs, and an adapter of it, in the place of those that are only files."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tests.tiny_encoder import encoder_lora, write_encoder, write_texts
+
+    for name in ("base-model", "my-lora"):
+        shutil.rmtree(path / name)
+    write_encoder(path / "base-model")
+    encoder_lora().save(path / "my-lora")
+    lt.compress(lt.load(path / "my-lora"), budget="40%", form="lora").save(path / "small")
+    write_texts(path / "texts.txt")
+
+
 def examples(command, monkeypatch):
     """The commands that ``lotr COMMAND --help`` shows as examples."""
     monkeypatch.setenv("TERMINAL_WIDTH", "300")
@@ -80,6 +94,8 @@ def test_the_examples_in_the_help_run(command, workshop, tmp_path, monkeypatch):
     found = examples(command, monkeypatch)
     assert found
     shutil.copytree(workshop, tmp_path / "here")
+    if command in ("calibrate", "heal"):
+        put_model(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     for line in found:
         name, *args = shlex.split(line)

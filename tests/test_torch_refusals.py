@@ -229,6 +229,11 @@ RIGHT = {
         "original": compressed()[1],
         "batches": list(torch.ones(10, 1, 6)),
     },
+    lotr.calibrate: {
+        "model": nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)),
+        "adapter": compressed()[1],
+        "batches": list(torch.ones(10, 1, 6)),
+    },
     lotr.apply_lotr: {"model": None, "patterns": ["0"], "rank": 2},
     lotr.set_trainable: {"model": small()},
     lotr.param_groups: {"model": small(), "lr": 1e-3},

@@ -44,6 +44,7 @@ def calibrate(
 
     Example: lotr calibrate my-lora --base base-model --text texts.txt -o my-lora.calibration
     """
+    check_inputs_outside(output, adapter, base, text)
     check_file_output(output, force=force)
     found = load(adapter)
     model, batches = _inputs(found, base, text, length, batch)
@@ -80,7 +81,7 @@ def heal(
 
     Example: lotr heal small my-lora --base base-model --text texts.txt -o healed
     """
-    check_inputs_outside(output, original)
+    check_inputs_outside(output, original, base, text)
     check_inputs_outside(output, compressed, in_place=True)
     check_output(output, force=force)
     small, before = load(compressed), load(original)

@@ -26,7 +26,7 @@ from lotrtensor.adapters.calibration import Calibration, ModuleMoments, Moment
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import module_stack
-from lotrtensor.core.options import is_count, shown
+from lotrtensor.core.options import check_integer, is_count, shown
 from lotrtensor.core.slice_svd import slice_spectra
 from lotrtensor.errors import DataError, LotrWarning, OptionError
 from lotrtensor.torch.distillation import (
@@ -84,7 +84,7 @@ def calibrate(
     Raises
     ------
     OptionError
-        If there are no batches, or ``rank`` is no number of directions.
+        If there are no batches, ``rank`` is no number of directions, or ``seed`` no number.
     DataError
         If an adapted layer is missing in the model, never runs, or has no part in the output;
         inputs or gradients are not finite; or the model lacks what the adapter carries.
@@ -115,6 +115,7 @@ def calibrate(
     inputs = check_batches(batches, 1, "calibrating")
     if not is_count(rank):
         raise OptionError(f"rank is {shown(rank)}; expected a number of directions, at least 1")
+    seed = check_integer(seed, "seed", 0)
     lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
     layers = linear_layers(model, {m.name: m.shape for m in lora.modules})
     check_carried(model, lora.extras)

@@ -131,4 +131,6 @@ def _transformers() -> Any:
         raise MissingPackageError(
             "this needs transformers, which is not installed: pip install 'lotrtensor[peft]'"
         ) from error
+    # A command says itself what there is to say.
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return transformers

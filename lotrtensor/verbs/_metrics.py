@@ -62,7 +62,7 @@ def metrics_of(lora: LoraAdapter, calibration: Calibration) -> dict[str, Metrics
             stacklevel=4,
         )
     scale = plain2 / weighted2 if weighted2 else 1.0
-    return {name: Metrics(_scaled(own.left, scale), own.right) for name, own in found.items()}
+    return {name: Metrics(_scaled(own.outputs, scale), own.inputs) for name, own in found.items()}
 
 
 def _wide(module: LoraModule) -> tuple[np.ndarray, np.ndarray]:

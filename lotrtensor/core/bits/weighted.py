@@ -35,14 +35,14 @@ from lotrtensor.core.stacks.low_rank import LowRankStack
 
 
 class Metrics(NamedTuple):
-    """C and S of one slice: metrics on its columns (m) and rows (n)."""
+    """C and S of one slice: ``outputs`` on its columns (m), ``inputs`` on its rows (n)."""
 
-    left: Metric
-    right: Metric
+    outputs: Metric
+    inputs: Metric
 
     def norm2(self, b: np.ndarray, a: np.ndarray) -> float:
-        """tr((BA)ᵀ C (BA) S) of thin factors B (m × c) and A (c × n)."""
-        return float(np.sum((self.left.root(b) @ self.right.root(a.T).T) ** 2))
+        """Squared norm tr((BA)ᵀ C (BA) S) of thin factors B (m × c) and A (c × n)."""
+        return float(np.sum((self.outputs.root(b) @ self.inputs.root(a.T).T) ** 2))
 
 
 class _Slice(NamedTuple):
@@ -62,7 +62,7 @@ class _Slice(NamedTuple):
     @classmethod
     def of(cls, b: np.ndarray, a: np.ndarray, metrics: Metrics) -> _Slice:
         """Turn the factors into terms p_j σ_j q_jᵀ with pᵀCp = qᵀSq = 1."""
-        first, second = metrics.left.root(b), metrics.right.root(a.T)
+        first, second = metrics.outputs.root(b), metrics.inputs.root(a.T)
         u, values, vt = np.linalg.svd(first @ second.T)
         # B A = (B T⁻¹) (T T'ᵀ) (T'⁻ᵀ A) for the triangles T and T'.
         p, q = b @ np.linalg.pinv(first) @ u, a.T @ np.linalg.pinv(second) @ vt.T
@@ -83,15 +83,15 @@ class _Slice(NamedTuple):
     def quantise(self, step: float) -> QuantisedTerms:
         """Round: left columns, then right ones solved for anew, then the values of the terms."""
         m, n = len(self.b), self.a.shape[1]
-        codes = independent(self.metrics.left.round(self.left[:, self.kept(step)[0]], step))
+        codes = independent(self.metrics.outputs.round(self.left[:, self.kept(step)[0]], step))
         if not codes.shape[1]:
             return QuantisedTerms.empty(m, n)
-        weighted = self.metrics.left.times(codes)
+        weighted = self.metrics.outputs.times(codes)
         gram = codes.T @ weighted
         # Y = ΔWᵀ C P (PᵀCP)⁻¹, whatever S is.
         solved = np.linalg.lstsq(gram, (weighted.T @ self.b) @ self.a, rcond=None)[0].T
-        scaled = solved * np.sqrt(np.diag(gram) * self.metrics.right.gain)
-        turned = self.metrics.right.round(scaled, step)
+        scaled = solved * np.sqrt(np.diag(gram) * self.metrics.inputs.gain)
+        turned = self.metrics.inputs.round(scaled, step)
         some = turned.any(axis=0)
         if not some.any():
             return QuantisedTerms.empty(m, n)
@@ -101,7 +101,7 @@ class _Slice(NamedTuple):
     def _fitted(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """The t of the least error of P diag(t) Qᵀ: one linear system of size c."""
         p, q = unit_columns(first), unit_columns(second)
-        left, right = self.metrics.left.times(p), self.metrics.right.times(q)
+        left, right = self.metrics.outputs.times(p), self.metrics.inputs.times(q)
         inner = np.sum((left.T @ self.b) * (self.a @ right).T, axis=1)
         found: np.ndarray = np.linalg.lstsq((p.T @ left) * (q.T @ right), inner, rcond=None)[0]
         return found
