@@ -18,7 +18,7 @@ import torch
 from transformers import logging
 
 from tests.evidence import after, training
-from tests.evidence.tables import after_table, read, tasks_table
+from tests.evidence.tables import after_table, read, tasks_table, training_table
 from tests.evidence.tasks import TASKS, load_task
 
 RESULTS = Path("docs/evidence")
@@ -58,6 +58,8 @@ def main() -> None:
     cells = read(options.out / "after.jsonl")
     if "after" in options.parts and cells:
         print("\n".join([*after_table(cells), "", *tasks_table(cells)]))
+    if "training" in options.parts:
+        print("\n".join(training_table(read(options.out / "training.jsonl"))))
 
 
 if __name__ == "__main__":

@@ -98,3 +98,36 @@ def tasks_table(cells: list[Cell], ratios: tuple[int, ...] = (8, 16, 32, 64)) ->
         scores = [f"{found[name, form, ratio]['accuracy']:.3f}" for form, ratio in forms]
         lines.append(" | ".join(["", name, f"{row['rows']:,}", *scores, ""]).strip())
     return lines
+
+
+BASELINE = "LoRA 1"
+"""What methods of training are compared with."""
+
+
+def training_table(cells: list[Cell], baseline: str = BASELINE) -> list[str]:
+    """A line a method by its trained numbers: means over the tasks and seeds that all have.
+
+    A pair of a task and a seed is a task of its own to `differences`.
+    """
+    rows = [
+        cell | {"task": (cell["task"], cell["seed"])} for cell in cells if cell["seed"] != "tuning"
+    ]
+    methods = dict.fromkeys(cell["method"] for cell in rows)
+    by_method = {m: {c["task"]: c for c in rows if c["method"] == m} for m in methods}
+    shared = set.intersection(*(set(own) for own in by_method.values())) if by_method else set()
+    lines = [
+        f"| method | trained numbers | rate | accuracy | from {baseline}, points |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in sorted(methods, key=lambda m: next(iter(by_method[m].values()))["numbers"]):
+        some = [by_method[name][key] for key in sorted(shared)]
+        if not some:
+            continue
+        accuracy = np.mean([cell["accuracy"] for cell in some])
+        others = {key: by_method[baseline][key] for key in shared}
+        mean, low, high = (100 * x for x in differences(some, others))
+        lines.append(
+            f"| {name} | {some[0]['numbers']:,} | {some[0]['rate']:g} | {accuracy:.3f} | "
+            f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) |"
+        )
+    return lines
