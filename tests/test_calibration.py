@@ -209,6 +209,25 @@ def test_the_model_is_left_as_it_was(lora, batches):
         torch.testing.assert_close(value, state[name], rtol=0, atol=0)
 
 
+class InPlace(Model):
+    def forward(self, x, attention_mask=None):
+        y = torch.nn.functional.relu(self.query(x), inplace=True)
+        return self.last(y + torch.tanh(self.key(x))[..., :20])
+
+
+class Plain(Model):
+    def forward(self, x, attention_mask=None):
+        return self.last(torch.relu(self.query(x)) + torch.tanh(self.key(x))[..., :20])
+
+
+def test_outputs_of_layers_may_be_changed_in_place(lora, batches):
+    one, other = (lotr.calibrate(model(), lora, batches) for model in (InPlace, Plain))
+    for name, module in one.modules.items():
+        np.testing.assert_allclose(
+            whole(module.outputs), whole(other.modules[name].outputs), rtol=1e-4, atol=1e-6
+        )
+
+
 class Unused(Model):
     def forward(self, x, attention_mask=None):
         self.key(x)

@@ -156,17 +156,18 @@ class _Watch:
     def __init__(self, rank: int, rows: int, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.rank, self.rows, self.outputs = rank, rows, 0
+        self.zero = torch.zeros((), requires_grad=True)
         self.seen: dict[str, list[Tensor]] = defaultdict(list)
         self.gradients: dict[str, list[Tensor]] = defaultdict(list)
         self.owners: dict[str, str] = {}
         self.moments: dict[tuple[str, str], _Streamed] = {}
 
-    def see(self, name: str, x: Tensor, y: Tensor) -> None:
+    def see(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Note an input, and ask for the gradient at what the layer gives."""
         self.seen[name].append(x)  # the very tensor, which tells layers of one input
-        if not y.requires_grad:
-            y.requires_grad_(True)
+        y = y + self.zero.to(y)  # has a gradient, and may be changed in place
         y.register_hook(self.gradients[name].append)  # type: ignore[no-untyped-call]
+        return y
 
     def take(self, batch: Any, outputs: int) -> None:
         """Add what a batch has shown to the moments."""

@@ -35,7 +35,7 @@ class Output(NamedTuple):
 
 
 Outputs = Callable[[Any, Updates], Output]
-Seen = Callable[[str, Tensor, Tensor], None]
+Seen = Callable[[str, Tensor, Tensor], Tensor]
 
 
 @contextmanager
@@ -56,7 +56,8 @@ def outputs_of(
     read : callable or None
         Takes the model's output, returns the tensor to compare; see `lotrtensor.torch.heal`.
     seen : callable, optional
-        Is told the path of a layer, its input, and what it gives with its update.
+        Is told the path of a layer, its input, and what it gives with its update; returns the
+        latter, as it is to go on.
 
     Raises
     ------
@@ -79,9 +80,7 @@ def outputs_of(
             shared = h.shape[-1] - len(scale)
             h = torch.cat([h[..., :shared], h[..., shared:] * scale], dim=-1)
         found = y + h @ b.T
-        if seen is not None:
-            seen(name, x, found)
-        return found
+        return found if seen is None else seen(name, x, found)
 
     def outputs(batch: Any, updates: Updates) -> Output:
         nonlocal current
