@@ -173,7 +173,7 @@ def _dense_metric(moment):
 def test_the_answer_is_the_update_s_and_not_the_factors_(lora, batches):
     """Another gauge of the same update, B T · T⁻¹ A, gives the same terms."""
     metrics = _metrics.metrics_of(lora, lotr.calibrate(Model(), lora, batches))
-    turn = np.linalg.qr(np.random.default_rng(3).normal(size=(4, 4)))[0] * 2.0
+    turn = np.random.default_rng(3).normal(size=(4, 4))
     for m in lora.modules:
         pairs = [(m.B, m.A), (m.B @ turn, np.linalg.solve(turn, m.A))]
         stacks = [
@@ -228,6 +228,133 @@ def test_outputs_of_layers_may_be_changed_in_place(lora, batches):
         )
 
 
+class ChangedInput(torch.nn.Module):
+    """Two layers see one tensor, which was changed in place in between."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Linear(32, 20), torch.nn.Linear(32, 20)
+        self.inplace = inplace
+
+    def forward(self, x):
+        x = x.clone()
+        y = self.first(x)
+        x = torch.relu_(x) if self.inplace else torch.relu(x)
+        return y + self.second(x)
+
+
+def test_an_input_that_is_changed_in_place_is_another_one(batches):
+    rng = np.random.default_rng(0)
+    modules = [
+        lt.LoraModule(name, rng.normal(size=(20, 4)), rng.normal(size=(4, 32)))
+        for name in ("first", "second")
+    ]
+    lora = lt.LoraAdapter(tuple(modules), {}, np.dtype("float32"))
+    one, other = (lotr.calibrate(ChangedInput(kind), lora, batches) for kind in (True, False))
+    assert one.modules["first"].inputs is not one.modules["second"].inputs
+    for name in ("first", "second"):
+        found, expected = (whole(c.modules[name].inputs) for c in (one, other))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+class Flattened(Model):
+    """Its layers see the places of all sequences one below the other."""
+
+    def forward(self, x, attention_mask=None):
+        found = super().forward(x.reshape(-1, 32))
+        return SimpleNamespace(logits=found.logits.reshape(*x.shape[:2], -1))
+
+
+def test_places_of_a_mask_are_told_in_flattened_layers_too(lora, batches):
+    mask = torch.ones(8, 16, dtype=torch.long)
+    mask[:, 10:] = 0
+    x = batches[:8].clone()
+    x[:, 10:] *= 100
+    given = [{"x": x, "attention_mask": mask}] * 2
+    one, other = (lotr.calibrate(model(), lora, given) for model in (Flattened, Model))
+    assert one.places == other.places == 160
+    for name in SIDES:
+        np.testing.assert_allclose(
+            whole(one.modules[name].inputs), whole(other.modules[name].inputs), atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_half_precision(dtype, lora, batches):
+    whole_model, half = Model(), Model().to(dtype)
+    one = lotr.calibrate(whole_model, lora, batches)
+    other = lotr.calibrate(half, lora, batches.to(dtype))
+    for name in SIDES:
+        a, b = (whole(found.modules[name].inputs) for found in (one, other))
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(a)
+
+
+def test_weights_stored_in_by_out(lora, batches):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model, plain = Model(), Model()
+    for name, (m, n) in SIDES.items():
+        layer = conv1d(m, n)
+        layer.weight.data = getattr(plain, name).weight.data.T.clone()
+        layer.bias.data = getattr(plain, name).bias.data.clone()
+        setattr(model, name, layer)
+    one, other = (lotr.calibrate(m, lora, batches) for m in (model, plain))
+    for name in SIDES:
+        for side in ("inputs", "outputs"):
+            a, b = (whole(getattr(found.modules[name], side)) for found in (one, other))
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_ranks_above_the_rows_of_a_layer(batches):
+    """A LoRA of rank 8 on a classifier of five labels, say."""
+    rng = np.random.default_rng(0)
+    modules = [
+        lt.LoraModule(name, 0.3 * rng.normal(size=(m, 8)), rng.normal(size=(8, n)))
+        for name, (m, n) in SIDES.items()
+    ]
+    lora = lt.LoraAdapter(tuple(modules), {}, np.dtype("float32"))
+    calibration = lotr.calibrate(Model(), lora, batches, rank=1)
+    kept = lt.compress(lora, budget="60%", calibration=calibration)
+    assert kept.weighted_error < 0.3
+
+
+def test_the_error_that_is_least_is_the_one_in_the_metric(batches):
+    """More bytes never give a file that is worse in it, though its plain error may be larger."""
+    rng = np.random.default_rng(0)
+    lora = lt.LoraAdapter(
+        (lt.LoraModule("0", rng.normal(size=(8, 8)), rng.normal(size=(8, 512))),),
+        {},
+        np.dtype("float32"),
+    )
+    few = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(20, 64, 3, generator=torch.Generator().manual_seed(1)) @ few
+    calibration = lotr.calibrate(torch.nn.Sequential(torch.nn.Linear(512, 8)), lora, x)
+    budgets = (1000, 1500, 2000, 3000, 4000)
+    found = [lt.compress(lora, budget=size, calibration=calibration) for size in budgets]
+    errors = [adapter.weighted_error for adapter in found]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.1 * errors[0]
+
+
+def test_values_beyond_half_precision_are_kept_in_single(lora, batches):
+    large = tuple(lt.LoraModule(m.name, 5e4 * m.B, m.A) for m in lora.modules)
+    lora = dataclasses.replace(lora, modules=large)
+    model = Model("")
+    for layer in (model.query, model.key, model.last):
+        layer.weight.data *= 1e-3
+    calibration = lotr.calibrate(model, lora, batches * 1e-4)
+    kept = lt.compress(lora, budget="60%", calibration=calibration)
+    assert np.isfinite(kept.relative_error)
+    assert kept.weighted_error < 0.5
+
+
+class WithoutGradients(Model):
+    def forward(self, x, attention_mask=None):
+        with torch.no_grad():
+            y = self.query(x)
+        return self.last(torch.tanh(y) + torch.tanh(self.key(x))[..., :20])
+
+
 class Unused(Model):
     def forward(self, x, attention_mask=None):
         self.key(x)
@@ -241,7 +368,11 @@ class Uncalled(Model):
 
 @pytest.mark.parametrize(
     ("model", "text"),
-    [(Unused, "do not depend on key"), (Uncalled, "key did not run on the first batch")],
+    [
+        (Unused, "do not depend on key"),
+        (Uncalled, "key did not run on the first batch"),
+        (WithoutGradients, "do not depend on query"),
+    ],
 )
 def test_a_layer_without_a_part_in_the_output_is_named(model, text, lora, batches):
     with pytest.raises(lt.DataError, match=text):
@@ -258,6 +389,31 @@ def test_numbers_that_are_not_finite_are_named(lora, batches):
 def test_options_without_a_meaning_are_refused(options, error, lora, batches):
     with pytest.raises(lt.OptionError, match=error):
         lotr.calibrate(Model(), lora, batches if options else [], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"read": 3}, lt.OptionError, "expected a function"),
+        ({"read": lambda output: output.logits.mean()}, lt.OptionError, "is one number"),
+        ({"seed": 2**64}, lt.OptionError, "seed"),
+        ({"batches": {"x": torch.ones(8, 32)}}, lt.DataError, "batches is a dict"),
+        (
+            {"batches": [{"x": torch.ones(2, 4, 32), "attention_mask": torch.zeros(2, 4)}]},
+            lt.DataError,
+            "leave no place",
+        ),
+    ],
+)
+def test_slips_get_one_sentence(options, error, text, lora, batches):
+    with pytest.raises(error, match=text):
+        lotr.calibrate(Model(), lora, **{"batches": batches, **options})
+
+
+def test_the_caller_s_inputs_get_no_gradients(lora, batches):
+    batches.requires_grad_(True)
+    lotr.calibrate(Model(), lora, batches)
+    assert batches.grad is None
 
 
 def test_too_few_tokens_are_told(lora, batches):
@@ -294,7 +450,7 @@ def test_a_calibration_of_other_modules_is_refused(lora, batches):
 def test_a_calibration_of_another_adapter_is_told(lora, batches):
     calibration = lotr.calibrate(Model(), lora, batches)
     doubled = tuple(lt.LoraModule(m.name, 2 * m.B, m.A) for m in lora.modules)
-    with pytest.warns(lt.LotrWarning, match="another adapter"):
+    with pytest.warns(lt.LotrWarning, match="another adapter, in which query has the norm"):
         lt.compress(
             dataclasses.replace(lora, modules=doubled), budget="40%", calibration=calibration
         )
@@ -311,15 +467,36 @@ def damaged(path, change):
     save_file(load_file(path), path, change(metadata))
 
 
+def told(field, value):
+    """Metadata in which a number of the first module is another."""
+
+    def change(metadata):
+        record = json.loads(metadata["modules"])
+        place = record["query"] if field == "norm" else record["query"]["inputs"]
+        place[field] = value
+        return metadata | {"modules": json.dumps(record)}
+
+    return change
+
+
+HOSTILE = [
+    *(("trace", value) for value in (True, "1.0", -1.0, 5e-324, 1e-12, 1e308, 10**400)),
+    *(("norm", value) for value in (-1.0, 1e200, 10**400, None)),
+    ("key", "none"),
+]
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
+        *((told(field, value), "damaged") for field, value in HOSTILE),
         (lambda m: {"format": "pt"}, "is no calibration"),
         (lambda m: m | {"version": "9"}, "version '9'"),
         (lambda m: m | {"modules": "[]"}, "damaged"),
         (lambda m: m | {"modules": "{"}, "JSON"),
         (lambda m: m | {"modules": '{"query": {"inputs": {"key": "x", "trace": 1}}}'}, "damaged"),
         (lambda m: m | {"places": "many"}, "damaged"),
+        (lambda m: m | {"places": "-5"}, "damaged"),
     ],
 )
 def test_a_damaged_file_is_refused(change, text, lora, batches, tmp_path):
@@ -327,6 +504,24 @@ def test_a_damaged_file_is_refused(change, text, lora, batches, tmp_path):
     lotr.calibrate(Model(), lora, batches).save(path)
     damaged(path, change)
     with pytest.raises(lt.FormatError, match=text):
+        lt.Calibration.load(path)
+
+
+@pytest.mark.parametrize(
+    "factor", [np.ones(4, "f4"), np.ones((3, 2), "f4"), np.ones((1, 32), "f8")]
+)
+def test_a_moment_that_is_none_is_refused(factor, lora, batches, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = tmp_path / "calibration"
+    lotr.calibrate(Model(), lora, batches).save(path)
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+    metadata.pop("lotr_crc32")
+    tensors = load_file(path)
+    save_file({key: factor for key in tensors}, path, metadata)
+    with pytest.raises(lt.FormatError, match="is no moment"):
         lt.Calibration.load(path)
 
 

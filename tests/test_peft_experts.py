@@ -256,6 +256,11 @@ def test_a_module_that_is_a_parameter_of_experts_is_refused_with_the_way_out(nam
         peft.get_peft_model(tiny("qwen3_moe"), LotrConfig(r=2, target_modules=["q_proj", name]))
 
 
+def test_a_slip_of_the_pen_is_not_taken_for_experts():
+    with pytest.raises(lt.FormatError, match=r"'q_porj', which is not found.*correct it"):
+        peft.get_peft_model(tiny("qwen3_moe"), LotrConfig(r=2, target_modules=["q_porj"]))
+
+
 @pytest.mark.parametrize("targets", [["q_b_proj", "down_proj"], r".*\.(q_b_proj|down_proj)"])
 def test_experts_that_other_modules_share_a_name_with_are_left_out_with_a_word(targets):
     with pytest.warns(lt.LotrWarning, match="'down_proj', and experts are left as they are"):

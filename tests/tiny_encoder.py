@@ -47,7 +47,7 @@ def encoder_lora(task_type: str = "FEATURE_EXTRACTION") -> lt.LoraAdapter:
     modules = [
         lt.LoraModule(
             name,
-            (0.5 * rng.normal(size=(WIDTH, RANK))).astype("f4"),
+            (2.0 * rng.normal(size=(WIDTH, RANK))).astype("f4"),
             (0.5 * rng.normal(size=(RANK, WIDTH))).astype("f4"),
         )
         for name in names
@@ -55,7 +55,7 @@ def encoder_lora(task_type: str = "FEATURE_EXTRACTION") -> lt.LoraAdapter:
     return lt.LoraAdapter(tuple(modules), {"task_type": task_type}, np.dtype("float32"))
 
 
-def write_texts(path: Path, count: int = 120) -> None:
+def write_texts(path: Path, count: int = 480) -> None:
     """Some words a line."""
     rng = np.random.default_rng(1)
     lines = [" ".join(rng.choice(WORDS, size=rng.integers(3, 12))) for _ in range(count)]

@@ -7,7 +7,6 @@ one of safetensors: a matrix a moment, and in its metadata which module has whic
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ import numpy as np
 
 from lotrtensor.adapters.formats.directory import expand, write_file
 from lotrtensor.adapters.formats.json_text import parse_json
-from lotrtensor.adapters.formats.tensors import check_exists, check_floating, file_bytes, read_file
-from lotrtensor.core.options import check_flag
+from lotrtensor.adapters.formats.paths import exists
+from lotrtensor.adapters.formats.tensors import file_bytes, read_file
+from lotrtensor.core.options import check_flag, shown
 from lotrtensor.errors import DataError, FormatError
 
 FORMAT, VERSION = "lotr-calibration", 1
@@ -110,30 +110,24 @@ class Calibration:
         ------
         FormatError
             If it is no calibration, or is damaged.
-        DataError
-            If it holds numbers that are not finite.
         """
         found = expand(path)
-        check_exists(found)
+        if not exists(found):
+            raise FormatError(f"{found} does not exist; expected what lotr calibrate wrote")
         tensors, metadata = read_file(found)
         if metadata.get("format") != FORMAT:
-            raise FormatError(
-                f"{found} is no calibration; expected a file that lotr calibrate wrote"
-            )
+            raise FormatError(f"{found} is no calibration; expected what lotr calibrate wrote")
         if metadata.get("version") != str(VERSION):
             raise FormatError(
                 f"{found} is a calibration of version {metadata.get('version')!r}; expected "
                 f"{VERSION}: upgrade lotrtensor"
             )
-        for key, tensor in tensors.items():
-            check_floating(key, tensor, found)
+        told = parse_json(metadata.get("modules", ""), f"{found}, its modules,")
         try:
-            told = parse_json(metadata["modules"], f"{found}, its modules,")
-            known: dict[str, Moment] = {}
-            modules = {name: _module(tensors, record, known) for name, record in told.items()}
-            return cls(modules, int(metadata["places"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(f"{found} is damaged: {error!r}; calibrate again") from error
+            return cls(_modules(tensors, told), _count(metadata["places"]))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise FormatError(f"{found} is damaged: {what}; calibrate again") from error
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write one safetensors file, atomically.
@@ -184,22 +178,46 @@ class Calibration:
         return found
 
 
-def _module(
-    tensors: Mapping[str, np.ndarray], record: Mapping[str, Any], known: dict[str, Moment]
-) -> ModuleMoments:
-    """One module's record; a moment of several modules is one object."""
-    inputs, outputs = (
-        known.setdefault(own["key"], _moment(tensors[own["key"]], own))
-        for own in (record["inputs"], record["outputs"])
-    )
-    norm = float(record["norm"])
-    if not math.isfinite(norm):
-        raise ValueError(f"a norm is {norm}")
-    return ModuleMoments(inputs, outputs, norm)
+def _modules(tensors: Mapping[str, np.ndarray], told: Any) -> dict[str, ModuleMoments]:
+    """The modules of a file; a moment of several is one object."""
+    known: dict[tuple[str, float], Moment] = {}
+    found = {}
+    for name, record in told.items():
+        sides = []
+        for side in ("inputs", "outputs"):
+            key, trace = record[side]["key"], _number(record[side]["trace"])
+            if (key, trace) not in known:
+                known[key, trace] = _moment(key, tensors[key], trace)
+            sides.append(known[key, trace])
+        found[name] = ModuleMoments(sides[0], sides[1], _number(record["norm"]))
+    return found
 
 
-def _moment(factor: np.ndarray, record: Mapping[str, Any]) -> Moment:
-    trace = float(record["trace"])
-    if factor.ndim != 2 or not math.isfinite(trace) or trace <= 0.0:
-        raise ValueError(f"{record['key']} is no moment")
+def _number(value: object) -> float:
+    """A number as `Calibration.save` writes it; not negative, and as float32 holds it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < LARGEST:
+        raise ValueError(f"a number is {shown(value)}")
+    return float(value)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or len(text) > 18 or not int(text):
+        raise ValueError(f"places is {shown(text)}")
+    return int(text)
+
+
+def _moment(key: str, factor: np.ndarray, trace: float) -> Moment:
+    fits = factor.ndim == 2 and factor.dtype == np.float32 and 1 <= len(factor) <= factor.shape[1]
+    if not fits or not np.isfinite(factor).all():
+        raise ValueError(f"{key} is no moment of finite numbers")
+    inside = float(np.sum(factor.astype(np.float64) ** 2))
+    if not trace > SMALLEST or inside > (1 + ROUNDED) * trace:
+        raise ValueError(f"the trace of {key} is {trace:.3g}, and its part {inside:.3g}")
     return Moment(factor, trace)
+
+
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Traces are between these: a layer that sees, or answers, less has no part in the outputs."""
+
+ROUNDED = 1e-3
+"""How much of a moment's trace its rows may be too large by, rounded as they are."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +13,18 @@ from lotrtensor.adapters.formats.directory import (
     check_file_output,
     check_inputs_outside,
     check_output,
+    expand,
 )
 from lotrtensor.adapters.loading import load
 from lotrtensor.cli.common import AdapterPath, Force, Json, OutputPath, output_console, print_json
-from lotrtensor.errors import DataError, MissingPackageError, printable
+from lotrtensor.errors import (
+    DataError,
+    FormatError,
+    LotrError,
+    MissingPackageError,
+    OptionError,
+    printable,
+)
 
 if TYPE_CHECKING:
     from lotrtensor.adapters.loading import Adapter
@@ -46,11 +56,13 @@ def calibrate(
     """
     check_inputs_outside(output, adapter, base, text)
     check_file_output(output, force=force)
+    _check_no_input(output, adapter, base)
     found = load(adapter)
     model, batches = _inputs(found, base, text, length, batch)
     from lotrtensor.torch.calibration import calibrate as calibrate_adapter
 
-    calibration = calibrate_adapter(model, found, batches, rank=rank)
+    with _said_of(base, text):
+        calibration = calibrate_adapter(model, found, batches, rank=rank)
     calibration.save(output, force=force)
     if json:
         print_json({"modules": len(calibration.modules), "places": calibration.places})
@@ -92,9 +104,16 @@ def heal(
     if isinstance(before, CompressedAdapter):
         raise DataError(f"{original} is a compressed adapter; expected the adapter before")
     model, batches = _inputs(before, base, text, length, batch)
+    from lotrtensor.torch.healing import HELD_OUT
     from lotrtensor.torch.healing import heal as heal_adapter
 
-    healed = heal_adapter(model, small, before, batches)
+    if len(batches) < 2 * HELD_OUT:
+        raise OptionError(
+            f"the text makes {len(batches)} batches of {batch} lines, and healing needs "
+            f"{2 * HELD_OUT}; give more lines, or a smaller --batch"
+        )
+    with _said_of(base, text):
+        healed = heal_adapter(model, small, before, batches)
     healed.adapter.save(output, force=force)
     if json:
         print_json(
@@ -124,5 +143,26 @@ def _inputs(
             "this needs torch and transformers: pip install 'lotrtensor[peft]'"
         ) from error
     model = base_model(base, adapter)
-    device = next(model.parameters()).device
-    return model, text_batches(base, text, length=length, batch=batch, device=device)
+    return model, text_batches(model, base, text, length=length, batch=batch)
+
+
+@contextmanager
+def _said_of(base: Path, text: Path) -> Iterator[None]:
+    """Say in one sentence what another package's model makes of a text that it cannot run."""
+    try:
+        yield
+    except LotrError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"the model of {base} does not run on {text}: {told}") from error
+
+
+def _check_no_input(output: Path, *directories: str | Path) -> None:
+    """Refuse to replace a file of what is read."""
+    for directory in directories:
+        inside = output.resolve().is_relative_to(expand(directory).resolve())
+        if output.exists() and inside:
+            raise FormatError(
+                f"{output} is a file of {directory}, which is read; it is not replaced"
+            )

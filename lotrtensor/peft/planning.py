@@ -249,22 +249,29 @@ def check_names(config: LotrConfig, layers: Mapping[str, Layer | None]) -> None:
         Naming it.
     """
     paths = [path for path, layer in layers.items() if not isinstance(layer, ExpertSlice)]
-    slices = {path: x.parameter for path, x in layers.items() if isinstance(x, ExpertSlice)}
+    slices = {
+        path: x.parameter
+        for path, x in layers.items()
+        if isinstance(x, ExpertSlice) and not _is_named(path, config.exclude_modules)
+    }
     ends = sorted({f"experts.{parameter}" for parameter in slices.values()})
     way_out = f"experts of this model are parameters, which target_parameters names: {ends}"
     if isinstance(config.target_modules, set):
         for name in sorted(config.target_modules):
             if not any(_is_named(path, [name]) for path in paths):
+                part = name.removesuffix("_proj")
+                meant = any(part in end for end in ends) or name in ("w1", "w2", "w3")
                 raise FormatError(
                     f"target_modules has {name!r}, which is not found among {len(paths)} modules, "
-                    f"such as {paths[0]!r}; {way_out if ends else 'correct it or leave it out'}"
+                    f"such as {paths[0]!r}; "
+                    f"{way_out if ends and meant else 'correct it or leave it out'}"
                 )
     if config.target_modules == "all-linear" or config.target_parameters is not None:
         return
-    meant = {slices[path] for path in slices if _is_named(path, config.target_modules)}
-    if meant:
+    meant_too = {slices[path] for path in slices if _is_named(path, config.target_modules)}
+    if meant_too:
         warnings.warn(
-            f"target_modules has {min(meant)!r}, and experts are left as they are: {way_out}",
+            f"target_modules has {min(meant_too)!r}, and experts are left as they are: {way_out}",
             LotrWarning,
             stacklevel=2,
         )

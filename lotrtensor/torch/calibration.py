@@ -34,6 +34,7 @@ from lotrtensor.torch.distillation import (
     Read,
     check_batches,
     check_carried,
+    check_read,
     kept,
     linear_layers,
     outputs_of,
@@ -84,7 +85,8 @@ def calibrate(
     Raises
     ------
     OptionError
-        If there are no batches, ``rank`` is no number of directions, or ``seed`` no number.
+        If there are no batches, ``rank`` is no number of directions, ``seed`` no number, or
+        ``read`` no function.
     DataError
         If an adapted layer is missing in the model, never runs, or has no part in the output;
         inputs or gradients are not finite; or the model lacks what the adapter carries.
@@ -115,7 +117,8 @@ def calibrate(
     inputs = check_batches(batches, 1, "calibrating")
     if not is_count(rank):
         raise OptionError(f"rank is {shown(rank)}; expected a number of directions, at least 1")
-    seed = check_integer(seed, "seed", 0)
+    seed = check_integer(seed, "seed", 0, 2**63 - 1)
+    check_read(read)
     lora = adapter if isinstance(adapter, LoraAdapter) else adapter.to_lora()
     layers = linear_layers(model, {m.name: m.shape for m in lora.modules})
     check_carried(model, lora.extras)
@@ -125,13 +128,15 @@ def calibrate(
     watch = _Watch(rank, -(-PLACES // len(inputs)), seed)
     with outputs_of(model, layers, read, watch.see) as outputs:
         for batch in inputs:
+            watch.start(batch)
             with torch.enable_grad():
                 found = outputs(batch, updates)
                 loss = _drawn(found, watch.generator)
-                if not loss.requires_grad:
-                    raise DataError("the outputs do not depend on any adapted layer")
-                loss.backward()  # type: ignore[no-untyped-call]
-            watch.take(batch, len(found.values))
+            if not loss.requires_grad:
+                raise DataError("the outputs do not depend on any adapted layer")
+            # Of one leaf alone: what else has a gradient is the caller's.
+            torch.autograd.backward(loss, inputs=[watch.zero])
+            watch.take(len(found.values))
     norms = {
         m.name: math.sqrt(float((slice_spectra(module_stack([m]))[0] ** 2).sum()))
         for m in lora.modules
@@ -157,47 +162,68 @@ class _Watch:
         self.generator = torch.Generator().manual_seed(seed)
         self.rank, self.rows, self.outputs = rank, rows, 0
         self.zero = torch.zeros((), requires_grad=True)
-        self.seen: dict[str, list[Tensor]] = defaultdict(list)
-        self.gradients: dict[str, list[Tensor]] = defaultdict(list)
         self.owners: dict[str, str] = {}
         self.moments: dict[tuple[str, str], _Streamed] = {}
+        self.start(None)
+
+    def start(self, batch: Any) -> None:
+        """Forget what the batch before has shown."""
+        self.batch = batch
+        self.alive: list[Tensor] = []
+        self.inputs: dict[tuple[int, int], Tensor] = {}
+        self.seen: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.gradients: dict[str, list[Tensor]] = defaultdict(list)
 
     def see(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Note an input, and ask for the gradient at what the layer gives."""
-        self.seen[name].append(x)  # the very tensor, which tells layers of one input
+        """Take an input, and ask for the gradient at what the layer gives."""
+        # A tensor that was changed in place since is another input; one that is gone would leave
+        # its number to the next.
+        key = id(x), x._version
+        if key not in self.inputs:
+            self.inputs[key] = self._rows(name, x, "its input")
+            self.alive.append(x)
+        self.seen[name].append(key)
         y = y + self.zero.to(y)  # has a gradient, and may be changed in place
-        y.register_hook(self.gradients[name].append)  # type: ignore[no-untyped-call]
+        if y.requires_grad:
+            y.register_hook(self.gradients[name].append)  # type: ignore[no-untyped-call]
         return y
 
-    def take(self, batch: Any, outputs: int) -> None:
-        """Add what a batch has shown to the moments."""
+    def take(self, outputs: int) -> None:
+        """Add what the batch has shown to the moments."""
         self.outputs += outputs
-        first: dict[tuple[int, ...], str] = {}
-        for name, inputs in self.seen.items():
+        if not self.owners:
+            sharing = defaultdict(list)
+            for name, keys in self.seen.items():
+                sharing[tuple(keys)].append(name)
             # Query, key and value, say, see one tensor: its moment is taken once.
-            owner = first.setdefault(tuple(map(id, inputs)), name)
-            if self.owners.setdefault(name, owner) != owner:
+            self.owners = {name: min(names) for names in sharing.values() for name in names}
+        for name, keys in self.seen.items():
+            owner = self.owners.setdefault(name, name)
+            if self.seen[owner] != keys:
                 raise DataError(
-                    f"{name} and {self.owners[name]} see one input in some batches and two in "
-                    "others; calibrate on batches of one kind"
+                    f"{name} and {owner} see one input in some batches and two in others; "
+                    "calibrate on batches of one kind"
                 )
             if owner == name:
-                self._add("inputs", name, inputs, batch)
-            self._add("outputs", name, self.gradients[name], batch)
-        self.seen.clear()
-        self.gradients.clear()
+                for key in keys:
+                    self._add("inputs", name, self.inputs[key])
+            for gradient in self.gradients[name]:
+                self._add("outputs", name, self._rows(name, gradient, "the gradient at its output"))
 
-    def _add(self, side: str, name: str, found: list[Tensor], batch: Any) -> None:
-        for x in found:
-            rows = kept(x.detach(), batch).reshape(-1, x.shape[-1]).float().cpu()
-            if not bool(torch.isfinite(rows).all()):
-                kind = "its input" if side == "inputs" else "the gradient at its output"
-                raise DataError(f"{name}: {kind} is not finite on a batch")
-            moment = self.moments.setdefault((side, name), _Streamed(x.shape[-1], self.rank))
-            moment.add(rows, self.rows, self.generator)
+    def _rows(self, name: str, x: Tensor, what: str) -> Tensor:
+        rows = kept(x.detach(), self.batch).reshape(-1, x.shape[-1]).float().cpu()
+        if not bool(torch.isfinite(rows).all()):
+            raise DataError(f"{name}: {what} is not finite on a batch")
+        return rows.clone() if rows.data_ptr() == x.data_ptr() else rows
+
+    def _add(self, side: str, name: str, rows: Tensor) -> None:
+        moment = self.moments.setdefault((side, name), _Streamed(rows.shape[-1], self.rank))
+        moment.add(rows, self.rows, self.generator)
 
     def calibration(self, norms: dict[str, float]) -> Calibration:
         """The moments of all batches."""
+        if not self.outputs or not all(m.places for m in self.moments.values()):
+            raise DataError("the masks of all batches leave no place to look at")
         inputs = {
             name: m.moment(m.places) for (s, name), m in self.moments.items() if s == "inputs"
         }
@@ -261,5 +287,8 @@ class _Streamed:
     def moment(self, count: int) -> Moment:
         """The moment, as a mean over ``count``."""
         self._cut()
-        factor = (self.rows / math.sqrt(count)).float().numpy()
+        inside = float(self.rows.square().sum())
+        # A sample may have more than its share of large rows; the trace is that of all.
+        scale = min(1.0, self.trace / inside) if inside else 1.0
+        factor = (self.rows * math.sqrt(scale / count)).float().numpy()
         return Moment(factor, self.trace / count)

@@ -93,9 +93,12 @@ def outputs_of(
         y, name = (read(found), "") if read else _read(found)
         if not isinstance(y, Tensor):
             raise OptionError(f"read gave a {type(y).__name__}; expected a tensor")
+        if not y.ndim:
+            raise OptionError("the output to compare is one number; expected a place a row")
+        y = kept(y, batch)
         if not bool(torch.isfinite(y).all()):
             raise DataError("the model's output is not finite")
-        return Output(kept(y, batch), name == "logits" and _are_classes(y, model))
+        return Output(y, name == "logits" and _are_classes(y, model))
 
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -125,12 +128,24 @@ def check_batches(batches: Iterable[Any], least: int, what: str) -> list[Any]:
     OptionError
         If there are fewer than ``least``, which ``what`` needs.
     """
-    if isinstance(batches, str) or not isinstance(batches, Iterable):
+    if isinstance(batches, str | Mapping) or not isinstance(batches, Iterable):
         raise DataError(f"batches is a {type(batches).__name__}; expected several of them")
     found = list(batches)
     if len(found) < least:
         raise OptionError(f"there are {len(found)} batches; {what} needs at least {least}")
     return found
+
+
+def check_read(read: Any) -> None:
+    """Refuse what is to read outputs and is no function.
+
+    Raises
+    ------
+    OptionError
+        Saying what it is.
+    """
+    if read is not None and not callable(read):
+        raise OptionError(f"read is a {type(read).__name__}; expected a function")
 
 
 def check_carried(model: nn.Module, carried: Mapping[str, np.ndarray]) -> None:
@@ -198,12 +213,19 @@ def _read(output: Any) -> tuple[Tensor, str]:
 
 
 def kept(y: Tensor, batch: Any) -> Tensor:
-    """Places (rows × …) that the mask of a batch of sequences leaves; all of an output a row."""
+    """Places (rows × …) that the mask of a batch of sequences leaves; all of an output a row.
+
+    Layers that see the places of all sequences one below the other are told by their number.
+    """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    # An output a sequence may have as many classes as the sequence has places.
-    if not isinstance(mask, Tensor) or y.ndim <= mask.ndim or mask.shape != y.shape[: mask.ndim]:
+    if not isinstance(mask, Tensor):
         return y
-    return y[mask.bool()]
+    # An output a sequence may have as many classes as the sequence has places.
+    if y.ndim > mask.ndim and mask.shape == y.shape[: mask.ndim]:
+        return y[mask.bool()]
+    if y.ndim == 2 and mask.ndim == 2 and y.shape[0] == mask.numel() > len(mask):
+        return y[mask.reshape(-1).bool()]
+    return y
 
 
 def _are_classes(logits: Tensor, model: nn.Module) -> bool:

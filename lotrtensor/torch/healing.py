@@ -27,6 +27,7 @@ from lotrtensor.torch.distillation import (
     Read,
     check_batches,
     check_carried,
+    check_read,
     linear_layers,
     mean_distance,
     outputs_of,
@@ -139,8 +140,7 @@ def heal(
     check_model(model)
     lora = _checked(compressed, original)
     inputs = check_batches(batches, 2 * HELD_OUT, "healing")
-    if read is not None and not callable(read):
-        raise OptionError(f"read is a {type(read).__name__}; expected a function")
+    check_read(read)
     if not check_number(rate, "rate") > 0:
         raise OptionError(f"rate is {rate:g}; expected a positive number")
     scales = {

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from lotrtensor.adapters.formats.carried import PREFIX
 from lotrtensor.adapters.formats.paths import open_regular, unreadable
 from lotrtensor.adapters.loading import Adapter
-from lotrtensor.errors import FormatError, MissingPackageError
+from lotrtensor.errors import FormatError, MissingPackageError, UnsupportedAdapterError
 from lotrtensor.torch.sources import from_numpy
 
 CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 """Class of transformers for each ``task_type`` of an adapter; ``AutoModel`` for any other."""
+
+PAIRED = ("SEQ_2_SEQ_LM", "QUESTION_ANS")
+"""Tasks whose inputs are more than a text."""
 
 LARGEST = 256 * 2**20
 """Bytes of a file of texts that are read at most."""
@@ -45,21 +46,43 @@ def base_model(base: Path, adapter: Adapter) -> nn.Module:
     MissingPackageError
         If transformers is not installed.
     FormatError
-        If the directory cannot be loaded, or carried tensors do not fit.
+        If the directory cannot be loaded, carried tensors do not fit, or a head is in neither.
+    UnsupportedAdapterError
+        If the task takes more than a text.
     """
     transformers = _transformers()
+    task = adapter.config.get("task_type")
+    if task in PAIRED:
+        raise UnsupportedAdapterError(
+            f"task_type is {task}, whose inputs are more than a text a line; call "
+            "lotrtensor.torch.calibrate or heal with batches of your own"
+        )
     if not base.is_dir():
         raise FormatError(f"{base} is no directory; expected a base model as transformers saves it")
     carried = {key.removeprefix(PREFIX): np.asarray(x) for key, x in adapter.extras.items()}
-    kind = CLASSES.get(str(adapter.config.get("task_type")), "AutoModel")
+    kind = CLASSES.get(str(task), "AutoModel")
     labels = [x.shape[0] for key, x in carried.items() if _HEAD.search(key) and x.ndim == 2]
     options = {"num_labels": labels[0]} if labels and kind.endswith("Classification") else {}
     try:
-        model: nn.Module = getattr(transformers, kind).from_pretrained(base, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise FormatError(f"{base} cannot be loaded as {kind}: {error}") from error
+        model, told = getattr(transformers, kind).from_pretrained(
+            base, output_loading_info=True, **options
+        )
+    except Exception as error:  # a damaged file or config ends in errors of several packages
+        raise FormatError(f"{base} cannot be loaded as {kind}: {_line(error)}") from error
+    missing = [key for key in told["missing_keys"] if key not in carried]
+    if missing and kind != "AutoModel":  # which has no head; a pooler is not looked at
+        raise FormatError(
+            f"{base} has no {min(missing)}, nor does the adapter carry it: outputs would be those "
+            "of random numbers; call lotrtensor.torch.calibrate or heal with the model that you run"
+        )
     _load(model, carried)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    found: nn.Module = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return found
+
+
+def _line(error: Exception) -> str:
+    """What an error of another package says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 _HEAD = re.compile(r"(classifier|score|out_proj)\.weight$")
@@ -78,30 +101,39 @@ def _load(model: nn.Module, carried: Mapping[str, np.ndarray]) -> None:
 
 
 def text_batches(
-    base: Path, texts: Path, *, length: int, batch: int, device: torch.device
+    model: nn.Module, base: Path, texts: Path, *, length: int, batch: int
 ) -> list[dict[str, Tensor]]:
-    """Return the texts of a file, a line each, in batches of about one length.
+    """Return the texts of a file, a line each, in batches of about one length for the model.
+
+    No text is longer than ``length`` tokens, or than the model's own limit.
 
     Raises
     ------
     MissingPackageError
         If transformers is not installed.
     FormatError
-        If the file cannot be read or is empty, or the model has no tokenizer.
+        If the file cannot be read or is empty, or the model has no tokenizer that pads.
     """
     lines = [line for line in _read(texts).splitlines() if line.strip()]
     if not lines:
         raise FormatError(f"{texts} holds no text; expected a text a line")
     try:
         tokenizer: Any = _transformers().AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise FormatError(f"{base} has no tokenizer that can be loaded: {error}") from error
+    except Exception as error:  # of several packages, as above
+        raise FormatError(f"{base} has no tokenizer that can be loaded: {_line(error)}") from error
+    config: Any = getattr(model, "config", None)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise FormatError(f"the tokenizer of {base} has no token to pad with; set its pad_token")
+    if getattr(config, "pad_token_id", 0) is None:  # a classifier looks for the last other token
+        config.pad_token_id = tokenizer.pad_token_id
+    limits = [length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    length = min(limit for limit in limits if limit)
     rows = tokenizer(lines, truncation=True, max_length=length)["input_ids"]
-    # Rows of like length need little padding; every so-manieth is of every length, so that what is
-    # held out of the batches is of the same kind.
+    # Rows of like length need little padding.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    device = next(model.parameters()).device
     found = []
     for start in range(0, len(order), batch):
         some = [rows[i] for i in order[start : start + batch]]

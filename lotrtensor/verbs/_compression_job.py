@@ -96,6 +96,11 @@ class CompressionJob:
             norm2 += stack.weighted_norm2
         return math.sqrt(lost2 / norm2) if norm2 else 0.0
 
+    def _error(self, found: CompressedAdapter) -> float:
+        """What is to be least at a size: the error in the metrics, where there are any."""
+        weighted = self.weighted_error(found)
+        return found.relative_error if weighted is None else weighted
+
     def predict(self, step: float) -> tuple[float, float]:
         """Bytes of all codes, and relative error."""
         found = self.each(lambda group: group[1].predict(step), self.groups)
@@ -236,7 +241,7 @@ class CompressionJob:
         for other in self._simpler(found):
             with suppress(RankError):
                 made = other.within_bytes(budget, asked)
-                found = min(found, made, key=lambda adapter: adapter.relative_error)
+                found = min(found, made, key=self._error)
         return found
 
     def _found_of_bytes(self, budget: int, asked: int | str) -> CompressedAdapter:
@@ -259,7 +264,7 @@ class CompressionJob:
                 finer = step
             else:
                 coarser = step
-                if found.relative_error <= best.relative_error:
+                if self._error(found) <= self._error(best):
                     best = found
                 if found.file_bytes >= SPARE * budget:
                     break

@@ -22,7 +22,14 @@ import numpy as np
 from lotrtensor.core.arrays import to_numpy
 from lotrtensor.core.bits.grid import column_cost
 from lotrtensor.core.bits.metric import Metric
-from lotrtensor.core.bits.stack import FLOAT16, Parts, Prediction, QuantisedStack, StackInBits
+from lotrtensor.core.bits.stack import (
+    FLOAT16,
+    FLOAT32,
+    Parts,
+    Prediction,
+    QuantisedStack,
+    StackInBits,
+)
 from lotrtensor.core.bits.terms import (
     TERM_BITS,
     QuantisedTerms,
@@ -63,7 +70,7 @@ class _Slice(NamedTuple):
     def of(cls, b: np.ndarray, a: np.ndarray, metrics: Metrics) -> _Slice:
         """Turn the factors into terms p_j σ_j q_jᵀ with pᵀCp = qᵀSq = 1."""
         first, second = metrics.outputs.root(b), metrics.inputs.root(a.T)
-        u, values, vt = np.linalg.svd(first @ second.T)
+        u, values, vt = np.linalg.svd(first @ second.T, full_matrices=False)
         # B A = (B T⁻¹) (T T'ᵀ) (T'⁻ᵀ A) for the triangles T and T'.
         p, q = b @ np.linalg.pinv(first) @ u, a.T @ np.linalg.pinv(second) @ vt.T
         left, right = (np.sqrt(metric.gain) * values for metric in metrics)
@@ -157,6 +164,15 @@ class WeightedStackInBits(StackInBits):
         self, step: float, value_dtype: np.dtype = FLOAT16
     ) -> tuple[QuantisedStack, float]:
         """Return the stack on a grid of this step, and its plain ‖error‖²."""
-        private = tuple(own.quantise(step).rounded(value_dtype) for own in self._slices)
+        found = [own.quantise(step) for own in self._slices]
+        # Terms that are orthogonal in the metric have larger values than singular ones.
+        values = np.abs(np.concatenate([terms.values for terms in found]))
+        if values.size and not SMALLEST < values.min() <= values.max() < LARGEST:
+            value_dtype = FLOAT32
+        private = tuple(terms.rounded(value_dtype) for terms in found)
         lost = sum(lost2(svd, terms) for svd, terms in zip(self.svds, private, strict=True))
         return QuantisedStack(None, private, value_dtype), lost
+
+
+SMALLEST, LARGEST = 1e-2, 6e4
+"""Between these half precision holds values to a relative 5e-4."""
