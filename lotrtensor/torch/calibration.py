@@ -261,13 +261,19 @@ class _Streamed:
         self.fresh: list[Tensor] = []
 
     def add(self, rows: Tensor, most: int, generator: torch.Generator) -> None:
-        """Take rows in, at most so many, which then stand for all."""
-        count = len(rows)
-        self.places += count
-        self.trace += float(rows.double().square().sum())
-        if count > most:
-            some = torch.randperm(count, generator=generator)[:most]
-            rows = rows[some] * math.sqrt(count / most)
+        """Take rows in, at most so many, which then stand for all.
+
+        Rows are drawn by their squares and brought to one norm, so that the trace is kept, and the
+        expectation too: of gradients a few rows may hold the most (Drineas, Kannan and Mahoney,
+        SIAM J. Comput. 36 (2006)).
+        """
+        squares = rows.double().square().sum(1)
+        total = float(squares.sum())
+        self.places += len(rows)
+        self.trace += total
+        if len(rows) > most and total:
+            some = torch.multinomial(squares, most, replacement=True, generator=generator)
+            rows = rows[some] * (total / most / squares[some]).sqrt()[:, None].to(rows)
         self.fresh.append(rows)
         if sum(map(len, self.fresh)) >= 3 * self.rank:
             self._cut()
@@ -287,8 +293,5 @@ class _Streamed:
     def moment(self, count: int) -> Moment:
         """The moment, as a mean over ``count``."""
         self._cut()
-        inside = float(self.rows.square().sum())
-        # A sample may have more than its share of large rows; the trace is that of all.
-        scale = min(1.0, self.trace / inside) if inside else 1.0
-        factor = (self.rows * math.sqrt(scale / count)).float().numpy()
+        factor = (self.rows / math.sqrt(count)).float().numpy()
         return Moment(factor, self.trace / count)
