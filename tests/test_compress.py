@@ -552,3 +552,21 @@ def test_groups_at_once_make_the_same_bytes(monkeypatch, bundled):
             np.testing.assert_array_equal(a.B, b.B)
             np.testing.assert_array_equal(a.A, b.A)
     assert len(set(seen)) == len(bundled.modules) // 6
+
+
+@pytest.mark.parametrize(
+    ("b", "a"), [(np.zeros((8, 0)), np.zeros((0, 8))), (np.ones((8, 2)), np.ones((3, 8)))]
+)
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda adapter: lt.compress(adapter, budget=2000),
+        lambda adapter: lt.convert(adapter, tolerance=0.5),
+        lambda adapter: lt.compare(adapter, adapter),
+        lt.analyze,
+    ],
+)
+def test_factors_that_do_not_fit_are_named(verb, b, a):
+    adapter = lt.LoraAdapter((lt.LoraModule("layers.0.q", b, a),), {}, np.dtype("float32"))
+    with pytest.raises(lt.ShapeError, match=r"layers\.0\.q.*expected \(m, r\)"):
+        verb(adapter)

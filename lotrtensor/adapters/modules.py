@@ -13,6 +13,7 @@ from lotrtensor.core.balanced import balanced_factors
 from lotrtensor.core.linalg import largest_entry, largest_term
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.tucker2 import Tucker2
+from lotrtensor.errors import ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +75,15 @@ def module_stack(modules: Sequence[LoraModule]) -> LowRankStack:
     ------
     DataError
         If one is beyond 1e±140: squares are taken of all of them.
+    ShapeError
+        If one has factors that do not fit, or no rank.
     """
     for module in modules:
+        if not module.rank or module.B.shape[1] != module.A.shape[0]:
+            raise ShapeError(
+                f"{module.name}: B is {module.B.shape} and A is {module.A.shape}; expected (m, r) "
+                "and (r, n) with r at least 1"
+            )
         check_size(largest_term(module.B, module.A), module.name)
     return LowRankStack([module.B for module in modules], [module.A for module in modules])
 
