@@ -145,3 +145,24 @@ def test_what_is_asked_for_is_explained():
         check=True,
     )
     assert "goes on where it was" in " ".join(done.stdout.split())
+
+
+def test_methods_of_training_are_compared_on_what_all_have_done():
+    def trained(method, task, seed, flags, numbers):
+        flags = np.array(flags, float)
+        key = {"task": task, "method": method, "seed": seed, "rate": 0.01, "numbers": numbers}
+        told = {"rows": len(flags), "right": packed(flags), "accuracy": flags.mean()}
+        return key | told
+
+    cells = [
+        trained("LoRA 1", "a", "tuning", [0, 0, 0, 0], 40_000),
+        trained("LoRA 1", "a", 0, [1, 1, 0, 0] * 50, 40_000),
+        trained("LoRA 1", "a", 1, [1, 1, 0, 0] * 50, 40_000),
+        trained("LoRA 1", "b", 0, [1, 1, 1, 1] * 50, 40_000),
+        trained("cores", "a", 0, [1, 1, 1, 0] * 50, 2_000),
+        trained("cores", "a", 1, [0, 1, 0, 0] * 50, 2_000),
+    ]
+    lines = tables.training_table(cells)
+    assert lines[2].startswith("| cores | 2,000 | 0.01 | 0.500 | +0.0 (")
+    assert lines[3] == "| LoRA 1 | 40,000 | 0.01 | 0.500 | +0.0 (+0.0 to +0.0) |"
+    assert len(lines) == 4
