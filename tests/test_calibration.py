@@ -457,15 +457,16 @@ def test_a_calibration_of_another_adapter_is_told(lora, batches):
         )
 
 
-def damaged(path, change):
-    """Write the file anew with its metadata changed."""
+def damaged(path, change=dict, factor=None):
+    """Write the file anew with its metadata changed, or another matrix for every moment."""
     from safetensors.numpy import load_file, save_file
 
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + size])["__metadata__"]
     metadata.pop("lotr_crc32")
-    save_file(load_file(path), path, change(metadata))
+    tensors = {key: x if factor is None else factor for key, x in load_file(path).items()}
+    save_file(tensors, path, change(metadata))
 
 
 def told(field, value):
@@ -512,18 +513,30 @@ def test_a_damaged_file_is_refused(change, text, lora, batches, tmp_path):
     "factor", [np.ones(4, "f4"), np.ones((3, 2), "f4"), np.ones((1, 32), "f8")]
 )
 def test_a_moment_that_is_none_is_refused(factor, lora, batches, tmp_path):
-    from safetensors.numpy import load_file, save_file
+    path = tmp_path / "calibration"
+    lotr.calibrate(Model(), lora, batches).save(path)
+    damaged(path, factor=factor)
+    with pytest.raises(lt.FormatError, match="is no moment"):
+        lt.Calibration.load(path)
 
+
+def test_a_truncated_file_is_refused(lora, batches, tmp_path):
     path = tmp_path / "calibration"
     lotr.calibrate(Model(), lora, batches).save(path)
     content = path.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + size])["__metadata__"]
-    metadata.pop("lotr_crc32")
-    tensors = load_file(path)
-    save_file({key: factor for key in tensors}, path, metadata)
-    with pytest.raises(lt.FormatError, match="is no moment"):
-        lt.Calibration.load(path)
+    for size in (0, 7, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(lt.FormatError):
+            lt.Calibration.load(path)
+
+
+def test_what_is_too_small_or_large_to_be_stored_is_refused(lora, batches):
+    module = lt.LoraModule("0", lora.modules[0].B, lora.modules[0].A)
+    lora = dataclasses.replace(lora, modules=(module,))
+    for scale, text in ((1e-18, "is zero"), (1e16, "too large")):
+        with pytest.raises(lt.DataError, match=text):
+            model = torch.nn.Sequential(torch.nn.Linear(32, 20))
+            lotr.calibrate(model, lora, batches * scale)
 
 
 def test_no_file_is_refused(tmp_path):

@@ -22,7 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lotrtensor.adapters.calibration import Calibration, ModuleMoments, Moment
+from lotrtensor.adapters.calibration import (
+    LARGEST,
+    SMALLEST,
+    Calibration,
+    ModuleMoments,
+    Moment,
+)
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import module_stack
@@ -178,7 +184,7 @@ class _Watch:
         """Take an input, and ask for the gradient at what the layer gives."""
         # A tensor that was changed in place since is another input; one that is gone would leave
         # its number to the next.
-        key = id(x), x._version
+        key = id(x), 0 if x.is_inference() else x._version
         if key not in self.inputs:
             self.inputs[key] = self._rows(name, x, "its input")
             self.alive.append(x)
@@ -232,10 +238,12 @@ class _Watch:
             name: m.moment(self.outputs) for (s, name), m in self.moments.items() if s == "outputs"
         }
         for name in norms:
-            if name not in answers or not answers[name].trace:
+            if name not in answers or not answers[name].trace > SMALLEST:
                 raise DataError(f"the outputs do not depend on {name}, which the adapter adapts")
-            if not inputs[self.owners[name]].trace:
+            if not inputs[self.owners[name]].trace > SMALLEST:
                 raise DataError(f"the input of {name} is zero on all batches")
+            if max(answers[name].trace, inputs[self.owners[name]].trace) >= LARGEST:
+                raise DataError(f"{name} sees or answers values that are too large to be squared")
         places = min(m.places for (side, _), m in self.moments.items() if side == "inputs")
         largest = max(moment.size for moment in inputs.values())
         if places < ENOUGH * largest:

@@ -15,6 +15,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import module_stack
 from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, QuantisedStack, StackInBits
 from lotrtensor.core.bits.stream import LARGEST_CODE
+from lotrtensor.core.bits.terms import HALF
 from lotrtensor.core.bits.weighted import Metrics, WeightedStackInBits
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank
@@ -112,7 +113,7 @@ class CompressionJob:
         """The adapter on a grid of this step, measured."""
         predicted = self.predict(step)[1]
         # The rounding of a value to half precision is a relative error of 3e-4.
-        dtype = FLOAT32 if predicted < FINE or not 1e-2 < self.largest < 6e4 else FLOAT16
+        dtype = FLOAT32 if predicted < FINE or not HALF[0] < self.largest < HALF[1] else FLOAT16
 
         def quantised(group: tuple[SourceGroup, StackInBits]) -> CompressedGroup:
             source, stack = group

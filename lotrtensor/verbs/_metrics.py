@@ -16,9 +16,8 @@ from lotrtensor.errors import DataError, LotrWarning
 
 DAMPING = 0.5
 """Share of the mean eigenvalue that is added to all: directions that the calibration did not see
-count by it, and without it errors of any size would be left there. Of 0.1, 0.3 and 1, the middle
-one moves the outputs of three small adapters least at a 16th and a 32nd of the bytes, 1 at a 64th;
-between 0.3 and 1 they differ by less than a tenth."""
+count by it, and without it errors of any size would be left there. Less suits larger files, more
+smaller ones."""
 
 SAME = 0.01
 """Relative difference of the norms of two updates up to which they are taken for one."""

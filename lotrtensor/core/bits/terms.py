@@ -27,6 +27,9 @@ from lotrtensor.core.slice_svd import SliceSvd
 TERM_BITS = 32
 """Bits of a term beside its codes: the kinds of two columns and a scale of 16 bits."""
 
+HALF = (1e-2, 6e4)
+"""Between these half precision holds values to a relative 5e-4."""
+
 
 @dataclass(frozen=True, eq=False)
 class QuantisedTerms:

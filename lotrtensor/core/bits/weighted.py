@@ -31,6 +31,7 @@ from lotrtensor.core.bits.stack import (
     StackInBits,
 )
 from lotrtensor.core.bits.terms import (
+    HALF,
     TERM_BITS,
     QuantisedTerms,
     independent,
@@ -167,12 +168,8 @@ class WeightedStackInBits(StackInBits):
         found = [own.quantise(step) for own in self._slices]
         # Terms that are orthogonal in the metric have larger values than singular ones.
         values = np.abs(np.concatenate([terms.values for terms in found]))
-        if values.size and not SMALLEST < values.min() <= values.max() < LARGEST:
+        if values.size and not HALF[0] < values.min() <= values.max() < HALF[1]:
             value_dtype = FLOAT32
         private = tuple(terms.rounded(value_dtype) for terms in found)
         lost = sum(lost2(svd, terms) for svd, terms in zip(self.svds, private, strict=True))
         return QuantisedStack(None, private, value_dtype), lost
-
-
-SMALLEST, LARGEST = 1e-2, 6e4
-"""Between these half precision holds values to a relative 5e-4."""
