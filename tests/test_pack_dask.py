@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,3 +52,8 @@ def test_the_command_line_takes_an_address(cluster, paths, tmp_path):
                  "--json")  # fmt: skip
     assert (found.code, found.err) == (0, "")
     assert [row["name"] for row in json.loads(found.out)["adapters"]] == ["a", "b", "c"]
+    shutil.copytree(tmp_path / "pack", tmp_path / "same")
+    found = lotr("add", tmp_path / "pack", f"d={paths[0]}", f"e={paths[1]}", "--dask", address)
+    assert (found.code, found.err) == (0, "")
+    lotr("add", tmp_path / "same", f"d={paths[0]}", f"e={paths[1]}", "--threads", 1)
+    assert contents(tmp_path / "pack") == contents(tmp_path / "same")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+import tracemalloc
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +26,7 @@ import safetensors.numpy
 import lotrtensor as lt
 from adapters_fixtures import WEIGHTS, write_lora
 from lotrtensor.adapters.formats import publish
-from lotrtensor.packs import files
+from lotrtensor.packs import files, tasks
 from pack_fixtures import contents, dense_error, family
 
 
@@ -154,6 +163,85 @@ def test_several_are_added_at_once_or_none(pack, tmp_path):
     assert [row.name for row in rows] == list(pack.names) == ["user-0", "user-1", "user-2"]
     assert seen == [(f"user-{i}", i, 3) for i in range(3)]
     pack.check()
+
+
+def test_adding_on_any_executor_writes_the_same_bytes(tmp_path):
+    made = lt.pack(family(4), tmp_path / "0", tolerance=0.15, share="adapters")
+    paths = {}
+    for name, adapter in list(family(8).items())[4:]:
+        adapter.save(tmp_path / name)
+        paths[name] = tmp_path / name
+    shutil.copytree(made.path, tmp_path / "1")
+    shutil.copytree(made.path, tmp_path / "2")
+    spawned = multiprocessing.get_context("spawn")
+    found = []
+    for i, executor in enumerate(
+        (ThreadPoolExecutor(1), ThreadPoolExecutor(3), ProcessPoolExecutor(1, spawned))
+    ):
+        with executor:
+            lt.Pack(tmp_path / str(i)).add_all(paths, executor=executor)
+        found.append(contents(tmp_path / str(i)))
+    assert found[0] == found[1] == found[2]
+    with pytest.raises(lt.OptionError, match="executor is a str"):
+        made.add_all(paths, executor="threads")
+
+
+def test_added_adapters_must_be_of_one_model_with_each_other(pack):
+    """Of modules that the pack does not know."""
+    two = {}
+    for name, side in (("a", 24), ("b", 30)):
+        two[name] = family(1, kinds={"new": (side, side)})["user-0"]
+    before = contents(pack.path)
+    with pytest.raises(lt.FormatError, match=r"layers.0.new is 24 × 24 .* 30 × 30 in b"):
+        pack.add_all(two)
+    assert contents(pack.path) == before
+
+
+def test_where_one_is_refused_no_file_is_left(pack, tmp_path):
+    """Though others were encoded, and written, before it or beside it."""
+    before = contents(pack.path)
+    several = dict(list(family(8).items())[4:])
+    with pytest.raises(lt.FormatError, match="bad: "):
+        pack.add_all(several | {"bad": tmp_path / "missing"})
+    assert contents(pack.path) == before
+
+
+def peak_of(work):
+    """Bytes that are allocated at most while something is done."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path, monkeypatch):
+    """Neither of a build, once cells are made of a sample, nor of what is added."""
+    monkeypatch.setattr(tasks, "ENTRIES", 1)
+    monkeypatch.setattr(tasks, "FEWEST", 8)
+    kinds = {"query": (400, 400)}
+    paths = []
+    for name, adapter in family(24, kinds=kinds, layers=1).items():
+        adapter.save(tmp_path / name)
+        paths.append(tmp_path / name)
+    how = {"share": "adapters", "tolerance": 0.4, "executor": ThreadPoolExecutor(1)}
+    lt.pack(paths[:2], tmp_path / "first", **how)  # modules are loaded
+
+    def build(count):
+        return peak_of(lambda: lt.pack(paths[:count], tmp_path / f"{count}", **how))
+
+    few, many = build(9), build(24)
+    assert many < 1.25 * few
+    names = {path.name: path for path in paths}
+
+    def add(count):
+        found = lt.pack(paths[:8], tmp_path / f"to-{count}", **how)
+        added = dict(list(names.items())[8 : 8 + count])
+        return peak_of(lambda: found.add_all(added, executor=how["executor"]))
+
+    few, many = add(4), add(16)
+    assert many < 1.25 * few
 
 
 # --- stopped at any instant -----------------------------------------------------------------------

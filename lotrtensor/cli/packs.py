@@ -158,6 +158,8 @@ def add(
         float | None,
         typer.Option(help="Relative error past which an adapter is refused."),
     ] = None,
+    threads: Workers = None,
+    dask: Dask = None,
     json: Json = False,
 ) -> None:
     """Add adapters to a pack, all or none; no file that stands there is written again.
@@ -168,8 +170,14 @@ def add(
     taken = next((name for name in sources if name in found.names), None)
     if taken is not None:
         raise FormatError(f"{path} holds an adapter {taken!r} already; name this one NAME=PATH")
-    with progress_bar("adding") as progress:
-        found.add_all(sources, tolerance=tolerance, max_error=max_error, progress=progress)
+    with workers(threads, dask) as executor, progress_bar("adding") as progress:
+        found.add_all(
+            sources,
+            tolerance=tolerance,
+            max_error=max_error,
+            executor=executor,
+            progress=progress,
+        )
     show_pack(found, json=json)
 
 

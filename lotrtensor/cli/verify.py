@@ -57,7 +57,8 @@ def verify(
 
 def _verify_pack(path: str, originals: list[str], *, json: bool) -> None:
     from lotrtensor.cli.packs import named
-    from lotrtensor.packs.pack import Pack, VerifiedRow
+    from lotrtensor.packs.pack import Pack
+    from lotrtensor.packs.verifying import VerifiedRow
     from lotrtensor.report.packs import verified_document, verified_table
 
     pack = Pack(path)

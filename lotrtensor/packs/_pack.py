@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 from lotrtensor.adapters.formats.directory import SINGLE_FILE, expand
@@ -15,6 +15,7 @@ from lotrtensor.core.options import check_flag, check_integer, is_count, shown
 from lotrtensor.core.ranks.goal import make_goal
 from lotrtensor.errors import FormatError, LotrError, OptionError, RankError
 from lotrtensor.packs.building import SHARES, Request, build
+from lotrtensor.packs.executors import running
 from lotrtensor.packs.files import (
     BUILD,
     LOCK,
@@ -153,26 +154,6 @@ def pack(
             progress=progress,
         )
         return build_in_place(target, request)
-
-
-@contextlib.contextmanager
-def running(executor: Executor | None) -> Iterator[Executor]:
-    """The executor that was given, or threads for as long as they are needed.
-
-    Raises
-    ------
-    OptionError
-        If it is no executor.
-    """
-    if executor is None:
-        with ThreadPoolExecutor() as threads:
-            yield threads
-    elif isinstance(executor, Executor):
-        yield executor
-    else:
-        raise OptionError(
-            f"executor is a {type(executor).__name__}; expected a concurrent.futures.Executor"
-        )
 
 
 def name_adapters(

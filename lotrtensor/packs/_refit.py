@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from lotrtensor.core.ranks.goal import make_goal
 from lotrtensor.errors import FormatError, OptionError, RankError
-from lotrtensor.packs._pack import build_in_place, running
+from lotrtensor.packs._pack import build_in_place
 from lotrtensor.packs.building import Request
+from lotrtensor.packs.executors import running
 from lotrtensor.packs.files import locked, publish, read_index
 from lotrtensor.packs.pack import Pack
 from lotrtensor.packs.reading import Packed

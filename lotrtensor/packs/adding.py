@@ -1,10 +1,12 @@
-"""One more adapter for a pack that stands: coded with its bases, or by itself."""
+"""More adapters for a pack that stands: each coded with its bases, or by itself."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +20,18 @@ from lotrtensor.core.ranks.goal import make_goal
 from lotrtensor.errors import FormatError, LotrError, OptionError, RankError
 from lotrtensor.packs.coding import cells_by_module, member_to_tensors
 from lotrtensor.packs.encoding import alone, norm_of, on_bases, settled
-from lotrtensor.packs.files import ADAPTER_SHARD, Entry, Index, write_shard
+from lotrtensor.packs.executors import results
+from lotrtensor.packs.files import (
+    ADAPTER_SHARD,
+    Entry,
+    Index,
+    Shard,
+    read_index,
+    sweep,
+    write_shard,
+)
 from lotrtensor.packs.members import Cell, Member, by_cluster
+from lotrtensor.packs.reading import read_cells
 from lotrtensor.packs.spool import Source, as_lora
 from lotrtensor.packs.tasks import member_bytes
 from lotrtensor.packs.trained import is_trained, mark_of, read_trained
@@ -31,24 +43,140 @@ LEAST = 0.5
 that keeps less is unlike all that the bases were made of."""
 
 
-class NewMember(NamedTuple):
-    """An adapter as tensors of a shard: their bytes, its error, whether it uses the bases."""
+class Job(NamedTuple):
+    """What holds for all adapters that are added together.
 
+    ``shapes`` are those of the modules that the pack knows, ``several`` says whether a refusal has
+    to name the adapter.
+    """
+
+    path: str
+    shapes: Mapping[str, tuple[int, int]]
+    tolerance: float | None
+    max_error: float | None
+    several: bool
+
+
+class NewMember(NamedTuple):
+    """An adapter as it would be stored, its tensors, their bytes, and its relative error."""
+
+    member: Member
     tensors: Tensors
     bytes: int
     error: float
-    uses_bases: bool
+
+
+class Added(NamedTuple):
+    """A file that no index names yet, what the index will say, and shapes of the modules."""
+
+    shard: Shard
+    entry: Entry
+    shapes: dict[str, tuple[int, int]]
+
+
+def add_files(
+    job: Job,
+    adapters: Mapping[str, Source],
+    index: Index,
+    executor: Executor,
+    progress: Progress | None = None,
+) -> Index:
+    """Write a file of each adapter, and return the index that names them, unpublished.
+
+    No more than one adapter a worker is in memory. Where one is refused, no file is left.
+
+    Parameters
+    ----------
+    job : Job
+        What holds for all; the pack is locked.
+    adapters : mapping of str to path or adapter
+        Adapters by name.
+    index : Index
+        The pack's index.
+    executor : concurrent.futures.Executor
+        What encodes them; it sees the directory.
+    progress : callable, optional
+        As for `lotrtensor.pack`.
+
+    Raises
+    ------
+    FormatError, OptionError, RankError
+        As for `lotrtensor.Pack.add_all`.
+    """
+    names = list(adapters)
+    each = [(job, index.next + i, name, adapters[name]) for i, name in enumerate(names)]
+
+    def tell(done: int) -> None:
+        if progress:
+            progress(names[done], done, len(names))
+
+    path = Path(job.path)
+    try:
+        _bases(job.path, mark_of(index))  # once, before threads ask for them side by side
+        found: list[Added] = results(executor, add_file, each, tell)
+        known = dict(job.shapes)
+        for name, added in zip(names, found, strict=True):
+            check_shapes(name, added.shapes, known)
+            known |= added.shapes
+    except BaseException:
+        sweep(path, index)
+        raise
+    finally:
+        _bases.cache_clear()
+    return replace(
+        index,
+        shards=(*index.shards, *(added.shard for added in found)),
+        adapters={**index.adapters, **{n: a.entry for n, a in zip(names, found, strict=True)}},
+        next=index.next + len(names),
+    )
+
+
+def add_file(job: Job, number: int, name: str, source: Source) -> Added:
+    """Encode an adapter for a pack, and write it into a file; for any executor.
+
+    Parameters
+    ----------
+    job : Job
+        What holds for all.
+    number : int
+        Number of the adapter and of its file.
+    name : str
+        Its name.
+    source : path or adapter
+        The adapter.
+
+    Raises
+    ------
+    FormatError, OptionError, RankError
+        As for `lotrtensor.Pack.add_all`.
+    """
+    path = Path(job.path)
+    try:
+        index = read_index(path)
+        new = encode_new(source, name, _bases(job.path, mark_of(index)), index, job)
+        if job.max_error is not None or (job.tolerance or index.goal.get("tolerance")) is None:
+            check_suited(name, new.error, index, job.max_error)
+        prefixed = {f"{number}.{key}": tensor for key, tensor in new.tensors.items()}
+        shard = write_shard(path, ADAPTER_SHARD, number, prefixed)
+    except LotrError as error:
+        if not job.several:
+            raise
+        raise type(error)(f"{name}: {error}") from error
+    uses_bases = bool(new.member.cores)
+    entry = Entry(shard.file, number, new.error, None, new.bytes, uses_bases)
+    return Added(shard, entry, _shapes(new.member))
+
+
+@lru_cache(maxsize=1)
+def _bases(path: str, mark: str) -> tuple[Cell, ...]:
+    """Bases of a pack, read once by a worker; ``mark`` tells them from those before a refit."""
+    return read_cells(Path(path), read_index(Path(path)))
 
 
 def encode_new(
-    source: Source,
-    name: str,
-    cells: Sequence[Cell],
-    index: Index,
-    shapes: MutableMapping[str, tuple[int, int]],
-    tolerance: float | None,
+    source: Source, name: str, cells: Sequence[Cell], index: Index, job: Job
 ) -> NewMember:
-    """Encode an adapter for a pack.
+    """Encode an adapter for a pack, in the cheaper of two ways.
 
     Parameters
     ----------
@@ -60,10 +188,8 @@ def encode_new(
         The pack's bases.
     index : Index
         The pack's index, whose goal holds where no tolerance is given.
-    shapes : mapping of str to (int, int)
-        Shapes of modules that are known; those of this adapter are added.
-    tolerance : float or None
-        Relative error that is not exceeded.
+    job : Job
+        What holds for all.
 
     Raises
     ------
@@ -71,18 +197,10 @@ def encode_new(
         If a module has another shape in the pack.
     """
     if is_trained(source):  # its codes are what the pack holds: nothing is lost
-        member = read_trained(expand(source), cells, mark_of(index))
-        return _new(member, cells, uses_bases=True)
+        return _new(read_trained(expand(source), cells, mark_of(index)), cells)
     lora = as_lora(source, name)
-    for module in lora.modules:
-        known = shapes.setdefault(module.name, module.shape)
-        if known != module.shape:
-            raise FormatError(
-                f"{module.name} is {known[0]} × {known[1]} in the pack and {module.shape[0]} × "
-                f"{module.shape[1]} in {name}; they belong to different base models"
-            )
-    if tolerance is None:
-        tolerance = index.goal.get("tolerance")
+    check_shapes(name, {module.name: module.shape for module in lora.modules}, job.shapes)
+    tolerance = index.goal.get("tolerance") if job.tolerance is None else job.tolerance
     step, norm = index.goal.get("step", 0.01), settled(norm_of(lora))
     form: Form = "auto" if index.share in ("auto", "layers") else "lora"
     found = []
@@ -92,10 +210,10 @@ def encode_new(
             start = own_cells[0].basis.step if tolerance is not None else step
             private = tolerance is not None or "rank" not in index.goal
             member = on_bases(lora, used, norm, tolerance=tolerance, step=start, private=private)
-            found.append(_new(member, cells, uses_bases=True))
+            found.append(_new(member, cells))
     if not found or index.share == "auto":
         own = alone(lora, form, tolerance=tolerance, step=step * norm or 1.0)
-        found.append(_new(own, (), uses_bases=False))
+        found.append(_new(own, ()))
 
     def cost(new: NewMember) -> float:
         return new.bytes + (0.0 if tolerance else new.error**2 / (8 * slope(step)))
@@ -103,37 +221,23 @@ def encode_new(
     return min(found, key=cost)
 
 
-def encode_all(
-    adapters: Mapping[str, Source],
-    cells: Sequence[Cell],
-    index: Index,
-    shapes: MutableMapping[str, tuple[int, int]],
-    *,
-    tolerance: float | None,
-    max_error: float | None,
-    progress: Progress | None,
-) -> dict[str, NewMember]:
-    """Encode adapters that are to be added together; see `encode_new` and `check_suited`.
+def check_shapes(
+    name: str, shapes: Mapping[str, tuple[int, int]], known: Mapping[str, tuple[int, int]]
+) -> None:
+    """Refuse an adapter of which a module has another shape in the pack.
 
     Raises
     ------
-    FormatError, OptionError, RankError
-        As for one; of several adapters, the sentence begins with the name of the one.
+    FormatError
+        Naming the module.
     """
-    found = {}
-    for done, (name, adapter) in enumerate(adapters.items()):
-        if progress:
-            progress(name, done, len(adapters))
-        try:
-            new = encode_new(adapter, name, cells, index, shapes, tolerance)
-            if max_error is not None or (tolerance or index.goal.get("tolerance")) is None:
-                check_suited(name, new, index, max_error)
-        except LotrError as error:
-            if len(adapters) == 1:
-                raise
-            raise type(error)(f"{name}: {error}") from error
-        found[name] = new
-    return found
+    for module, shape in shapes.items():
+        there = known.get(module, shape)
+        if there != shape:
+            raise FormatError(
+                f"{module} is {there[0]} × {there[1]} in the pack and {shape[0]} × "
+                f"{shape[1]} in {name}; they belong to different base models"
+            )
 
 
 def check_options(adapters: object, tolerance: float | None, max_error: float | None) -> None:
@@ -156,7 +260,7 @@ def check_options(adapters: object, tolerance: float | None, max_error: float | 
         check_number(max_error, "max_error")
 
 
-def check_suited(name: str, new: NewMember, index: Index, max_error: float | None = None) -> None:
+def check_suited(name: str, error: float, index: Index, max_error: float | None = None) -> None:
     """Refuse an adapter of which a pack would keep too little.
 
     A pack of a tolerance keeps that of every adapter. One that was made for a size or for a rank
@@ -166,8 +270,8 @@ def check_suited(name: str, new: NewMember, index: Index, max_error: float | Non
     ----------
     name : str
         Its name.
-    new : NewMember
-        What would be stored.
+    error : float
+        Relative error of what would be stored.
     index : Index
         The pack's index.
     max_error : float or None
@@ -185,41 +289,23 @@ def check_suited(name: str, new: NewMember, index: Index, max_error: float | Non
         packed = [entry for entry in index.adapters.values() if entry.mean_error is not None]
         worst = max((entry.relative_error for entry in packed), default=0.0)
         most = math.sqrt(1.0 - LEAST * max(1.0 - worst**2, 0.0))
-    if new.error > most:
+    if error > most:
         reason = "max_error is" if max_error is not None else "without max_error it is at most"
         raise RankError(
-            f"{name} would have a relative error of {new.error:.2g}; {reason} {most:.2g}: give a "
+            f"{name} would have a relative error of {error:.2g}; {reason} {most:.2g}: give a "
             "tolerance, or a larger max_error and refit the pack with its original"
         )
-
-
-def with_members(path: Path, index: Index, new: Mapping[str, NewMember]) -> Index:
-    """Write a shard for each new member, and return the index that names them, unpublished.
-
-    Parameters
-    ----------
-    path : Path
-        The directory of the pack, locked.
-    index : Index
-        Its index.
-    new : mapping of str to NewMember
-        What to add, by name.
-    """
-    shards, adapters, number = list(index.shards), dict(index.adapters), index.next
-    for name, own in new.items():
-        prefixed = {f"{number}.{key}": tensor for key, tensor in own.tensors.items()}
-        shards.append(write_shard(path, ADAPTER_SHARD, number, prefixed))
-        entry = Entry(shards[-1].file, number, own.error, None, own.bytes, own.uses_bases)
-        adapters[name] = entry
-        number += 1
-    return replace(index, shards=tuple(shards), adapters=adapters, next=number)
 
 
 def _used(lora: LoraAdapter, cells: Mapping[str, Cell]) -> dict[str, Cell]:
     return {m.name: cells[m.name] for m in lora.modules if m.name in cells}
 
 
-def _new(member: Member, cells: Sequence[Cell], *, uses_bases: bool) -> NewMember:
+def _new(member: Member, cells: Sequence[Cell]) -> NewMember:
     tensors = member_to_tensors(member, cells)
-    error = rounded_up(member.relative_error)
-    return NewMember(tensors, member_bytes(tensors), error, uses_bases)
+    return NewMember(member, tensors, member_bytes(tensors), rounded_up(member.relative_error))
+
+
+def _shapes(member: Member) -> dict[str, tuple[int, int]]:
+    """Shapes of the modules of an adapter, all of which have private terms, of whatever number."""
+    return {name: group.shape for group in member.own.groups for name in group.modules}

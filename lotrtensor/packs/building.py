@@ -19,6 +19,7 @@ from lotrtensor.core.similarity import average_linkage, cosines
 from lotrtensor.errors import FormatError, LotrError, LotrWarning, RankError
 from lotrtensor.packs import tasks
 from lotrtensor.packs.encoding import settled
+from lotrtensor.packs.executors import results
 from lotrtensor.packs.files import (
     ADAPTER_SHARD,
     BUILD,
@@ -196,24 +197,14 @@ class _Builder:
         self.clusters = dict(zip(self.adapters, labels, strict=True))
 
     def _all(self, what: str, work: Callable[..., Any], each: Sequence[tuple[Any, ...]]) -> Any:
-        """Results of all pieces of one kind, in their order."""
-        executor, progress = self.request.executor, self.request.progress
-        pieces = [executor.submit(work, *arguments) for arguments in each]
-        try:
-            found = []
-            for done, piece in enumerate(pieces):
-                if progress:
-                    progress(what, done, len(pieces))
-                found.append(piece.result())
-        except BrokenExecutor as error:
-            raise FormatError(
-                f"a worker ended before its work was done ({error}); run the same command again, "
-                "which goes on from there"
-            ) from error
-        finally:
-            for piece in pieces:
-                piece.cancel()
-        return found
+        """Results of all pieces of one kind, in their order; progress is told of them."""
+        tell = self.request.progress
+
+        def progress(done: int) -> None:
+            if tell:
+                tell(what, done, len(each))
+
+        return results(self.request.executor, work, each, progress)
 
     def _within(self, budget: int) -> Index:
         """The pack of the least error found within a size."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -11,9 +12,8 @@ from typing import NamedTuple
 from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.core.squared_error import SquaredError
-from lotrtensor.core.stacks.low_rank import LowRankStack
-from lotrtensor.packs.adding import check_options, encode_all, with_members
+from lotrtensor.packs.adding import Job, add_files, check_options
+from lotrtensor.packs.executors import running
 from lotrtensor.packs.files import (
     Index,
     check_digest,
@@ -28,7 +28,7 @@ from lotrtensor.packs.reading import entry_of, read_cells, read_member
 from lotrtensor.packs.serving import ServePlan, plan_serving
 from lotrtensor.packs.spool import Source
 from lotrtensor.packs.trained import mark_of
-from lotrtensor.verbs._compare import ModuleDifference, compare, lora_factors
+from lotrtensor.packs.verifying import VerifiedRow, verified
 from lotrtensor.verbs._fit_groups import Progress
 
 
@@ -51,27 +51,6 @@ class PackRow(NamedTuple):
     mean_error: float | None
     bytes: int
     uses_bases: bool
-
-
-class VerifiedRow(NamedTuple):
-    """An adapter of a pack beside the original: measured error, that of the mean alone, bytes.
-
-    ``mean_error`` is measured on the mean that the bases hold, U Ḡ Vᵀ; None where the adapter does
-    not use it. ``modules`` has the error of every module.
-
-    Examples
-    --------
-    >>> import lotrtensor as lt
-    >>> lt.VerifiedRow("a", 0.1, 0.4, 900, 8000).mean_error
-    0.4
-    """
-
-    name: str
-    relative_error: float
-    mean_error: float | None
-    bytes: int
-    source_bytes: int
-    modules: tuple[ModuleDifference, ...] = ()
 
 
 class Pack:
@@ -255,6 +234,7 @@ class Pack:
         *,
         tolerance: float | None = None,
         max_error: float | None = None,
+        executor: Executor | None = None,
         progress: Progress | None = None,
     ) -> tuple[PackRow, ...]:
         """Add several adapters as `add` does, all or, where one is refused, none of them.
@@ -265,6 +245,9 @@ class Pack:
             Adapters by their names in the pack.
         tolerance, max_error : float, optional
             As for `add`.
+        executor : concurrent.futures.Executor, optional
+            What encodes them, an adapter a piece of work; threads if not given. The files are the
+            same to the bit.
         progress : callable, optional
             As for `lotrtensor.pack`.
 
@@ -279,20 +262,13 @@ class Pack:
             As for `add`; of several adapters, the one that is refused is named first.
         """
         check_options(adapters, tolerance, max_error)
-        with locked(self.path):
+        with running(executor) as used, locked(self.path):
             index = read_index(self.path)
             plain_names([*index.adapters, *adapters])
             self._set(index)
-            found = encode_all(
-                adapters,
-                self.cells,
-                index,
-                self._shapes(),
-                tolerance=tolerance,
-                max_error=max_error,
-                progress=progress,
-            )
-            index = with_members(self.path, index, found)
+            several = len(adapters) > 1
+            job = Job(str(self.path), self._shapes(), tolerance, max_error, several)
+            index = add_files(job, adapters, index, used, progress)
             publish(self.path, index)
             self._set(index)
         return tuple(map(self.row, adapters))
@@ -347,15 +323,7 @@ class Pack:
         rows = []
         for name, original in originals.items():
             member, row = self.member(name), self.row(name)
-            source = original if isinstance(original, LoraAdapter) else original.to_lora()
-            stored = LoraAdapter(member.updates(), {}, source.dtype)
-            found = compare(source, stored)
-            mean = _mean_error(source, member) if member.cores and member.weight else None
-            rows.append(
-                VerifiedRow(
-                    name, found.relative_error, mean, row.bytes, source.bytes, found.modules
-                )
-            )
+            rows.append(verified(name, member, row.bytes, original))
         return tuple(rows)
 
     def serve_plan(self, max_lora_rank: int | None = None, max_loras: int = 8) -> ServePlan:
@@ -389,17 +357,3 @@ class Pack:
             for group in self.member(name).own.groups:
                 known |= dict.fromkeys(group.modules, group.shape)
         return known
-
-
-def _mean_error(source: LoraAdapter, member: Member) -> float:
-    """Relative error of the mean alone; modules without a basis count as lost."""
-    whole = SquaredError()
-    for name, stack in lora_factors(source).items():
-        norm2 = float(stack.norms2()[0])
-        lost2 = norm2
-        if name in member.cells:
-            basis = member.cells[name].basis
-            b, a = basis.slice_factors(member.weight * basis.mean_core)
-            lost2 = float((stack - LowRankStack([b], [a])).norms2()[0])
-        whole += SquaredError(lost2, norm2)
-    return whole.relative

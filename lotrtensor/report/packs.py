@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from lotrtensor.analysis.rows import Collection
-from lotrtensor.packs.pack import Pack, VerifiedRow
+from lotrtensor.packs.pack import Pack
+from lotrtensor.packs.verifying import VerifiedRow
 from lotrtensor.report.documents import Document
 from lotrtensor.report.names import shown_name
 from lotrtensor.report.tables import error, new_table, size
