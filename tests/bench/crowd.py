@@ -3,7 +3,8 @@
 ``python -m tests.bench.crowd`` writes LoRAs in bfloat16 with a planted mean, a shared and a private
 part in each, runs ``lotr pack`` on them in a process of its own, and prints wall time, processor
 time, flops of the decompositions of single slices, peak memory and bytes for every number of
-adapters; ``docs/crowd.json`` keeps them. They are of two layers of 4096 × 4096 at rank 8, and of
+adapters; ``docs/crowd.json`` keeps them, and how many bytes are read where one adapter is opened
+(on Linux, which counts them). They are of two layers of 4096 × 4096 at rank 8, and of
 one layer of a model of 8 B parameters (all seven matrices) at rank 16, from which the last table
 tells what 10,000 adapters of all 32 layers take. ``OMP_NUM_THREADS`` says how many threads it may
 take: on a machine that others use, one.
@@ -39,6 +40,8 @@ class Model(NamedTuple):
     shapes: dict[str, tuple[int, int]]
     rank: int
     counts: tuple[int, ...]
+    finer: float | None = None
+    """Error at which the largest number is packed once more, so that adapters keep more."""
 
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
@@ -47,6 +50,7 @@ MODELS = {
         {f"model.layers.{k}.self_attn.q_proj": (4096, 4096) for k in range(2)},
         rank=8,
         counts=(50, 100, 200, 400, 1000),
+        finer=0.1,
     ),
     "a layer of 8 B": Model(
         {
@@ -59,7 +63,7 @@ MODELS = {
             f"{MLP}.down_proj": (4096, 14336),
         },
         rank=16,
-        counts=(32, 64, 128),
+        counts=(32, 64, 128, 256),
     ),
 }
 LAYERS, CROWD, PROCESSORS = 32, 10_000, 8
@@ -118,6 +122,7 @@ def measure(folder: Path, count: int, tolerance: float) -> dict[str, Any]:
                   for i in range(count))  # fmt: skip
     return {
         "adapters": count,
+        "tolerance": tolerance,
         "wall_seconds": round(wall, 1),
         "cpu_seconds": round(seconds, 1),
         "gigaflops": round(flops / 1e9, 1),
@@ -127,7 +132,31 @@ def measure(folder: Path, count: int, tolerance: float) -> dict[str, Any]:
         "shared_bytes": found.shared_bytes,
         "largest_error": max(row.relative_error for row in found.rows),
         "one_bytes": round(sum(row.bytes for row in found.rows) / count),
+        **opening(out),
     }
+
+
+def opening(path: Path) -> dict[str, int]:
+    """Bytes that are read of the index, of the bases, and of adapters, on the mean over them."""
+    if not COUNTERS.is_file():
+        return {}
+    counts = [read_so_far()]
+    found = lt.Pack(path)
+    counts.append(read_so_far())
+    _ = found.cells
+    counts.append(read_so_far())
+    for name in found.names:
+        found.member(name)
+    index, shared, own = (int(x) for x in np.diff([*counts, read_so_far()]))
+    return {"index_read": index, "shared_read": shared, "one_read": round(own / len(found.names))}
+
+
+COUNTERS = Path("/proc/self/io")
+
+
+def read_so_far() -> int:
+    """Bytes that the process has read from files."""
+    return int(COUNTERS.read_text().split()[1])
 
 
 def slope(rows: list[dict[str, Any]], field: str) -> float:
@@ -145,7 +174,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/crowd.json"))
     arguments = parser.parse_args()
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count()
-    document: dict[str, Any] = {"threads": threads, "tolerance": arguments.tolerance, "models": {}}
+    document: dict[str, Any] = {"threads": threads, "models": {}}
     for name in arguments.models:
         rows = []
         counts = arguments.counts or MODELS[name].counts
@@ -155,9 +184,14 @@ def main() -> None:
             for count in counts:
                 rows.append(measure(Path(place), count, arguments.tolerance))
                 print(json.dumps(rows[-1]), flush=True)
+            finer = MODELS[name].finer
+            if finer and not arguments.counts:
+                rows.append(measure(Path(place), count, finer))
+                print(json.dumps(rows[-1]), flush=True)
         document["models"][name] = {"rows": rows}
-        if len(rows) > 1:
-            slopes = {f: round(slope(rows, f), 2) for f in ("cpu_seconds", "peak_bytes")}
+        same = [row for row in rows if row["tolerance"] == arguments.tolerance]
+        if len(same) > 1:
+            slopes = {f: round(slope(same, f), 2) for f in ("cpu_seconds", "peak_bytes")}
             document["models"][name]["slopes"] = slopes
         arguments.out.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     for name, model in document["models"].items():
@@ -169,19 +203,22 @@ def main() -> None:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows as Markdown."""
-    names = ("adapters", "CPU seconds", "gigaflops", "peak, MiB", "originals, MB", "pack, MB",
-             "shared, KB", "one, KB")  # fmt: skip
+    names = ("adapters", "error", "CPU seconds", "gigaflops", "peak, MiB", "originals, MB",
+             "pack, MB", "shared, KB", "one, KB", "index read, KB", "one read, KB")  # fmt: skip
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     for row in rows:
         numbers = (
             f"{row['adapters']:,}",
+            f"{row['tolerance']}",
             f"{row['cpu_seconds']:.0f}",
             f"{row['gigaflops']:,.0f}",
             f"{row['peak_bytes'] / 2**20:,.0f}",
             f"{row['source_bytes'] / 1e6:,.0f}",
             f"{row['pack_bytes'] / 1e6:.2f}",
             f"{row['shared_bytes'] / 1e3:,.0f}",
-            f"{row['one_bytes'] / 1e3:.1f}",
+            f"{row['one_bytes'] / 1e3:.2f}",
+            f"{row['index_read'] / 1e3:.1f}" if "index_read" in row else "",
+            f"{row['one_read'] / 1e3:.2f}" if "one_read" in row else "",
         )
         lines.append(f"| {' | '.join(numbers)} |")
     return lines
