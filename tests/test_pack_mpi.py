@@ -1,4 +1,4 @@
-"""A build on MPI, the same bytes; skipped where there is no mpiexec and mpi4py."""
+"""A build on MPI, the same bytes; skipped where there is no mpiexec or no mpi4py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from adapters_fixtures import write_lora
 from pack_fixtures import contents
 
 pytest.importorskip("mpi4py")
-pytestmark = pytest.mark.skipif(shutil.which("mpiexec") is None, reason="no mpiexec")
+# That of a wheel, mpich, is beside the interpreter, and need not be on the path.
+PLACES = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+MPIEXEC = shutil.which("mpiexec", path=PLACES)
+pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec")
 
 PROGRAM = """
 import sys
@@ -36,7 +39,7 @@ def test_the_same_bytes_on_three_processes(tmp_path: Path) -> None:
     program.write_text(PROGRAM)
     root = {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE")
             for end in ("", "_CONFIRM")}  # fmt: skip
-    words = ["mpiexec", "-n", "3", sys.executable, "-m", "mpi4py.futures", str(program)]
+    words = [MPIEXEC, "-n", "3", sys.executable, "-m", "mpi4py.futures", str(program)]
     found = subprocess.run(
         [*words, str(tmp_path / "two"), *map(str, paths)],
         env=os.environ | root | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"},
