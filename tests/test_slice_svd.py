@@ -17,7 +17,7 @@ from lotrtensor.core.ranks.terms import (
     truncation_error,
     uniform_ranks,
 )
-from lotrtensor.core.slice_svd import dense_svd, slice_svds, truncate_slices
+from lotrtensor.core.slice_svd import slice_svds, truncate_slices
 from tests import oracles
 from tests.strategies import NONZERO, factors, make, orthogonal, seeds
 
@@ -182,45 +182,3 @@ def test_a_budget_below_rank_one_names_what_it_needs():
         ranks_for_parameters([np.ones(2), np.ones(3)], [5, 6], 10)
     with pytest.raises(RankError, match="rank is 0"):
         uniform_ranks([np.ones(2)], 0)
-
-
-@given(
-    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    seed=seeds,
-    rank=st.one_of(st.none(), st.integers(1, 12)),
-)
-def test_the_svd_of_a_whole_matrix(shape, seed, rank):
-    """The leading values of the dense one, orthonormal vectors, and what is beyond them."""
-    rng = np.random.default_rng(seed)
-    matrix = rng.standard_normal(shape) * 0.3 ** np.arange(shape[1])
-    values = np.linalg.svd(matrix, compute_uv=False)
-    found = dense_svd(matrix, rank, 0.2)
-    left, kept, right = found.svd
-    assert found.converged
-    assert kept == pytest.approx(values[: len(kept)], rel=1e-10, abs=1e-14)
-    for basis in (left, right):
-        assert np.max(np.abs(basis.T @ basis - np.eye(len(kept)))) < 1e-12
-    lost2 = float(np.sum((matrix - left * kept @ right.T) ** 2))
-    assert found.lost2 == pytest.approx(lost2, rel=1e-6, abs=1e-12 * values[0] ** 2)
-    if rank is None:
-        assert lost2 <= 0.01 * np.sum(values**2) * (1 + 1e-9)
-    else:
-        assert len(kept) == min(rank, *shape)
-
-
-@pytest.mark.parametrize(("rank", "tolerance"), [(6, 0.0), (None, 0.1)])
-def test_the_svd_of_a_whole_matrix_by_block_iteration(monkeypatch, rank, tolerance):
-    """Where a full one would take too long: the same leading values."""
-    monkeypatch.setattr("lotrtensor.core.fit.tuning.EXACT_FLOPS", 0.0)
-    rng = np.random.default_rng(0)
-    u, v = orthogonal(rng, 120), orthogonal(rng, 90)
-    values = 0.7 ** np.arange(90)
-    matrix = (u[:, :90] * values) @ v.T
-    found = dense_svd(matrix, rank, tolerance)
-    assert found.converged
-    kept = found.svd.values[:6]
-    assert kept == pytest.approx(values[:6], rel=1e-4)
-    rebuilt = found.svd.left * found.svd.values @ found.svd.right.T
-    lost2 = float(np.sum((matrix - rebuilt) ** 2))
-    assert found.lost2 == pytest.approx(lost2, rel=1e-3)
-    assert lost2 <= (tolerance or 1.0) ** 2 * np.sum(values**2)

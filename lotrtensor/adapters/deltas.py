@@ -54,17 +54,18 @@ class Deltas:
             If the weight is quantised, or the difference is not finite.
         """
         rows, columns = self.base.tensors[name].shape
-        delta: np.ndarray = _widened(self.tuned.read(name))
-        base = _widened(self.base.read(name))
-        if base.dtype.itemsize > delta.dtype.itemsize:
-            delta = delta.astype(base.dtype)
-        if delta.shape != base.shape:
-            common = min(rows, delta.shape[0])
-            found = np.zeros((rows, columns), dtype=delta.dtype)
-            found[:common] = delta[:common] - base[:common]
+        tuned, base = self.tuned.read(name), self.base.read(name)
+        widest = max((base.dtype, tuned.dtype), key=lambda dtype: dtype.itemsize)
+        working = widest if widest.itemsize > 2 else np.dtype(np.float32)
+        common = min(rows, tuned.shape[0])
+        # Numbers are widened a few thousand at a time: no wide copy is made of either side.
+        delta: np.ndarray = np.subtract(
+            tuned[:common], base[:common], dtype=working, casting="unsafe"
+        )
+        if tuned.shape != base.shape:
+            found = np.zeros((rows, columns), dtype=working)
+            found[:common] = delta
             delta = found
-        else:
-            np.subtract(delta, base, out=delta, casting="unsafe")
         if name not in self._checked:
             if not np.isfinite(delta).all():
                 raise DataError(
@@ -227,9 +228,11 @@ def _differs(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
     if first.shape != second.shape and not _is_matrix(base, name):
         return True
     try:
-        one, other = _widened(base.read(name)), _widened(tuned.read(name))
+        one, other = base.read(name), tuned.read(name)
     except DataError:
         return True
+    if one.dtype != other.dtype:
+        one, other = _widened(one), _widened(other)
     if not first.shape:
         return bool(one != other)
     common = min(len(one), len(other))

@@ -9,8 +9,6 @@ import numpy as np
 from array_api_compat import device
 
 from lotrtensor.core.arrays import Array, as_accumulator, namespace, to_numpy
-from lotrtensor.core.fit.reduction import reduce_stack
-from lotrtensor.core.stacks.dense import DenseStack
 from lotrtensor.core.stacks.low_rank import LowRankStack
 
 
@@ -88,48 +86,3 @@ def truncate_slices(svds: Sequence[SliceSvd], ranks: Sequence[int]) -> LowRankSt
         lefts.append(svd.left[:, :rank] * root)
         rights.append((svd.right[:, :rank] * root).T)
     return LowRankStack(lefts, rights)
-
-
-class DenseSvd(NamedTuple):
-    """Leading singular triplets of a matrix, the squared norm beyond them, and how they were found.
-
-    ``converged`` is False where block iteration stopped before it had settled.
-    """
-
-    svd: SliceSvd
-    lost2: float
-    converged: bool
-
-
-def dense_svd(matrix: Array, rank: int | None, tolerance: float = 0.0) -> DenseSvd:
-    """Leading singular triplets of a whole matrix ΔW (m × n) that is in memory.
-
-    A full SVD while that is cheap, block iteration beyond; see `reduce_stack`.
-
-    Parameters
-    ----------
-    matrix : array (m, n)
-        ΔW.
-    rank : int or None
-        Triplets wanted at most; as many as ``tolerance`` needs if None.
-    tolerance : float
-        Where no rank is given, half of this relative error may lie beyond the triplets.
-    """
-    m, n = matrix.shape
-    stack = DenseStack(matrix[None, :, :])
-    most = None if rank is None else min(rank, m, n)
-    pair = None if most is None else (most, most)
-    reduction = reduce_stack(stack, pair, tolerance=tolerance)
-    left, values, right = np.linalg.svd(to_numpy(reduction.small.slice(0)), full_matrices=False)
-    beyond2 = np.append(np.cumsum(values[::-1] ** 2)[::-1], 0.0)
-    if most is None:
-        limit2 = max((tolerance / 2) ** 2 * reduction.norm2 - reduction.lost2, 0.0)
-        most = max(1, int(np.argmax(beyond2 <= limit2)))
-    xp = namespace(matrix)
-    place = {"dtype": stack.empty().dtype, "device": device(matrix)}
-    bases = []
-    for basis, turn in ((reduction.left, left), (reduction.right, right.T)):
-        columns = xp.asarray(turn[:, :most], **place)
-        bases.append(columns if basis is None else basis @ columns)
-    svd = SliceSvd(bases[0], values[:most], bases[1])
-    return DenseSvd(svd, reduction.lost2 + float(beyond2[most]), reduction.converged)

@@ -19,15 +19,13 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup
 from lotrtensor.adapters.sizes import check_dtype
-from lotrtensor.core.fit.residual import error_norms2
+from lotrtensor.core.dense_svd import dense_svd
 from lotrtensor.core.linalg import largest_entry, norm2, squares_hold
 from lotrtensor.core.options import check_choice
 from lotrtensor.core.ranks.goal import Goal, Rank
-from lotrtensor.core.slice_svd import dense_svd
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.dense import LazyStack
 from lotrtensor.core.threads import on_one_thread
-from lotrtensor.core.tucker2 import Tucker2
 from lotrtensor.errors import DataError, LotrWarning
 from lotrtensor.verbs._compare import lora_factors
 from lotrtensor.verbs._fit_groups import WIDEST, Progress, fit_groups, warn_unconverged
@@ -120,7 +118,7 @@ def extract(
     Notes
     -----
     LoTR: every pass reads the two checkpoints slice by slice; one slice of each is in memory.
-    LoRA: every module is read once, its leading singular vectors are found by block iteration, at
+    LoRA: every module is read once, its leading singular vectors are found by block Lanczos, at
     most `WIDEST` of them where a budget decides, and once more to measure what a tolerance allows.
 
     What a weight belongs to is asked of the class that ``config.json`` of the base names, where
@@ -153,16 +151,16 @@ def extract(
     )
     store = check_dtype(dtype) if dtype is not None else weights.dtype()
     slots, extras, config = weights.slots(), weights.carried(store), weights.config(str(base))
-    alone = form == "lora" or (isinstance(group_by, str) and group_by == "none")
-    members = {s.name: [s] for s in slots} if alone else group_modules(slots, group_by)
-    sources = [_source(name, group, weights) for name, group in members.items()]
     asked = Asked(rank, tolerance, energy, budget)
     if form == "lora":
         largest = {slot.name: min(slot.shape) for slot in slots}
-        whole = sum(source.bytes for source in sources)
+        whole = sum(_bytes(slot, weights) for slot in slots)
         goal = lora_goal(asked, [slot.shape for slot in slots], largest, store, whole)
-        updates = _updates(sources, goal, progress)
+        updates = _updates(slots, weights, goal, progress)
         return LoraAdapter(lower_ranks(updates, goal, store, allocation), config, store, extras)
+    alone = isinstance(group_by, str) and group_by == "none"
+    members = {s.name: [s] for s in slots} if alone else group_modules(slots, group_by)
+    sources = [_source(name, group, weights) for name, group in members.items()]
     groups = fit_groups(sources, groups_goal(asked, sources, store), store, progress)
     found = (_changed(group, weights.parameters) for group in groups)
     changed = tuple(group for group in found if group.fit and group.fit.norm)
@@ -244,18 +242,13 @@ def extraction_error(
 
 def _source(name: str, slots: Sequence[Slot], weights: TunedWeights) -> SourceGroup:
     m, n = slots[0].shape
-    deltas = weights.deltas
 
     def read(k: int) -> np.ndarray:
         return weights.read(slots[k].name)
 
-    keys = [key for slot in slots for key in weights.keys(slot.name)]
-    wide = {deltas.base.dtype(key).itemsize for key in keys}
-    wide |= {deltas.tuned.dtype(key).itemsize for key in keys}
     # Deltas beyond the range of float32's squares are few, and show in the first.
-    delta = read(0)
-    needed = 8 in wide or not squares_hold(largest_entry(delta), delta)
-    like = np.empty(0, np.float64 if needed else np.float32)
+    wide = any(_in_doubles(slot, weights) for slot in slots)
+    like = np.empty(0, np.float64 if wide else _delta(slots[0], weights).dtype)
     return SourceGroup(
         name=name,
         modules=tuple(slot.name for slot in slots),
@@ -263,38 +256,62 @@ def _source(name: str, slots: Sequence[Slot], weights: TunedWeights) -> SourceGr
         slice_ranks=None,
         embedding=slots[0].embedding,
         parameters=len(slots) * m * n,
-        bytes=sum(
-            math.prod(deltas.base.tensors[key].shape) * deltas.tuned.dtype(key).itemsize
-            for key in keys
-        ),
+        bytes=sum(_bytes(slot, weights) for slot in slots),
     )
 
 
-def _updates(sources: Sequence[SourceGroup], goal: Goal, progress: Progress | None) -> list[Update]:
+def _bytes(slot: Slot, weights: TunedWeights) -> int:
+    """Bytes of the weight that was tuned."""
+    base, tuned = weights.deltas.base, weights.deltas.tuned
+    return sum(
+        math.prod(base.tensors[key].shape) * tuned.dtype(key).itemsize
+        for key in weights.keys(slot.name)
+    )
+
+
+def _in_doubles(slot: Slot, weights: TunedWeights) -> bool:
+    """Whether one of the checkpoints stores a weight in eight bytes a number."""
+    both = weights.deltas.base, weights.deltas.tuned
+    return any(one.dtype(key).itemsize == 8 for key in weights.keys(slot.name) for one in both)
+
+
+def _delta(slot: Slot, weights: TunedWeights) -> np.ndarray:
+    """ΔW in a type that holds its squares."""
+    delta = weights.read(slot.name)
+    narrow = delta.dtype != np.float64
+    if narrow and not squares_hold(largest_entry(delta), delta):
+        delta = delta.astype(np.float64)
+    return delta
+
+
+def _updates(
+    slots: Sequence[Slot], weights: TunedWeights, goal: Goal, progress: Progress | None
+) -> list[Update]:
     """The leading singular vectors of every module's delta, as many as the goal can need."""
-    costs = [sum(source.stack.shape[1:]) for source in sources]
+    costs = [sum(slot.shape) for slot in slots]
     updates, open_ends = [], []
-    for done, (source, cost) in enumerate(zip(sources, costs, strict=True)):
+    for done, (slot, cost) in enumerate(zip(slots, costs, strict=True)):
         if progress:
-            progress(source.name, done, len(sources))
+            progress(slot.name, done, len(slots))
         rank = goal.rank and goal.rank[0]
         if goal.parameters is not None:
             # What is left for this module where every other one has rank 1.
             rank = min(WIDEST, max(1, (goal.parameters - sum(costs)) // cost + 1))
-        found = dense_svd(source.stack.slice(0), rank, goal.tolerance or 0.0)
+        found = dense_svd(_delta(slot, weights), rank, goal.tolerance or 0.0)
         if not found.converged:
-            open_ends.append(source.name)
-        error2 = partial(_error2, source)
-        updates.append(Update(source.name, source.embedding, found.svd, error2, found.lost2))
+            open_ends.append(slot.name)
+        error2 = partial(_error2, slot, weights)
+        updates.append(Update(slot.name, slot.embedding, found.svd, error2, found.lost2))
     if open_ends:
-        warn_unconverged("modules", open_ends, len(sources))
+        warn_unconverged("modules", open_ends, len(slots))
     return updates
 
 
-def _error2(source: SourceGroup, b: np.ndarray, a: np.ndarray) -> float:
+def _error2(slot: Slot, weights: TunedWeights, b: np.ndarray, a: np.ndarray) -> float:
     """‖ΔW − B A‖² of one module."""
-    found = Tucker2(b, np.eye(b.shape[1], dtype=b.dtype)[None], a.T)
-    return float(error_norms2(source.stack, found)[0])
+    delta = _delta(slot, weights)
+    delta -= b.astype(delta.dtype) @ a.astype(delta.dtype)
+    return float(norm2(delta))
 
 
 def _changed(group: LotrGroup, parameters: Mapping[str, str]) -> LotrGroup:
