@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 import lotrtensor as lt
 from tests.adapters_fixtures import write_lora
 from tests.checkpoint_fixtures import full, pair
 from tests.pack_fixtures import family
+from tests.tiny_encoder import encoder_lora, write_encoder, write_texts
 
 
 class Job(NamedTuple):
@@ -63,7 +66,42 @@ def _packed(folder: Path) -> None:
     (folder / "out").rename(folder / "pack")
 
 
+def _unpacked(folder: Path) -> None:
+    """Another LoRA at the output."""
+    write_lora(folder / "out")
+
+
+def _extracted(folder: Path) -> None:
+    full(folder).save(folder / "out")
+
+
+def _model(folder: Path) -> None:
+    """A tiny encoder, a LoRA for it, and texts."""
+    write_encoder(folder / "base")
+    encoder_lora().save(folder / "lora")
+    write_texts(folder / "texts.txt", 40)
+
+
+def _measured(folder: Path) -> None:
+    """What lotr calibrate writes, of random numbers."""
+    _model(folder)
+    rng = np.random.default_rng(0)
+    modules = {}
+    for module in encoder_lora().modules:
+        m, n = module.shape
+        sides = (lt.Moment(rng.standard_normal((8, side), np.float32), 10.0 * side)
+                 for side in (n, m))  # fmt: skip
+        modules[module.name] = lt.ModuleMoments(*sides, norm=1.0)
+    lt.Calibration(modules, places=400).save(folder / "measured")
+
+
+def _compressed(folder: Path) -> None:
+    _model(folder)
+    lt.compress(lt.load(folder / "lora"), tolerance=0.5).save(folder / "small")
+
+
 MEMBERS = ("user-0", "user-1")
+MODEL = ("--base", "base", "--text", "texts.txt")
 PACKED = ("pack", *MEMBERS, "-o", "out", "--tolerance", "0.3", "--threads", "1")
 
 JOBS: Mapping[str, Job] = {
@@ -75,6 +113,11 @@ JOBS: Mapping[str, Job] = {
     "compress --force": Job(
         ("compress", "lora", "-o", "out", "--tolerance", "0.2", "--force"), _lora, _other
     ),
+    "compress --calibration": Job(
+        ("compress", "lora", "-o", "out", "--budget", "30%", "--calibration", "measured"),
+        _measured,
+    ),
+    "truncate": Job(("truncate", "lora", "-o", "out", "--rank", "1"), _lora),
     "truncate --force": Job(
         ("truncate", "lora", "-o", "out", "--rank", "1", "--force"), _lora, _other
     ),
@@ -82,6 +125,11 @@ JOBS: Mapping[str, Job] = {
     "export --force": Job(("export", "lotr", "-o", "out", "--force"), _lotr, _other),
     "extract": Job(
         ("extract", "--base", "base", "--tuned", "tuned", "-o", "out", "--rank", "2"), _checkpoints
+    ),
+    "extract --force": Job(
+        ("extract", "--base", "base", "--tuned", "tuned", "-o", "out", "--rank", "2", "--force"),
+        _checkpoints,
+        _extracted,
     ),
     "merge": Job(("merge", "adapter", "--base", "base", "-o", "out"), _checkpoints),
     "merge --force": Job(
@@ -93,4 +141,7 @@ JOBS: Mapping[str, Job] = {
     "remove": Job(("remove", "out", "user-0"), _family, _pack),
     "refit": Job(("refit", "out", *MEMBERS, "--threads", "1"), _family, _pack),
     "unpack": Job(("unpack", "pack", "user-0", "-o", "out"), _packed),
+    "unpack --force": Job(("unpack", "pack", "user-0", "-o", "out", "--force"), _packed, _unpacked),
+    "calibrate": Job(("calibrate", "lora", *MODEL, "-o", "out", "--rank", "4"), _model),
+    "heal": Job(("heal", "small", "lora", *MODEL, "-o", "out", "--batch", "1"), _compressed),
 }

@@ -85,6 +85,8 @@ def files(path: Path) -> Files | None:
     """All files of an output but the lock of a pack, by name; None where there is none."""
     if not path.exists():
         return None
+    if path.is_file():
+        return {"": path.read_bytes()}
     return {
         str(p.relative_to(path)): p.read_bytes()
         for p in sorted(path.rglob("*"))
@@ -95,7 +97,7 @@ def files(path: Path) -> Files | None:
 def output(path: Path) -> Files | None:
     """What a reader finds: of a pack the files that its index names, none before it has one."""
     found = files(path)
-    if found is None or (not found and not any(path.iterdir())):
+    if found is None or path.is_file() or (not found and not any(path.iterdir())):
         return found
     if INDEX in found:
         index = json.loads(found[INDEX])
