@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -457,79 +456,6 @@ def test_a_calibration_of_another_adapter_is_told(lora, batches):
         )
 
 
-def damaged(path, change=dict, factor=None):
-    """Write the file anew with its metadata changed, or another matrix for every moment."""
-    from safetensors.numpy import load_file, save_file
-
-    content = path.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + size])["__metadata__"]
-    metadata.pop("lotr_crc32")
-    tensors = {key: x if factor is None else factor for key, x in load_file(path).items()}
-    save_file(tensors, path, change(metadata))
-
-
-def told(field, value):
-    """Metadata in which a number of the first module is another."""
-
-    def change(metadata):
-        record = json.loads(metadata["modules"])
-        place = record["query"] if field == "norm" else record["query"]["inputs"]
-        place[field] = value
-        return metadata | {"modules": json.dumps(record)}
-
-    return change
-
-
-HOSTILE = [
-    *(("trace", value) for value in (True, "1.0", -1.0, 5e-324, 1e-12, 1e308, 10**400)),
-    *(("norm", value) for value in (-1.0, 1e200, 10**400, None)),
-    ("key", "none"),
-]
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        *((told(field, value), "damaged") for field, value in HOSTILE),
-        (lambda m: {"format": "pt"}, "is no calibration"),
-        (lambda m: m | {"version": "9"}, "version '9'"),
-        (lambda m: m | {"modules": "[]"}, "damaged"),
-        (lambda m: m | {"modules": "{"}, "JSON"),
-        (lambda m: m | {"modules": '{"query": {"inputs": {"key": "x", "trace": 1}}}'}, "damaged"),
-        (lambda m: m | {"places": "many"}, "damaged"),
-        (lambda m: m | {"places": "-5"}, "damaged"),
-    ],
-)
-def test_a_damaged_file_is_refused(change, text, lora, batches, tmp_path):
-    path = tmp_path / "calibration"
-    lotr.calibrate(Model(), lora, batches).save(path)
-    damaged(path, change)
-    with pytest.raises(lt.FormatError, match=text):
-        lt.Calibration.load(path)
-
-
-@pytest.mark.parametrize(
-    "factor", [np.ones(4, "f4"), np.ones((3, 2), "f4"), np.ones((1, 32), "f8")]
-)
-def test_a_moment_that_is_none_is_refused(factor, lora, batches, tmp_path):
-    path = tmp_path / "calibration"
-    lotr.calibrate(Model(), lora, batches).save(path)
-    damaged(path, factor=factor)
-    with pytest.raises(lt.FormatError, match="is no moment"):
-        lt.Calibration.load(path)
-
-
-def test_a_truncated_file_is_refused(lora, batches, tmp_path):
-    path = tmp_path / "calibration"
-    lotr.calibrate(Model(), lora, batches).save(path)
-    content = path.read_bytes()
-    for size in (0, 7, 100, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:size])
-        with pytest.raises(lt.FormatError):
-            lt.Calibration.load(path)
-
-
 def test_what_is_too_small_or_large_to_be_stored_is_refused(lora, batches):
     module = lt.LoraModule("0", lora.modules[0].B, lora.modules[0].A)
     lora = dataclasses.replace(lora, modules=(module,))
@@ -537,8 +463,3 @@ def test_what_is_too_small_or_large_to_be_stored_is_refused(lora, batches):
         with pytest.raises(lt.DataError, match=text):
             model = torch.nn.Sequential(torch.nn.Linear(32, 20))
             lotr.calibrate(model, lora, batches * scale)
-
-
-def test_no_file_is_refused(tmp_path):
-    with pytest.raises(lt.FormatError, match="does not exist"):
-        lt.Calibration.load(tmp_path / "none")

@@ -130,12 +130,14 @@ class Calibration:
             raise FormatError(f"{found} is damaged: {what}; calibrate again") from error
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write one safetensors file, atomically.
+        """Write one safetensors file, atomically; moments in float32.
 
         Raises
         ------
         FormatError
             If it exists and ``force`` is not given, or cannot be written.
+        DataError
+            If a number is not one that `load` takes back.
         """
         tensors: dict[str, np.ndarray] = {}
         keys: dict[int, str] = {}
@@ -145,8 +147,14 @@ class Calibration:
             for side in ("inputs", "outputs"):
                 moment: Moment = getattr(found, side)
                 key = keys.setdefault(id(moment), f"{len(keys)}.{side}")
-                tensors[key] = moment.factor
+                with np.errstate(over="ignore"):  # what is infinite is refused below
+                    tensors[key] = np.asarray(moment.factor, dtype=np.float32)
                 records[name][side] = {"key": key, "trace": moment.trace}
+        try:
+            _modules(tensors, records)
+            _count(str(self.places))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the calibration cannot be stored: {error}") from error
         metadata = {
             "format": FORMAT,
             "version": str(VERSION),

@@ -37,7 +37,7 @@ from safetensors.numpy import save_file
 from lotrtensor import load
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.lora import LoraAdapter
-from tests.bench.shaped import planted
+from tests.bench.shaped import calibrated, planted
 
 JSON = Path("docs/bench-commands.json")
 RUNS = 3
@@ -105,6 +105,14 @@ def flops(adapter: LoraAdapter) -> dict[str, float]:
     }
 
 
+def calibrated_flops(adapter: LoraAdapter, directions: int = 64) -> float:
+    """Of `compress` by a calibration, every module alone: (m + n) r² for each step of finding terms
+    and rounding, and its columns against the directions of both moments, which are rounded against
+    them one row after the other."""
+    sides = ((sum(m.shape), m.rank) for m in adapter.modules)
+    return float(sum(6 * side * r**2 + 6 * side * r * directions for side, r in sides))
+
+
 def commands(shape: str, source: Path, folder: Path) -> dict[str, list[str]]:
     """The arguments of every command, in an order in which each finds what it reads."""
     lotr, portable, out = (str(folder / name) for name in ("lotr", "portable", "out"))
@@ -147,6 +155,8 @@ def checkpoint(folder: Path) -> tuple[dict[str, list[str]], dict[str, float]]:
 
 def _bytes(path: str) -> int:
     folder = Path(path)
+    if folder.is_file():
+        return folder.stat().st_size
     return sum(p.stat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
 
 
@@ -172,7 +182,7 @@ def run(arguments: Sequence[str]) -> tuple[float, float, float]:
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"lotr {' '.join(arguments)} failed with {process.returncode}")
+        raise SystemExit(f"lotr {' '.join(arguments)} failed: {said}")
     return seconds, usage.ru_utime + usage.ru_stime, int(said.split()[-2]) / 1024
 
 
@@ -239,7 +249,13 @@ def measure(folder: Path, runs: int, only: Sequence[str] = ()) -> list[dict[str,
         needed = flops(adapter)
         work = folder / shape.split()[0]
         work.mkdir(exist_ok=True)
-        for command, arguments in commands(shape, source, work).items():
+        named = commands(shape, source, work)
+        if shape == "8B shape" and (not only or "calibrated" in only):
+            measured = work / "measured"
+            calibrated(adapter).save(measured, force=True)
+            named["calibrated"] = [*named["compress"], "--calibration", str(measured)]
+            needed["calibrated"] = calibrated_flops(adapter)
+        for command, arguments in named.items():
             if command == "--help" and shape != "bundled":
                 continue
             if only and command not in only:

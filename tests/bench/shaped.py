@@ -23,7 +23,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from lotrtensor import LoraAdapter
+from lotrtensor import Calibration, LoraAdapter, ModuleMoments, Moment
 from lotrtensor.adapters.modules import LoraModule
 
 LAYERS, RANK, COMMON = 32, 16, 8
@@ -57,6 +57,31 @@ def planted(layers: int = LAYERS, scale: int = 1, seed: int = 0) -> LoraAdapter:
             modules.append(LoraModule(f"model.layers.{layer}.{kind}", b, a))
     modules.sort(key=lambda module: int(module.name.split(".")[2]))
     return LoraAdapter(tuple(modules), {}, np.dtype(ml_dtypes.bfloat16))
+
+
+def calibrated(adapter: LoraAdapter, rank: int = 64) -> Calibration:
+    """Moments as a calibration of the adapter has: eigenvalues fall as 1 / j, inputs are shared."""
+    rng = np.random.default_rng(0)
+    known: dict[str, Moment] = {}
+
+    def moment(name: str, size: int) -> Moment:
+        if name not in known:
+            factor = rng.standard_normal((rank, size), np.float32) / np.sqrt(size)
+            factor /= np.sqrt(np.arange(1, rank + 1, dtype=np.float32))[:, None]
+            known[name] = Moment(factor, 1.5 * float(np.sum(factor**2)))
+        return known[name]
+
+    modules = {}
+    for module in adapter.modules:
+        (m, n), (parent, _, kind) = module.shape, module.name.rpartition(".")
+        norm = float(np.sqrt(np.sum((module.B.T @ module.B) * (module.A @ module.A.T))))
+        inputs = moment(f"{parent}.{INPUTS.get(kind, kind)}", n)
+        modules[module.name] = ModuleMoments(inputs, moment(f"{module.name}, outputs", m), norm)
+    return Calibration(modules, places=100_000)
+
+
+INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Projections that see the input of another one."""
 
 
 def _orthonormal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
