@@ -110,7 +110,7 @@ print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, flops]))
 
 def measure(folder: Path, count: int, tolerance: float) -> dict[str, Any]:
     """Pack the first adapters of a folder in a process of its own."""
-    out = folder / f"pack-{count}"
+    out = folder / f"pack-{count}-{tolerance}"
     names = [str(folder / f"user-{i}") for i in range(count)]
     command = [sys.executable, "-c", PACK, json.dumps([names, str(out), tolerance])]
     start = time.perf_counter()
