@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import cholesky
 
+from lotrtensor.core.bits.feedback import Feedback
 from lotrtensor.core.bits.grid import round_to_grid
 from lotrtensor.core.bits.metric import Metric
 
@@ -39,8 +40,8 @@ def test_products_and_rounding_are_those_of_the_dense_metric(seed, d, n, columns
     root = metric.root(x)
     np.testing.assert_allclose(root.T @ root, x.T @ matrix @ x, rtol=1e-8, atol=1e-8)
     codes, gain = rounded_by_a_dense_loop(matrix, x, 0.5)
-    np.testing.assert_array_equal(metric.round(x, 0.5), codes)
-    assert metric.gain == pytest.approx(gain, rel=1e-6)
+    np.testing.assert_array_equal(Feedback([metric]).round([x], 0.5)[0], codes)
+    assert Feedback([metric]).gains[0] == pytest.approx(gain, rel=1e-6)
 
 
 def test_feedback_loses_less_where_entries_hang_together():
@@ -51,11 +52,25 @@ def test_feedback_loses_less_where_entries_hang_together():
         error = 0.5 * codes - x
         return float(np.sum(error * metric.times(error)))
 
-    assert lost(metric.round(x, 0.5)) < 0.5 * lost(round_to_grid(x, 0.5))
+    assert lost(Feedback([metric]).round([x], 0.5)[0]) < 0.5 * lost(round_to_grid(x, 0.5))
 
 
 def test_without_directions_it_is_plain_rounding():
     metric = Metric(np.zeros((1, 70)), 2.0)
     x = np.random.default_rng(0).normal(size=(70, 2))
-    np.testing.assert_array_equal(metric.round(x, 0.3), round_to_grid(x, 0.3))
-    assert metric.gain == pytest.approx(2.0)
+    np.testing.assert_array_equal(Feedback([metric]).round([x], 0.3)[0], round_to_grid(x, 0.3))
+    assert Feedback([metric]).gains == pytest.approx(2.0)
+
+
+def test_slices_side_by_side_are_rounded_as_each_alone():
+    """Of as many directions and columns as each has, none at all too."""
+    rng = np.random.default_rng(0)
+    metrics = [a_metric(rng, d, 150) for d in (3, 20, 1, 70)]
+    columns = [rng.normal(size=(150, count)) for count in (2, 0, 5, 1)]
+    together = Feedback(metrics)
+    found = together.round(columns, 0.5)
+    for k, (metric, x) in enumerate(zip(metrics, columns, strict=True)):
+        alone = Feedback([metric])
+        assert together.gains[k] == pytest.approx(alone.gains[0], rel=1e-12)
+        np.testing.assert_array_equal(found[k], alone.round([x], 0.5)[0])
+    assert [x.shape for x in together.round([x[:, :0] for x in columns], 0.5)] == [(150, 0)] * 4

@@ -71,8 +71,9 @@ def _wide(module: LoraModule) -> tuple[np.ndarray, np.ndarray]:
 
 def _metric(moment: Moment) -> Metric:
     floor = (moment.left_out + DAMPING * moment.trace) / moment.size
-    return Metric(moment.factor.astype(np.float64), floor)
+    return Metric(moment.factor, floor)
 
 
 def _scaled(metric: Metric, scale: float) -> Metric:
-    return Metric(math.sqrt(scale) * metric.factor, scale * metric.floor)
+    factor = np.asarray(math.sqrt(scale) * metric.factor, dtype=metric.factor.dtype)
+    return Metric(factor, scale * metric.floor)

@@ -9,7 +9,7 @@ and g that do not depend on each other,
 (Martens and Grosse, "K-FAC", arXiv 1503.05671), where the plain norm has C = S = I. The terms
 σ p qᵀ of an update that are orthogonal in this metric are the SVD of C^½ ΔW S^½, taken back; a term
 is kept where it takes more off than its bits do elsewhere, as in `lotrtensor.core.bits.terms`, and
-both its columns are rounded with error feedback (`lotrtensor.core.bits.metric`).
+both its columns are rounded with error feedback (`lotrtensor.core.bits.feedback`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lotrtensor.core.arrays import to_numpy
+from lotrtensor.core.bits.feedback import Feedback
 from lotrtensor.core.bits.grid import column_cost
 from lotrtensor.core.bits.metric import Metric
 from lotrtensor.core.bits.stack import (
@@ -57,7 +58,7 @@ class _Slice(NamedTuple):
     """A slice B A in terms that are orthogonal in its metrics.
 
     ``left`` and ``right`` are the columns as they are rounded, for a step of one size for all;
-    ``values`` the singular values in the metrics.
+    ``values`` the singular values in the metrics; ``gain`` is that of the metric on ``right``.
     """
 
     b: np.ndarray
@@ -66,16 +67,19 @@ class _Slice(NamedTuple):
     left: np.ndarray
     values: np.ndarray
     right: np.ndarray
+    gain: float
 
     @classmethod
-    def of(cls, b: np.ndarray, a: np.ndarray, metrics: Metrics) -> _Slice:
+    def of(
+        cls, b: np.ndarray, a: np.ndarray, metrics: Metrics, gains: tuple[float, float]
+    ) -> _Slice:
         """Turn the factors into terms p_j σ_j q_jᵀ with pᵀCp = qᵀSq = 1."""
         first, second = metrics.outputs.root(b), metrics.inputs.root(a.T)
         u, values, vt = np.linalg.svd(first @ second.T, full_matrices=False)
         # B A = (B T⁻¹) (T T'ᵀ) (T'⁻ᵀ A) for the triangles T and T'.
         p, q = b @ np.linalg.pinv(first) @ u, a.T @ np.linalg.pinv(second) @ vt.T
-        left, right = (np.sqrt(metric.gain) * values for metric in metrics)
-        return cls(b, a, metrics, p * left, values, q * right)
+        left, right = (np.sqrt(gain) * values for gain in gains)
+        return cls(b, a, metrics, p * left, values, q * right, gains[1])
 
     def kept(self, step: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which terms are worth keeping, the bits of all, and the error² that each leaves."""
@@ -88,21 +92,22 @@ class _Slice(NamedTuple):
         lost = np.minimum(left2, self.values**2)
         return self.values**2 - lost > slope(step) * bits, bits, lost
 
-    def quantise(self, step: float) -> QuantisedTerms:
-        """Round: left columns, then right ones solved for anew, then the values of the terms."""
-        m, n = len(self.b), self.a.shape[1]
-        codes = independent(self.metrics.outputs.round(self.left[:, self.kept(step)[0]], step))
+    def solved(self, codes: np.ndarray) -> np.ndarray:
+        """Right columns that go best with left ones in codes, for the same step."""
         if not codes.shape[1]:
-            return QuantisedTerms.empty(m, n)
+            return np.zeros((self.a.shape[1], 0))
         weighted = self.metrics.outputs.times(codes)
         gram = codes.T @ weighted
         # Y = ΔWᵀ C P (PᵀCP)⁻¹, whatever S is.
-        solved = np.linalg.lstsq(gram, (weighted.T @ self.b) @ self.a, rcond=None)[0].T
-        scaled = solved * np.sqrt(np.diag(gram) * self.metrics.inputs.gain)
-        turned = self.metrics.inputs.round(scaled, step)
+        found = np.linalg.lstsq(gram, (weighted.T @ self.b) @ self.a, rcond=None)[0].T
+        scaled: np.ndarray = found * np.sqrt(np.diag(gram) * self.gain)
+        return scaled
+
+    def terms(self, codes: np.ndarray, turned: np.ndarray) -> QuantisedTerms:
+        """The terms of left and right columns in codes, with values of the least error."""
         some = turned.any(axis=0)
         if not some.any():
-            return QuantisedTerms.empty(m, n)
+            return QuantisedTerms.empty(len(self.b), self.a.shape[1])
         first, second = codes[:, some].astype(np.int16), turned[:, some].astype(np.int16)
         return QuantisedTerms(first, self._fitted(first, second), second)
 
@@ -136,7 +141,13 @@ class WeightedStackInBits(StackInBits):
         pairs = [
             [to_numpy(x).astype(np.float64) for x in stack.factors(k)] for k in range(len(metrics))
         ]
-        self._slices = [_Slice.of(b, a, own) for (b, a), own in zip(pairs, metrics, strict=True)]
+        self._outputs = Feedback([own.outputs for own in metrics])
+        self._inputs = Feedback([own.inputs for own in metrics])
+        gains = zip(self._outputs.gains.tolist(), self._inputs.gains.tolist(), strict=True)
+        self._slices = [
+            _Slice.of(b, a, own, both)
+            for (b, a), own, both in zip(pairs, metrics, gains, strict=True)
+        ]
 
     @property
     def reach(self) -> float:
@@ -164,8 +175,18 @@ class WeightedStackInBits(StackInBits):
     def quantise(
         self, step: float, value_dtype: np.dtype = FLOAT16
     ) -> tuple[QuantisedStack, float]:
-        """Return the stack on a grid of this step, and its plain ‖error‖²."""
-        found = [own.quantise(step) for own in self._slices]
+        """Return the stack on a grid of this step, and its plain ‖error‖².
+
+        Left columns are rounded, then right ones solved for anew, then the values of the terms.
+        """
+        lefts = [own.left[:, own.kept(step)[0]] for own in self._slices]
+        codes = [independent(left) for left in self._outputs.round(lefts, step)]
+        rights = [own.solved(left) for own, left in zip(self._slices, codes, strict=True)]
+        turned = self._inputs.round(rights, step)
+        found = [
+            own.terms(first, second)
+            for own, first, second in zip(self._slices, codes, turned, strict=True)
+        ]
         # Terms that are orthogonal in the metric have larger values than singular ones.
         values = np.abs(np.concatenate([terms.values for terms in found]))
         if values.size and not HALF[0] < values.min() <= values.max() < HALF[1]:
