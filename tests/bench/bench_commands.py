@@ -1,9 +1,10 @@
 """Whole commands as a person waits for them, each beside what it could not do without.
 
-``python -m tests.bench.bench_commands`` runs them on the bundled adapter, on an adapter of the
-shape that a model of eight billion parameters has (`tests.bench.shaped`), and on a checkpoint of
-two layers of it, each in a process of its own, and writes ``docs/bench-commands.json``;
-``--only convert --merge`` runs some rows again. A row says
+``python -m tests.bench.bench_commands`` runs them on the bundled adapter, on adapters of the shapes
+that models of eight and of seventy billion parameters have (`tests.bench.shaped`), and on a
+checkpoint of two layers of the former, each in a process of its own, and writes
+``docs/bench-commands.json``; ``--only convert --shapes "8B shape" --merge`` runs some rows again.
+A row says
 
     seconds   median of the runs, from the start of the process to its end
     cpu       median of the processor time, which other processes on the machine change least
@@ -37,11 +38,11 @@ from safetensors.numpy import save_file
 from lotrtensor import load
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.lora import LoraAdapter
-from tests.bench.shaped import calibrated, planted
+from tests.bench.shaped import EIGHT, SEVENTY, calibrated, planted
 
 JSON = Path("docs/bench-commands.json")
 RUNS = 3
-RANK = {"bundled": 8, "8B shape": 32}
+RANK = {"bundled": 8, "8B shape": 32, "70B shape": 128}
 LAYERS = 2
 """Layers of the checkpoint that is merged into and extracted from: 0.9 GB in bfloat16."""
 
@@ -132,7 +133,7 @@ def checkpoint(folder: Path) -> tuple[dict[str, list[str]], dict[str, float]]:
 
     To extract at rank r takes two products of every difference with r columns at least.
     """
-    lora, base = planted(layers=LAYERS), folder / "base"
+    lora, base = planted(EIGHT._replace(layers=LAYERS)), folder / "base"
     source, merged, out = (str(folder / name) for name in ("source", "merged", "out"))
     lora.save(source, force=True)
     base.mkdir(exist_ok=True)
@@ -236,25 +237,30 @@ def _short(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def measure(folder: Path, runs: int, only: Sequence[str] = ()) -> list[dict[str, object]]:
+def measure(
+    folder: Path, runs: int, only: Sequence[str] = (), shapes: Sequence[str] = tuple(RANK)
+) -> list[dict[str, object]]:
     """Every row; ``folder`` keeps what the commands read and write."""
-    bundled = Path(str(files("lotrtensor") / "data" / "amazon-sentiment"))
-    shaped = folder / "shaped"
-    if not shaped.exists():
-        planted().save(shaped)
+    sources = {"bundled": Path(str(files("lotrtensor") / "data" / "amazon-sentiment"))}
+    for shape, model in (("8B shape", EIGHT), ("70B shape", SEVENTY)):
+        if shape in shapes:
+            sources[shape] = folder / shape.split()[0]
+            if not sources[shape].exists():
+                planted(model).save(sources[shape])
     rows = []
-    for shape, source in (("bundled", bundled), ("8B shape", shaped)):
-        adapter = load(source)
+    for shape in shapes:
+        adapter = load(sources[shape])
         assert isinstance(adapter, LoraAdapter)
         needed = flops(adapter)
-        work = folder / shape.split()[0]
+        work = folder / f"work-{shape.split()[0]}"
         work.mkdir(exist_ok=True)
-        named = commands(shape, source, work)
+        named = commands(shape, sources[shape], work)
         if shape == "8B shape" and (not only or "calibrated" in only):
             measured = work / "measured"
             calibrated(adapter).save(measured, force=True)
             named["calibrated"] = [*named["compress"], "--calibration", str(measured)]
             needed["calibrated"] = calibrated_flops(adapter)
+        del adapter
         for command, arguments in named.items():
             if command == "--help" and shape != "bundled":
                 continue
@@ -305,10 +311,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=JSON)
     parser.add_argument("--keep", type=Path, default=None, help="directory to work in")
     parser.add_argument("--only", nargs="*", default=(), help="commands to run")
+    parser.add_argument("--shapes", nargs="*", choices=RANK, default=tuple(RANK))
     parser.add_argument("--merge", action="store_true", help="keep the other rows of the file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        rows = measure(arguments.keep or Path(scratch), arguments.runs, arguments.only)
+        folder = arguments.keep or Path(scratch)
+        rows = measure(folder, arguments.runs, arguments.only, arguments.shapes)
     if arguments.merge and arguments.out.exists():
         new = {found["case"]: found for found in rows}
         old = json.loads(arguments.out.read_text())

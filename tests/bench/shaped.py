@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -26,31 +27,49 @@ import numpy as np
 from lotrtensor import Calibration, LoraAdapter, ModuleMoments, Moment
 from lotrtensor.adapters.modules import LoraModule
 
-LAYERS, RANK, COMMON = 32, 16, 8
-HIDDEN, KEYS, INNER = 4096, 1024, 14336
-KINDS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KEYS, HIDDEN),
-    "self_attn.v_proj": (KEYS, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
-SHARED = 0.3
-"""Share of a direction's squared length that lies in the space common to its kind."""
+COMMON, SHARED = 8, 0.3
+"""Directions of the space common to a kind, and the share of a direction's squared length in it."""
 
 
-def planted(layers: int = LAYERS, scale: int = 1, seed: int = 0) -> LoraAdapter:
-    """The adapter, all sides divided by ``scale``."""
-    rng = np.random.default_rng(seed)
+class Shape(NamedTuple):
+    """Layers of a model, rank of the LoRA, and sides of the projections."""
+
+    layers: int
+    rank: int
+    hidden: int
+    keys: int
+    inner: int
+
+    @property
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """(m, n) of every projection of a layer."""
+        hidden, keys, inner = self.hidden, self.keys, self.inner
+        return {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+
+
+EIGHT = Shape(32, 16, 4096, 1024, 14336)
+SEVENTY = Shape(80, 64, 8192, 1024, 28672)
+"""Models of eight and of seventy billion parameters."""
+
+
+def planted(shape: Shape = EIGHT, seed: int = 0) -> LoraAdapter:
+    """The adapter."""
+    rng, rank = np.random.default_rng(seed), shape.rank
     modules = []
-    for kind, (m, n) in KINDS.items():
-        spaces = [_orthonormal(rng, side // scale, COMMON) for side in (m, n)]
-        for layer in range(layers):
-            left, right = (_directions(rng, space) for space in spaces)
-            values = rng.lognormal(0.0, 0.3) / np.arange(1, RANK + 1)
-            mix = np.linalg.qr(rng.normal(size=(RANK, RANK)))[0]
+    for kind, sides in shape.kinds.items():
+        spaces = [_orthonormal(rng, side, COMMON) for side in sides]
+        for layer in range(shape.layers):
+            left, right = (_directions(rng, space, rank) for space in spaces)
+            values = rng.lognormal(0.0, 0.3) / np.arange(1, rank + 1)
+            mix = np.linalg.qr(rng.normal(size=(rank, rank)))[0]
             root = np.sqrt(values)
             b, a = (left * root) @ mix, mix.T @ (right * root).T
             b, a = (x.astype(ml_dtypes.bfloat16).astype(np.float32) for x in (b, a))
@@ -89,10 +108,10 @@ def _orthonormal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarra
     return found
 
 
-def _directions(rng: np.random.Generator, common: np.ndarray) -> np.ndarray:
-    """RANK orthonormal directions, partly in a common space."""
-    own = rng.normal(size=(common.shape[0], RANK)) / np.sqrt(common.shape[0])
-    inside = common @ rng.normal(size=(common.shape[1], RANK)) / np.sqrt(common.shape[1])
+def _directions(rng: np.random.Generator, common: np.ndarray, rank: int) -> np.ndarray:
+    """Orthonormal directions, partly in a common space."""
+    own = rng.normal(size=(common.shape[0], rank)) / np.sqrt(common.shape[0])
+    inside = common @ rng.normal(size=(common.shape[1], rank)) / np.sqrt(common.shape[1])
     found: np.ndarray = np.linalg.qr(np.sqrt(1 - SHARED) * own + np.sqrt(SHARED) * inside)[0]
     return found
 
