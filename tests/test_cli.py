@@ -588,3 +588,18 @@ def test_spectra_in_json(lora, native):
                 found = np.array(group["singular_values"][side])
                 assert np.linalg.norm(expected[len(found) :]) < 1e-5 * expected[0]
                 np.testing.assert_allclose(found, expected[: len(found)], atol=1e-5 * expected[0])
+
+
+def test_spectra_that_take_long_are_left_out_unless_asked_for(lora, monkeypatch):
+    from lotrtensor.report import spectra
+
+    told = "singular values of all groups are left out"
+    assert "the faster they fall" not in lotr("inspect", lora, "--no-spectra").out
+    assert told not in lotr("inspect", lora, "--no-spectra").out
+    monkeypatch.setattr(spectra, "SECONDS_OF_WORK", 0.0)
+    found = lotr("inspect", lora)
+    assert found.code == 0 and told in found.out and "the faster they fall" not in found.out
+    groups = document("inspect", lora)["groups"]
+    assert [group["singular_values"] for group in groups] == [None] * len(groups)
+    found = lotr("inspect", lora, "--spectra")
+    assert told not in found.out and "the faster they fall" in found.out

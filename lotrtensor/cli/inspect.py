@@ -17,7 +17,7 @@ from lotrtensor.cli.common import (
 )
 from lotrtensor.errors import printable
 from lotrtensor.report.documents import inspect_document
-from lotrtensor.report.spectra import add_spectra, spectra_table
+from lotrtensor.report.spectra import add_spectra, spectra_left_out, spectra_table
 from lotrtensor.report.tables import adapter_table, size_line
 
 
@@ -26,6 +26,13 @@ def inspect(
     group_by: Annotated[
         str, typer.Option(help="Grouping to show a LoRA by: type, shape or PATTERNS.")
     ] = "type",
+    spectra: Annotated[
+        bool | None,
+        typer.Option(
+            "--spectra/--no-spectra",
+            help="Singular values of the groups; where they take seconds at most if not given.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show what an adapter holds: groups, shapes, ranks, errors, sizes, singular values; or a pack.
@@ -43,13 +50,16 @@ def inspect(
     with progress_bar():
         source = load(adapter)
         document = inspect_document(source, group_by)
-        add_spectra(document, source)
+        add_spectra(document, source, asked=spectra)
     if json:
         print_json(document)
         return
     console = output_console()
     console.print(adapter_table(document))
-    console.print(spectra_table(document))
+    if any(group["singular_values"] for group in document["groups"]):
+        console.print(spectra_table(document))
+    if spectra is None and spectra_left_out(document):
+        console.print(spectra_left_out(document))
     console.print(f"{size_line(document)}, {document['dtype']}")
     if document["file_style"]:
         style = printable(document["file_style"])

@@ -129,7 +129,8 @@ def singular_values(x: Array) -> Array:
     x = x if x.shape[0] >= x.shape[1] else x.T
     if as_accumulator(x[:0, :]).dtype == x.dtype:
         return xp.linalg.svdvals(gram_root(x))
-    rows = max(1, _BLOCK // x.shape[1])
+    # As many rows as half of the columns at least: else the sums cost more than the products.
+    rows = max(1, _BLOCK // x.shape[1], x.shape[1] // 2)
     gram = 0.0
     for start in range(0, x.shape[0], rows):
         block = as_accumulator(x[start : min(start + rows, x.shape[0]), :])

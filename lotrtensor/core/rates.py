@@ -166,6 +166,13 @@ def truncation_curve(
     )
 
 
+def spectra_flops(stack: LowRankStack) -> float:
+    """Estimated cost of `spectra`: Gram matrices of the joined factors, and their eigenvalues."""
+    _, m, n = stack.shape
+    rho = sum(stack.ranks)
+    return sum(2.0 * side * rho * min(side, rho) + 2.0 * min(side, rho) ** 3 for side in (m, n))
+
+
 def spectra(stack: SliceStack) -> Spectra:
     """Singular values of both unfoldings and norms of the slices: how much there is to share."""
     if isinstance(stack, LowRankStack):
