@@ -87,6 +87,10 @@ class OpenFile:
         return content
 
 
+BUFFER = 256
+"""Bytes that are read beyond what is asked for, at most."""
+
+
 @contextmanager
 def safe_open(path: Path) -> Iterator[OpenFile]:
     """Open a safetensors file and check its header, so that reading a tensor allocates no more.
@@ -96,7 +100,8 @@ def safe_open(path: Path) -> Iterator[OpenFile]:
     FormatError
         If it is no regular file, cannot be read, or its header contradicts itself or the file.
     """
-    with open_regular(path) as file:
+    # Who asks for one tensor of a few hundred bytes is not to read a block of them.
+    with open_regular(path, BUFFER) as file:
         try:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)

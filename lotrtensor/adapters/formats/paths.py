@@ -49,8 +49,10 @@ def children(directory: Path) -> list[Path]:
         raise unreadable(directory, error) from error
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
     """Open a regular file for reading; a pipe or a device could block, or never end.
+
+    ``buffering`` is that of `open`.
 
     Raises
     ------
@@ -65,7 +67,7 @@ def open_regular(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FormatError(f"{path} is no regular file; expected one")
-    return open(descriptor, "rb")  # noqa: PTH123 - of a descriptor
+    return open(descriptor, "rb", buffering)  # noqa: PTH123 - of a descriptor
 
 
 _BINARY = getattr(os, "O_BINARY", 0)
