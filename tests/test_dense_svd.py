@@ -95,6 +95,68 @@ def test_as_near_as_the_full_one(never_full, dtype, shape, kind, rank):
         assert rest2 <= 1.001 * float(np.sum(values[count:] ** 2)) + 100 * eps * whole2
 
 
+def of_few_entries(kind, rng, shape):
+    """Matrices whose entries, and so all rounding, lie in few places or say little of a start."""
+    m, n = shape
+    matrix = np.zeros(shape)
+    if kind == "few rows":
+        matrix[:20] = rng.standard_normal((20, n))
+    elif kind == "rows in the middle":
+        matrix[100:164] = rng.standard_normal((64, n))
+    elif kind == "few columns":
+        matrix[:, 7:27] = rng.standard_normal((m, 20))
+    elif kind == "a tile":
+        matrix[30:50, 40:65] = rng.standard_normal((20, 25))
+    elif kind == "one entry":
+        matrix[5, 6] = 3.0
+    elif kind == "constant":
+        matrix[:] = 0.5
+    elif kind == "few of a diagonal":
+        matrix[np.arange(10), np.arange(10)] = np.arange(1, 11)
+    elif kind == "permutation":
+        matrix[np.arange(min(shape)), rng.permutation(n)[: min(shape)]] = 1.0
+    elif kind == "orthogonal":
+        matrix = orthogonal(rng, max(shape))[:m, :n]
+    return matrix
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(300, 400), (384, 300), (300, 300)])
+@pytest.mark.parametrize("goal", [(8, 0.0), (16, 0.0), (32, 0.0), (None, 0.1), (None, 0.9)])
+@pytest.mark.parametrize(
+    "kind",
+    ["few rows", "rows in the middle", "few columns", "a tile", "one entry", "constant",
+     "few of a diagonal", "permutation", "orthogonal"],
+)  # fmt: skip
+def test_an_exhausted_space_counts_nothing_twice(never_full, dtype, shape, goal, kind):
+    """Orthogonal though the rest of a block is rounding, which lies where the basis does."""
+    (rank, tolerance), rng = goal, np.random.default_rng(0)
+    matrix = of_few_entries(kind, rng, shape).astype(dtype)
+    values = np.linalg.svd(matrix.astype(float), compute_uv=False)
+    eps, whole2 = float(np.finfo(dtype).eps), float(np.sum(values**2))
+    left, kept, right = (found := dense_svd(matrix, rank, tolerance)).svd
+    for basis in (left, right):
+        assert np.max(np.abs(basis.T @ basis - np.eye(len(kept)))) < 100 * eps
+    rest2 = float(np.sum((matrix - left.astype(float) * kept @ right.T) ** 2))
+    assert found.converged and found.lost2 == pytest.approx(rest2, abs=1e-5 * whole2)
+    if rank is None:
+        assert rest2 <= (tolerance / 2) ** 2 * whole2 * (1 + 1e-5)
+    else:
+        assert rest2 <= float(np.sum(values[rank:] ** 2)) + 1e-4 * whole2
+
+
+@pytest.mark.parametrize("copies", [33, 50, 70, 120])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_equal_values_beyond_the_columns_of_a_block_are_found(never_full, copies, dtype):
+    """Of which one start reaches no more than it has columns."""
+    rng = np.random.default_rng(0)
+    values = np.append(np.ones(copies), 0.02 * 0.97 ** np.arange(300 - copies))
+    matrix = spectrum(rng, (300, 400), values, dtype)
+    found = dense_svd(matrix, 60)
+    lost2 = float(np.sum(values**2) - np.sum(found.svd.values**2))
+    assert found.converged and lost2 <= 1.001 * float(np.sum(values[60:] ** 2)) + 1e-4
+
+
 def test_few_passes_where_gaps_are_small(never_full):
     """Signals just above noise: subspace iteration took thirty passes and did not settle."""
     rng = np.random.default_rng(0)
@@ -112,6 +174,16 @@ def test_passes_that_end_too_early_are_told(never_full, monkeypatch):
     monkeypatch.setattr(tuning, "FACTOR_PASSES", 1)
     matrix = np.random.default_rng(0).standard_normal((200, 300))
     assert not dense_svd(matrix, 8).converged
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_half_precision_is_widened(name):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    dtype = np.float16 if name == "float16" else ml_dtypes.bfloat16
+    matrix = np.random.default_rng(0).standard_normal((300, 400)).astype(dtype)
+    found = dense_svd(matrix, 6)
+    assert found.svd.left.dtype == np.float32
+    assert found.svd.values == pytest.approx(dense_svd(matrix.astype("f4"), 6).svd.values)
 
 
 def test_another_library_and_the_same_numbers():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from array_api_compat import device
 
-from lotrtensor.core.arrays import Array, as_accumulator, namespace, to_numpy
+from lotrtensor.core.arrays import Array, as_accumulator, as_working, namespace, to_numpy
 from lotrtensor.core.fit import tuning
 from lotrtensor.core.fit.iteration import stalled
 from lotrtensor.core.linalg import norm2, orthonormal_basis, thin_qr
@@ -22,6 +22,7 @@ from lotrtensor.core.slice_svd import SliceSvd
 class DenseSvd(NamedTuple):
     """Leading singular triplets of a matrix, the squared norm beyond them, and how they were found.
 
+    ``lost2`` is a difference of two sums where a rank was given, good to the digits of the matrix.
     ``converged`` is False where the passes came to an end before the triplets had settled.
     """
 
@@ -56,7 +57,7 @@ def dense_svd(matrix: Array, rank: int | None, tolerance: float = 0.0) -> DenseS
     A pass of block Lanczos costs 4 m n b flops for b columns a block, 8 to 32, and 8 (m + n) b c
     to keep them orthogonal to the c before them.
     """
-    side = min(matrix.shape)
+    matrix, side = as_working(matrix), min(matrix.shape)
     wanted = None if rank is None else min(rank, side)
     if side <= tuning.FULL_SVD_SIDE or (wanted or 0) * tuning.FULL_SVD_SHARE > side:
         return _full(matrix, wanted, tolerance)
@@ -65,10 +66,7 @@ def dense_svd(matrix: Array, rank: int | None, tolerance: float = 0.0) -> DenseS
     basis, triangle = thin_qr(as_accumulator(found.image))
     turn, values, other = np.linalg.svd(to_numpy(triangle).T)
     place = {"dtype": matrix.dtype, "device": device(matrix)}
-    xp, kept = (
-        namespace(matrix),
-        _kept(values, wanted, found.lost2, tolerance),
-    )
+    xp, kept = namespace(matrix), _kept(values, wanted, found.lost2, tolerance)
     left = found.left @ xp.asarray(turn[:, :kept], **place)
     right = xp.astype(basis, matrix.dtype) @ xp.asarray(other[:kept].T, **place)
     lost2 = found.lost2 + float(np.sum(values[kept:] ** 2))
@@ -104,9 +102,9 @@ def block_lanczos(
 ) -> Krylov:
     """Find orthonormal U (m × c) that holds most of ΔW (m × n): ΔW ≈ U (UᵀΔW).
 
-    From U_1 = orth(ΔW Ω) with random Ω, every pass takes
+    From random orthonormal V_0, every pass takes
 
-        Z_j = ΔWᵀ U_j,   V_j = orth(Z_j beyond V),   U_{j+1} = orth(ΔW V_j beyond U).
+        U_j = orth(ΔW V_j beyond U),   Z_j = ΔWᵀ U_j,   V_{j+1} = orth(Z_j beyond V).
 
     Parameters
     ----------
@@ -128,54 +126,85 @@ def block_lanczos(
     and more of them come as near with fewer columns.
     """
     xp, side = namespace(matrix), min(matrix.shape)
-    whole2 = float(norm2(matrix))
+    rng, whole2 = np.random.default_rng(seed), float(norm2(matrix))
     limit2, floor = (tolerance / 2) ** 2 * whole2, float(xp.finfo(matrix.dtype).eps) * whole2
     columns = min(max(rank or side, tuning.OVERSAMPLE), tuning.FIRST_COLUMNS, side)
     most = tuning.FACTOR_PASSES + (rank or 0) // columns
-    block = orthonormal_basis(matrix @ _random(matrix, columns, seed))
-    left, image = block, matrix.T @ block
-    right, gram = orthonormal_basis(image), _gram(image, image)
+    right = _fresh(matrix.T[:, :0], columns, rng)
+    left = _beyond(matrix @ right, matrix[:, :0])
+    image = own = matrix.T @ left
+    gram = _gram(image, image)
     captured: list[float] = []
+    settled = probed = False
     while True:
         full, lost2 = left.shape[1] == side, max(whole2 - float(xp.linalg.trace(gram)), 0.0)
         if rank is not None:
             captured.append(_energy(gram, rank))
             # The energy of the wanted triplets: that of all columns while those are fewer.
-            enough = left.shape[1] >= rank + columns
-            settled = full or (enough and stalled(captured, whole2, tuning.FACTOR_RTOL, floor))
-            if settled or len(captured) >= most:
-                return Krylov(left, image, lost2, settled)
-        elif full or lost2 <= limit2:
+            enough = left.shape[1] >= min(rank + columns, side)
+            settled = enough and stalled(captured, whole2, tuning.FACTOR_RTOL, floor)
+            if full or (settled and probed) or len(captured) >= most:
+                return Krylov(left, image, lost2, full or settled)
+        elif left.shape[1] and (full or lost2 <= limit2):
             # The difference of two sums may have lost its digits: it is measured.
             lost2 = float(norm2(matrix - left @ image.T))
             if full or lost2 <= limit2:
                 return Krylov(left, image, lost2, converged=True)
-        count = min(columns, side - left.shape[1])
-        block = _beyond(matrix @ right[:, -columns:][:, :count], left)
+        last = right[:, :0] if settled and not probed else _beyond(own, right)
+        block = _beyond(matrix @ last, left)
+        if not block.shape[1]:
+            # Of equal singular values a start reaches as many as it has columns, and nothing at all
+            # where it is exhausted: what else there is lies in other directions.
+            last, probed = _fresh(right, columns, rng), settled
+            block = _beyond(matrix @ last, left)
+        if not block.shape[1]:
+            lacking = max((rank or 1) - left.shape[1], 0)
+            left = xp.concat([left, _fresh(left, lacking, rng)], axis=1)
+            return Krylov(left, matrix.T @ left, lost2, converged=True)
+        right = xp.concat([right, last], axis=1)
+        block = block[:, : side - left.shape[1]]
         own = matrix.T @ block
         cross, corner = _gram(image, own), _gram(own, own)
         gram = xp.concat([xp.concat([gram, cross], axis=1), xp.concat([cross.T, corner], axis=1)])
         left, image = xp.concat([left, block], axis=1), xp.concat([image, own], axis=1)
-        if left.shape[1] < side:
-            right = xp.concat([right, _beyond(own, right)], axis=1)
 
 
-def _random(matrix: Array, columns: int, seed: int) -> Array:
-    rng, xp = np.random.default_rng(seed), namespace(matrix)
-    drawn = np.float64 if matrix.dtype == xp.float64 else np.float32
-    block = rng.standard_normal((matrix.shape[1], columns), dtype=drawn)
-    return xp.asarray(block, dtype=matrix.dtype, device=device(matrix))
+def _random(like: Array, axis: int, columns: int, rng: np.random.Generator) -> Array:
+    """Normal columns as long as an axis of ``like``, in its type."""
+    xp = namespace(like)
+    drawn = np.float64 if like.dtype == xp.float64 else np.float32
+    block = rng.standard_normal((like.shape[axis], columns), dtype=drawn)
+    return xp.asarray(block, dtype=like.dtype, device=device(like))
+
+
+def _fresh(basis: Array, columns: int, rng: np.random.Generator) -> Array:
+    """Random orthonormal columns beyond those of ``basis``."""
+    columns = min(columns, basis.shape[0] - basis.shape[1])
+    return _beyond(_random(basis, 0, columns, rng), basis)
 
 
 def _beyond(block: Array, basis: Array) -> Array:
-    """Orthonormal columns beyond those of ``basis`` that span the rest of ``block``.
+    """Orthonormal columns beyond those of ``basis`` that span what is there of ``block``.
 
-    Twice: what is left of a block that lay in the basis is rounding, which the first round scales
-    up to columns that are not orthogonal to it.
+    There may be fewer of them than in the block, or none: what is left of a column that lay in the
+    basis is rounding, whose directions may lie in the basis again, and is dropped. What is kept is
+    as much as `DROPPED` times the rounding, so that its own is taken off by projecting once more.
     """
+    xp = namespace(block)
+    size = float(xp.linalg.matrix_norm(block)) if block.shape[1] else 0.0
+    least = DROPPED * float(xp.finfo(block.dtype).eps) * size
     for _ in range(2):
-        block = orthonormal_basis(block - basis @ (basis.T @ block))
-    return block
+        block = block - basis @ (basis.T @ block)
+    # Two small factorisations in place of one that reveals the rank.
+    columns, triangle = thin_qr(block)
+    turn, values, _ = xp.linalg.svd(triangle, full_matrices=False)
+    kept = int(xp.sum(xp.astype(values > least, xp.int64)))
+    block = columns @ turn[:, :kept]
+    return orthonormal_basis(block - basis @ (basis.T @ block)) if kept else block
+
+
+DROPPED = 100.0
+"""Singular values of the rest of a block, over the rounding of the whole, from which it is kept."""
 
 
 def _gram(left: Array, right: Array) -> Array:

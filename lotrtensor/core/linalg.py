@@ -79,7 +79,8 @@ def norms2(x: Array) -> Array:
 
 
 _BLOCK = 2**18
-"""Entries that are widened at once, so that no second copy of a large slice is made."""
+"""Entries that are widened at once, so that no second copy of a large slice is made; of a matrix of
+many columns half as many rows, for its Gram matrix."""
 
 
 def orthonormal_basis(x: Array) -> Array:

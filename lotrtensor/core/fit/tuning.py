@@ -28,10 +28,11 @@ OVERSAMPLE = 8
 Review 53 (2011), recommend 5 to 10 for one-sided problems."""
 
 FACTOR_PASSES = 30
-"""Passes over thin factors, at most; a fit that would need more says so in a warning."""
+"""Passes over thin factors, at most, and, where a rank is wanted, over a matrix in memory, with as
+many more as its columns take; a fit that would need more says so in a warning."""
 
 FACTOR_RTOL = 1e-4
-"""Passes over thin factors stop when more are expected to gain less than this share."""
+"""These passes stop when more are expected to gain less than this share."""
 
 REFINEMENT_RTOL = 1e-3
 """The same for a round of refinement, two passes."""
@@ -43,7 +44,8 @@ LAZY_PASSES = 5
 """Passes over slices that are read on demand; the error of what is returned takes one more."""
 
 FIRST_COLUMNS = 32
-"""Width of the first blocks where a tolerance decides; it doubles until little is left outside."""
+"""Columns of the first blocks where a tolerance decides; they double until little is left outside.
+Of the blocks of a single matrix, which are joined, at most."""
 
 GRAM_SIDE = 512
 """Side of a Gram matrix up to which its spectrum costs no more than a few passes."""
