@@ -60,6 +60,24 @@ def test_what_could_not_be_read_is_not_written(made, places, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["a\ud800", 3])
+def test_names_that_could_not_be_read_are_not_written(name, tmp_path):
+    calibration = lt.Calibration({name: lt.ModuleMoments(moment(8), moment(8), 1.0)}, 10)
+    if name == 3:  # JSON has it as text
+        calibration.save(tmp_path / "file")
+        assert list(lt.Calibration.load(tmp_path / "file").modules) == ["3"]
+    else:
+        with pytest.raises(lt.DataError, match=r"cannot be stored: .*half a character"):
+            calibration.save(tmp_path / "file")
+        assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_unlike_length_are_refused(tmp_path):
+    ragged = lt.Moment([[1.0, 2.0], [3.0]], 20.0)
+    with pytest.raises(lt.DataError, match="cannot be stored"):
+        lt.Calibration({"0": lt.ModuleMoments(ragged, ragged, 1.0)}, 10).save(tmp_path / "file")
+
+
 def damaged(path, change=dict, factor=None):
     """Write the file anew with its metadata changed, or another matrix for every moment."""
     from safetensors.numpy import load_file, save_file

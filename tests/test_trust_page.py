@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -25,8 +27,10 @@ def test_every_promise_names_a_test_that_is_there():
             assert "def test_" in (ROOT / name).read_text()
 
 
-def test_the_numbers_of_tests_are_true(request):
-    """Of the files that this session has collected: all, when all tests are run."""
+def test_there_are_at_least_as_many_tests_as_it_says(request):
+    """In the files that this session has collected: all, when all tests are run."""
+    if request.config.option.markexpr or request.config.option.keyword:
+        pytest.skip("some tests of the files were deselected")
     collected = Counter(f"tests/{item.path.name}" for item in request.session.items)
     for promise, kept_by, count, *_ in promised():
         files = re.findall(r"`(tests/\w+\.py)`", kept_by)

@@ -139,6 +139,23 @@ class Calibration:
         DataError
             If a number is not one that `load` takes back.
         """
+        try:
+            tensors, records = self._stored()
+            _modules(tensors, parse_json(records, "the names and numbers of its modules"))
+            _count(str(self.places))
+        except (TypeError, ValueError, FormatError) as error:
+            raise DataError(f"the calibration cannot be stored: {error}") from error
+        metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "places": str(self.places),
+            "modules": records,
+        }
+        content = file_bytes(tensors, metadata, checksums=True)
+        write_file(expand(path), content, force=check_flag(force, "force"))
+
+    def _stored(self) -> tuple[dict[str, np.ndarray], str]:
+        """Every moment once, in float32, and which module has which."""
         tensors: dict[str, np.ndarray] = {}
         keys: dict[int, str] = {}
         records: dict[str, Any] = {}
@@ -147,22 +164,10 @@ class Calibration:
             for side in ("inputs", "outputs"):
                 moment: Moment = getattr(found, side)
                 key = keys.setdefault(id(moment), f"{len(keys)}.{side}")
-                with np.errstate(over="ignore"):  # what is infinite is refused below
+                with np.errstate(over="ignore"):  # what is infinite is refused
                     tensors[key] = np.asarray(moment.factor, dtype=np.float32)
                 records[name][side] = {"key": key, "trace": moment.trace}
-        try:
-            _modules(tensors, records)
-            _count(str(self.places))
-        except (TypeError, ValueError) as error:
-            raise DataError(f"the calibration cannot be stored: {error}") from error
-        metadata = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "places": str(self.places),
-            "modules": json.dumps(records, sort_keys=True),
-        }
-        content = file_bytes(tensors, metadata, checksums=True)
-        write_file(expand(path), content, force=check_flag(force, "force"))
+        return tensors, json.dumps(records, sort_keys=True)
 
     def of(self, name: str, shape: tuple[int, int]) -> ModuleMoments:
         """Return the moments of a module.

@@ -17,7 +17,7 @@ from lotrtensor.cli.common import (
 )
 from lotrtensor.errors import printable
 from lotrtensor.report.documents import inspect_document
-from lotrtensor.report.spectra import add_spectra, spectra_left_out, spectra_table
+from lotrtensor.report.spectra import add_spectra, spectra_table
 from lotrtensor.report.tables import adapter_table, size_line
 
 
@@ -30,7 +30,7 @@ def inspect(
         bool | None,
         typer.Option(
             "--spectra/--no-spectra",
-            help="Singular values of the groups; where they take seconds at most if not given.",
+            help="Singular values of the groups; where all take some seconds if not given.",
         ),
     ] = None,
     json: Json = False,
@@ -56,10 +56,10 @@ def inspect(
         return
     console = output_console()
     console.print(adapter_table(document))
-    if any(group["singular_values"] for group in document["groups"]):
+    if all(group["singular_values"] for group in document["groups"]):
         console.print(spectra_table(document))
-    if spectra is None and spectra_left_out(document):
-        console.print(spectra_left_out(document))
+    elif spectra is None:
+        console.print("singular values are left out, which take long: add --spectra")
     console.print(f"{size_line(document)}, {document['dtype']}")
     if document["file_style"]:
         style = printable(document["file_style"])

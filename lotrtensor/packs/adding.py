@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +25,11 @@ from lotrtensor.packs.encoding import alone, norm_of, on_bases, settled
 from lotrtensor.packs.executors import results
 from lotrtensor.packs.files import (
     ADAPTER_SHARD,
+    ADDING,
     Entry,
     Index,
     Shard,
     read_index,
-    sweep,
     write_shard,
 )
 from lotrtensor.packs.members import Cell, Member, by_cluster
@@ -46,11 +48,12 @@ that keeps less is unlike all that the bases were made of."""
 class Job(NamedTuple):
     """What holds for all adapters that are added together.
 
-    ``shapes`` are those of the modules that the pack knows, ``several`` says whether a refusal has
-    to name the adapter.
+    ``folder``, in the pack, is where files are written; ``shapes`` are those of the modules that
+    the pack knows; ``several`` says whether a refusal has to name the adapter.
     """
 
     path: str
+    folder: str
     shapes: Mapping[str, tuple[int, int]]
     tolerance: float | None
     max_error: float | None
@@ -83,12 +86,12 @@ def add_files(
 ) -> Index:
     """Write a file of each adapter, and return the index that names them, unpublished.
 
-    No more than one adapter a worker is in memory. Where one is refused, no file is left.
+    No more than one adapter a worker is in memory, and no file is in the pack before all are there.
 
     Parameters
     ----------
     job : Job
-        What holds for all; the pack is locked.
+        What holds for all; the pack is locked, and the folder is a `scratch`.
     adapters : mapping of str to path or adapter
         Adapters by name.
     index : Index
@@ -103,32 +106,74 @@ def add_files(
     FormatError, OptionError, RankError
         As for `lotrtensor.Pack.add_all`.
     """
-    names = list(adapters)
+    path, folder, names = Path(job.path), Path(job.folder), list(adapters)
     each = [(job, index.next + i, name, adapters[name]) for i, name in enumerate(names)]
 
     def tell(done: int) -> None:
         if progress:
             progress(names[done], done, len(names))
 
-    path = Path(job.path)
-    try:
-        _bases(job.path, mark_of(index))  # once, before threads ask for them side by side
-        found: list[Added] = results(executor, add_file, each, tell)
-        known = dict(job.shapes)
-        for name, added in zip(names, found, strict=True):
-            check_shapes(name, added.shapes, known)
-            known |= added.shapes
-    except BaseException:
-        sweep(path, index)
-        raise
-    finally:
-        _bases.cache_clear()
+    found: list[Added] = results(executor, add_file, each, tell)
+    known: dict[str, tuple[int, int]] = {}
+    for name, added in zip(names, found, strict=True):
+        with _named(name, several=job.several):
+            check_shapes(name, added.shapes, known, "an adapter that is added with it")
+        known |= added.shapes
+    for added in found:
+        (folder / added.shard.file).replace(path / added.shard.file)
     return replace(
         index,
         shards=(*index.shards, *(added.shard for added in found)),
         adapters={**index.adapters, **{n: a.entry for n, a in zip(names, found, strict=True)}},
         next=index.next + len(names),
     )
+
+
+@contextlib.contextmanager
+def _named(name: str, *, several: bool) -> Iterator[None]:
+    """Begin a refusal with the adapter's name where there are several."""
+    try:
+        yield
+    except LotrError as error:
+        if not several:
+            raise
+        raise type(error)(f"{name}: {error}") from error
+
+
+@contextlib.contextmanager
+def scratch(path: Path, index: Index, cells: tuple[Cell, ...]) -> Iterator[str]:
+    """A folder in a pack for files that are not yet part of it; its bases are known meanwhile.
+
+    Of its own each time, and removed at the end: a worker that was given up may still write.
+
+    Raises
+    ------
+    FormatError
+        If the pack cannot be written.
+    """
+    try:
+        folder = tempfile.mkdtemp(prefix=ADDING, dir=path)
+    except OSError as error:
+        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from error
+    _KNOWN[str(path), mark_of(index)] = cells
+    try:
+        yield folder
+    finally:
+        _KNOWN.pop((str(path), mark_of(index)), None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+_KNOWN: dict[tuple[str, str], tuple[Cell, ...]] = {}
+"""Bases of packs by path and mark, which tells them from those before a refit."""
+
+
+def _bases(path: str, index: Index) -> tuple[Cell, ...]:
+    """Bases of a pack; a worker in another process reads those of a pack once, and keeps them."""
+    key = path, mark_of(index)
+    if key not in _KNOWN:
+        _KNOWN.clear()
+        _KNOWN[key] = read_cells(Path(path), index)
+    return _KNOWN[key]
 
 
 def add_file(job: Job, number: int, name: str, source: Source) -> Added:
@@ -150,27 +195,16 @@ def add_file(job: Job, number: int, name: str, source: Source) -> Added:
     FormatError, OptionError, RankError
         As for `lotrtensor.Pack.add_all`.
     """
-    path = Path(job.path)
-    try:
-        index = read_index(path)
-        new = encode_new(source, name, _bases(job.path, mark_of(index)), index, job)
+    index = read_index(Path(job.path))
+    with _named(name, several=job.several):
+        new = encode_new(source, name, _bases(job.path, index), index, job)
         if job.max_error is not None or (job.tolerance or index.goal.get("tolerance")) is None:
             check_suited(name, new.error, index, job.max_error)
         prefixed = {f"{number}.{key}": tensor for key, tensor in new.tensors.items()}
-        shard = write_shard(path, ADAPTER_SHARD, number, prefixed)
-    except LotrError as error:
-        if not job.several:
-            raise
-        raise type(error)(f"{name}: {error}") from error
+        shard = write_shard(Path(job.folder), ADAPTER_SHARD, number, prefixed)
     uses_bases = bool(new.member.cores)
     entry = Entry(shard.file, number, new.error, None, new.bytes, uses_bases)
     return Added(shard, entry, _shapes(new.member))
-
-
-@lru_cache(maxsize=1)
-def _bases(path: str, mark: str) -> tuple[Cell, ...]:
-    """Bases of a pack, read once by a worker; ``mark`` tells them from those before a refit."""
-    return read_cells(Path(path), read_index(Path(path)))
 
 
 def encode_new(
@@ -222,7 +256,10 @@ def encode_new(
 
 
 def check_shapes(
-    name: str, shapes: Mapping[str, tuple[int, int]], known: Mapping[str, tuple[int, int]]
+    name: str,
+    shapes: Mapping[str, tuple[int, int]],
+    known: Mapping[str, tuple[int, int]],
+    where: str = "the pack",
 ) -> None:
     """Refuse an adapter of which a module has another shape in the pack.
 
@@ -235,7 +272,7 @@ def check_shapes(
         there = known.get(module, shape)
         if there != shape:
             raise FormatError(
-                f"{module} is {there[0]} × {there[1]} in the pack and {shape[0]} × "
+                f"{module} is {there[0]} × {there[1]} in {where} and {shape[0]} × "
                 f"{shape[1]} in {name}; they belong to different base models"
             )
 

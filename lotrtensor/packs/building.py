@@ -39,7 +39,6 @@ from lotrtensor.packs.spool import (
     read_spooled,
     spool,
     write_norms,
-    write_once,
 )
 from lotrtensor.packs.tasks import STEPS, Encoded
 from lotrtensor.packs.writing import SHARD_MEMBERS, cells_bytes, cells_tensors, write_members
@@ -59,6 +58,10 @@ ROUNDING = 0.02
 
 SIZES = 6
 """Packs made on the way to a budget; two or three do where prices are right."""
+
+
+FINGERPRINT = 32
+"""Digits of a request's digest that its build directory is named by."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,6 @@ def build(path: Path, request: Request, before: Index) -> Index:
     before : Index
         What stands there; its numbers are not used again.
     """
-    folder = path / BUILD
     options = [
         request.tolerance,
         request.budget,
@@ -112,14 +114,13 @@ def build(path: Path, request: Request, before: Index) -> Index:
         request.share,
         STEPS,
     ]
-    mark = fingerprint(request.names, request.sources, options)
-    noted = folder / "job.txt"
-    if not noted.is_file() or noted.read_text("utf-8") != mark:
+    # A folder of its own for what is asked: a worker that was given up may still write.
+    folder = path / BUILD / fingerprint(request.names, request.sources, options)[:FINGERPRINT]
+    if not folder.is_dir():
         clear_build(path)
-        folder.mkdir()
-        write_once(noted, mark.encode())
+        folder.mkdir(parents=True)
     try:
-        return _Builder(path, request, before).run()
+        return _Builder(path, str(folder), request, before).run()
     except LotrError as error:
         if not isinstance(error.__cause__, BrokenExecutor):
             clear_build(path)  # the same request would fail again
@@ -129,9 +130,8 @@ def build(path: Path, request: Request, before: Index) -> Index:
 class _Builder:
     """One build: what the pieces of work find, and what is decided between them."""
 
-    def __init__(self, path: Path, request: Request, before: Index) -> None:
-        self.path, self.request, self.before = path, request, before
-        self.folder = str(path / BUILD)
+    def __init__(self, path: Path, folder: str, request: Request, before: Index) -> None:
+        self.path, self.folder, self.request, self.before = path, folder, request, before
         self.adapters: dict[int, Spooled] = {}
         self.clusters: dict[int, int] = {}
         self.cells: list[PlannedCell] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from lotrtensor.errors import FormatError, OptionError
@@ -38,8 +38,9 @@ def results(
 ) -> list[Any]:
     """Results of all pieces of one kind, in their order.
 
-    Where one fails, those that have not begun are cancelled, and those that have are waited for:
-    nothing is written any more once this has ended.
+    Where one fails, those that have not begun are cancelled, and those that have are waited for.
+    Executors that do not tell which have begun, as Dask's, are not: a piece of theirs may still
+    write once this has ended, and has to write where nobody else does.
 
     Parameters
     ----------
@@ -56,18 +57,32 @@ def results(
     ------
     FormatError
         If a worker has ended before its work was done.
+    OptionError
+        If the executor has been shut down.
     """
-    pieces = [executor.submit(work, *arguments) for arguments in each]
+    pieces: list[Future[Any]] = []
     found: list[Any] = []
     try:
+        for arguments in each:
+            pieces.append(_submitted(executor, work, arguments))
         for piece in pieces:
             progress(len(found))
             found.append(piece.result())
     except BrokenExecutor as error:
         raise FormatError(
-            f"a worker ended before its work was done ({error}); run the same command again, "
-            "which goes on from there"
+            f"a worker ended before its work was done ({error}); run the same command again"
         ) from error
     finally:
         wait([piece for piece in pieces if not piece.cancel()])
     return found
+
+
+def _submitted(
+    executor: Executor, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Future[Any]:
+    try:
+        return executor.submit(work, *arguments)
+    except BrokenExecutor:
+        raise
+    except RuntimeError as error:
+        raise OptionError(f"the executor takes no work: {error}") from error

@@ -30,7 +30,7 @@ from lotrtensor.adapters.formats.tensors import Tensors, check_exists, file_byte
 from lotrtensor.errors import FormatError
 from lotrtensor.packs.coding import is_number
 
-INDEX, LOCK, BUILD = "lotr_pack.json", ".lotr_pack.lock", "building"
+INDEX, LOCK, BUILD, ADDING = "lotr_pack.json", ".lotr_pack.lock", "building", ".adding-"
 FORMAT, VERSION = "lotr-pack", 1
 CELL_SHARD, ADAPTER_SHARD = "cells", "adapters"
 
@@ -276,7 +276,12 @@ def publish(path: Path, index: Index) -> None:
 
 
 def sweep(path: Path, index: Index | None) -> None:
-    """Remove shards that the index does not name; a build that was stopped is kept."""
+    """Remove shards that the index does not name, and what was being added; the lock is held.
+
+    A build that was stopped is kept.
+    """
+    for folder in path.glob(f"{ADDING}*"):
+        shutil.rmtree(folder, ignore_errors=True)
     named = index.files if index else {}
     for file in path.glob("*.safetensors"):
         if file.name not in named and file.name.startswith((CELL_SHARD, ADAPTER_SHARD)):
@@ -347,7 +352,7 @@ def plain_names(names: Sequence[str]) -> None:
         If a name is empty, holds what cannot be printed, or occurs twice.
     """
     for i, name in enumerate(names):
-        if not name or not name.isprintable():
+        if not isinstance(name, str) or not name or not name.isprintable():
             raise FormatError(f"an adapter has the name {name!r}; expected printable characters")
         if name in names[:i]:
             raise FormatError(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.packs.adding import Job, add_files, check_options
+from lotrtensor.packs.adding import Job, add_files, check_options, scratch
 from lotrtensor.packs.executors import running
 from lotrtensor.packs.files import (
     Index,
@@ -266,9 +266,10 @@ class Pack:
             index = read_index(self.path)
             plain_names([*index.adapters, *adapters])
             self._set(index)
-            several = len(adapters) > 1
-            job = Job(str(self.path), self._shapes(), tolerance, max_error, several)
-            index = add_files(job, adapters, index, used, progress)
+            several, shapes = len(adapters) > 1, self._shapes()
+            with scratch(self.path, index, self.cells) as folder:
+                job = Job(str(self.path), folder, shapes, tolerance, max_error, several)
+                index = add_files(job, adapters, index, used, progress)
             publish(self.path, index)
             self._set(index)
         return tuple(map(self.row, adapters))

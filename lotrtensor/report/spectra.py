@@ -22,19 +22,22 @@ SHARES = (0.9, 0.99)
 """Shares of the squared norm whose ranks are shown."""
 
 
-SECONDS_OF_WORK = 2e11
-"""Flops that the spectra of one group may take unasked, about five seconds of a processor."""
+SECONDS_OF_WORK = 4e11
+"""Flops that the spectra of an adapter may take unasked, some ten seconds of a processor."""
 
 
 def add_spectra(document: Document, adapter: Adapter, *, asked: bool | None = None) -> None:
     """Give every group of an `inspect_document` the singular values of its two unfoldings.
 
     ``left`` falls as fast as one U serves all slices, ``right`` as one V does. They are None where
-    they were not ``asked`` for, or, if that was left open, take longer than `SECONDS_OF_WORK`.
+    they were not ``asked`` for, or, if that was left open, all take more than `SECONDS_OF_WORK`.
     """
-    for group, stack in zip(document["groups"], _stacks(document, adapter), strict=True):
+    stacks = _stacks(document, adapter)
+    if asked is None:
+        asked = sum(map(spectra_flops, stacks)) <= SECONDS_OF_WORK
+    for group, stack in zip(document["groups"], stacks, strict=True):
         group["singular_values"] = None
-        if asked or (asked is None and spectra_flops(stack) <= SECONDS_OF_WORK):
+        if asked:
             found = spectra(stack)
             group["singular_values"] = {"left": found.left.tolist(), "right": found.right.tolist()}
 
@@ -78,17 +81,8 @@ def rank_of_share(values: Sequence[float], share: float) -> int:
     return int(np.searchsorted(kept, share * kept[-1] * (1 - 1e-12))) + 1 if kept[-1] else 0
 
 
-def spectra_left_out(document: Document) -> str:
-    """Say that some groups have no spectra, and how to get them; nothing where all have."""
-    count = sum(group["singular_values"] is None for group in document["groups"])
-    if not count:
-        return ""
-    some = "all" if count == len(document["groups"]) else f"{count} of the"
-    return f"singular values of {some} groups are left out, which take long: add --spectra"
-
-
 def spectra_table(document: Document) -> Table:
-    """Spectra of every group that has them, and the ranks p, q that hold most of its squares."""
+    """Spectra of every group, and the ranks p, q that hold most of its squared norm."""
     table = Table(
         title="singular values: the faster they fall, the smaller p and q need to be",
         box=box.SIMPLE_HEAD,
@@ -99,8 +93,6 @@ def spectra_table(document: Document) -> Table:
         text = column in ("group", "left", "right")
         table.add_column(column, justify="left" if text else "right", overflow="fold")
     for group in document["groups"]:
-        if group["singular_values"] is None:
-            continue
         left, right = (group["singular_values"][side] for side in ("left", "right"))
         ranks = [(rank_of_share(left, share), rank_of_share(right, share)) for share in SHARES]
         table.add_row(

@@ -71,7 +71,9 @@ def _wide(module: LoraModule) -> tuple[np.ndarray, np.ndarray]:
 
 def _metric(moment: Moment) -> Metric:
     floor = (moment.left_out + DAMPING * moment.trace) / moment.size
-    return Metric(moment.factor, floor)
+    # As stored, or in more digits; of integers or half precision a scaled one would lose all.
+    kept = np.result_type(moment.factor.dtype, np.float32)
+    return Metric(moment.factor.astype(kept, copy=False), floor)
 
 
 def _scaled(metric: Metric, scale: float) -> Metric:
