@@ -276,11 +276,23 @@ def _in_doubles(slot: Slot, weights: TunedWeights) -> bool:
 
 
 def _delta(slot: Slot, weights: TunedWeights) -> np.ndarray:
-    """ΔW in a type that holds its squares."""
+    """ΔW in a type that holds its squares.
+
+    Raises
+    ------
+    DataError
+        If none does.
+    """
     delta = weights.read(slot.name)
-    narrow = delta.dtype != np.float64
-    if narrow and not squares_hold(largest_entry(delta), delta):
-        delta = delta.astype(np.float64)
+    largest = largest_entry(delta)
+    if squares_hold(largest, delta):
+        return delta
+    delta = delta.astype(np.float64)
+    if not squares_hold(largest, delta):
+        raise DataError(
+            f"{slot.name} differs by up to {largest:.3g}, whose square no type holds; scale both "
+            "checkpoints"
+        )
     return delta
 
 
