@@ -102,7 +102,7 @@ def of_few_entries(kind, rng, shape):
     if kind == "few rows":
         matrix[:20] = rng.standard_normal((20, n))
     elif kind == "rows in the middle":
-        matrix[100:164] = rng.standard_normal((64, n))
+        matrix[80:130] = rng.standard_normal((50, n))
     elif kind == "few columns":
         matrix[:, 7:27] = rng.standard_normal((m, 20))
     elif kind == "a tile":
@@ -121,8 +121,8 @@ def of_few_entries(kind, rng, shape):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("shape", [(300, 400), (384, 300), (300, 300)])
-@pytest.mark.parametrize("goal", [(8, 0.0), (16, 0.0), (32, 0.0), (None, 0.1), (None, 0.9)])
+@pytest.mark.parametrize("shape", [(150, 200), (192, 150)])
+@pytest.mark.parametrize("goal", [(8, 0.0), (32, 0.0), (None, 0.1)])
 @pytest.mark.parametrize(
     "kind",
     ["few rows", "rows in the middle", "few columns", "a tile", "one entry", "constant",
