@@ -117,6 +117,13 @@ def test_the_tables_of_crowds_are_what_was_measured():
     assert "\n".join(crowd_table(models["a layer of 8 B"]["rows"])) in page
 
 
+def test_the_table_of_peers_is_what_was_measured():
+    from tests.bench.peers import table
+
+    page = (ROOT / "benchmarks.md").read_text("utf-8")
+    assert "\n".join(table(json.loads((ROOT / "peers.json").read_text("utf-8")))) in page
+
+
 def test_the_table_of_commands_is_what_was_measured():
     from tests.bench.bench_commands import table
 

@@ -361,7 +361,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def main() -> None:
     """Measure, print the table, and keep the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--out", type=Path, default=Path("docs/peers.json"))
     parser.add_argument("--one", nargs=2, metavar=("JOB", "WAY"), help=argparse.SUPPRESS)
