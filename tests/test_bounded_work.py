@@ -2,7 +2,6 @@
 
 import json
 import time
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -20,16 +19,7 @@ from tests.adapters_fixtures import (
     lotr,
     write_lora,
 )
-
-
-def peak_of(call):
-    """Bytes allocated at most during a call."""
-    tracemalloc.start()
-    try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+from tests.memory import peak_of
 
 
 def factored(path, m, n, p, q, slices, r=1):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tracemalloc
 from concurrent.futures import (
     BrokenExecutor,
     Executor,
@@ -27,6 +26,7 @@ import lotrtensor as lt
 from adapters_fixtures import WEIGHTS, write_lora
 from lotrtensor.adapters.formats import publish
 from lotrtensor.packs import files, tasks
+from memory import peak_of
 from pack_fixtures import contents, dense_error, family
 
 
@@ -253,16 +253,6 @@ def test_an_executor_that_takes_no_work(pack):
     with pytest.raises(lt.FormatError, match="an adapter has the name 3"):
         pack.add_all({3: family(1)["user-0"]})
     assert contents(pack.path) == before
-
-
-def peak_of(work):
-    """Bytes that are allocated at most while something is done."""
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path, monkeypatch):

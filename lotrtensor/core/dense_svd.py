@@ -79,9 +79,8 @@ def _full(matrix: Array, wanted: int | None, tolerance: float) -> DenseSvd:
     kept = _kept(values, wanted, 0.0, tolerance)
     place = {"dtype": matrix.dtype, "device": device(matrix)}
     xp = namespace(matrix)
-    bases = (xp.asarray(np.ascontiguousarray(x), **place) for x in (left[:, :kept], right[:kept].T))
-    lefts, rights = bases
-    svd = SliceSvd(lefts, values[:kept], rights)
+    first, second = (np.ascontiguousarray(x) for x in (left[:, :kept], right[:kept].T))
+    svd = SliceSvd(xp.asarray(first, **place), values[:kept], xp.asarray(second, **place))
     return DenseSvd(svd, float(np.sum(values[kept:] ** 2)), converged=True)
 
 

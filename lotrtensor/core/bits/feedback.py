@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lotrtensor.core.bits.grid import ROUNDING
+from lotrtensor.core.bits.grid import round_to_grid
 from lotrtensor.core.bits.metric import Metric
 
 BLOCK = 64
@@ -95,7 +95,7 @@ class Feedback:
             target = whole[:, start:stop] + answer @ lost
             for i in range(stop - start):
                 x = target[:, i]
-                code = np.sign(x) * np.floor(np.abs(x) + ROUNDING)
+                code = round_to_grid(x, 1.0)
                 codes[:, start + i] = code
                 error = (x - code)[:, None, :]
                 target[:, i + 1 :] -= spread[:, i, i + 1 :, None] * error
