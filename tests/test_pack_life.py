@@ -23,7 +23,7 @@ import pytest
 import safetensors.numpy
 
 import lotrtensor as lt
-from adapters_fixtures import WEIGHTS, write_lora
+from adapters_fixtures import WEIGHTS, lotr, write_lora
 from lotrtensor.adapters.formats import publish
 from lotrtensor.packs import files, tasks
 from memory import peak_of
@@ -242,6 +242,16 @@ def test_what_a_worker_writes_too_late_harms_nothing(pack, tmp_path):
     pack.check()
     pack.remove("x")
     assert not list(pack.path.glob(".adding-*"))
+
+
+@pytest.mark.parametrize("words", [["pack", "-o", "new", "--tolerance", 0.3], ["add"], ["refit"]])
+def test_threads_that_are_none_are_refused(pack, words, monkeypatch):
+    monkeypatch.chdir(pack.path.parent)
+    before = contents(pack.path)
+    path = [] if words[0] == "pack" else [pack.path]
+    found = lotr(words[0], *path, write_lora(Path("one")), *words[1:], "--threads", 0)
+    assert found.code == 2 and "--threads" in found.err and "Traceback" not in found.err
+    assert contents(pack.path) == before and not Path("new").exists()
 
 
 def test_an_executor_that_takes_no_work(pack):

@@ -43,7 +43,9 @@ Adapters = Annotated[
 Tolerance = Annotated[
     float | None, typer.Option(help="Relative error that no adapter exceeds, each against its own.")
 ]
-Workers = Annotated[int | None, typer.Option(help="Threads; as many as processors if not given.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads; as many as processors if not given.")
+]
 Dask = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="Run on a Dask cluster that sees the files: tcp://…"),
