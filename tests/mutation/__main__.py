@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -19,24 +20,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from cosmic_ray.commands.init import _all_work_items
+from cosmic_ray.mutating import apply_mutation, mutate_code
+from cosmic_ray.plugins import get_operator
+from coverage import CoverageData
 
 CORE = Path("lotrtensor/core")
 LEFT_OUT = {CORE / "fit" / "tuning.py"}
 ROOT = Path(__file__).parents[2]
-MOST = 150
-"""Tests that are run on a change, at most: first those of a file named like the module."""
+BUDGET = 45.0
+"""Seconds of the tests that are run on a change: of a file named like the module, then the rest."""
 
 SLOWEST = 10.0
 """Times as long as without the change, and a minute: then a loop has become endless."""
 
-FAILED = 1
-"""pytest's exit code where a test failed; others say that it could not run them."""
+NOT_COPIED = (".git", ".venv*", "_build", "__pycache__", ".*_cache", ".hypothesis")
 
 
 class Mutation(NamedTuple):
@@ -52,8 +57,6 @@ class Mutation(NamedTuple):
 
 def mutations() -> Iterator[Mutation]:
     """All mutations of the core but those that are left out."""
-    from cosmic_ray.commands.init import _all_work_items
-
     for path in sorted(CORE.rglob("*.py")):
         if path in LEFT_OUT:
             continue
@@ -72,8 +75,9 @@ def drawn(every: Sequence[Mutation], count: int, seed: int) -> list[Mutation]:
     for own in every:
         places.setdefault((own.file, own.line, own.column), []).append(own)
     rng = random.Random(seed)
-    some = rng.sample(sorted(places), min(count, len(places)))
-    return [rng.choice(places[place]) for place in some]
+    order = sorted(places)
+    rng.shuffle(order)  # so that a larger sample holds the smaller one
+    return [rng.choice(places[place]) for place in order][:count]
 
 
 def annotated(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -88,68 +92,85 @@ def annotated(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     return found
 
 
-def reached(data: Path) -> dict[str, dict[int, list[str]]]:
-    """Tests that reach every line of every file of the core."""
-    from coverage import CoverageData
+class Recording(NamedTuple):
+    """Which tests reach a line of a file, and the seconds of every test that passed."""
 
+    lines: dict[str, dict[int, list[str]]]
+    seconds: dict[str, float]
+
+    def chosen(self, mutation: Mutation) -> list[str]:
+        """Tests of a line, quick ones first, those of a file named like the module before all."""
+        stem = Path(mutation.file).stem
+        lines = self.lines.get(mutation.file, {})
+        # A statement of several lines may be noted by its first.
+        noted = max((line for line in lines if line <= mutation.line), default=0)
+        # What runs when the module is imported belongs to no test, and so to all of the module.
+        reaching = lines.get(noted) or sorted(set(itertools.chain(*lines.values())))
+        known = [name for name in reaching if name in self.seconds]
+        known.sort(key=lambda name: (stem not in name.partition("::")[0], self.seconds[name], name))
+        totals = itertools.accumulate(self.seconds[name] for name in known)
+        return [name for name, total in zip(known, totals, strict=True) if total < BUDGET]
+
+
+def recorded(folder: Path, work: Path, tests: Sequence[str]) -> Recording:
+    """Run the tests once in a copy without a change, and read what was noted."""
+    data, report = work / "contexts", work / "passed.xml"
+    if not report.exists():
+        words = ["-n", "2", "--cov", "--cov-context=test", "--cov-report=",
+                 f"--junitxml={work / 'report.xml'}", *tests]  # fmt: skip
+        print(pytest(words, folder, COVERAGE_FILE=str(data))[1][-2000:], flush=True)
+        (work / "report.xml").replace(report)
     coverage = CoverageData(str(data))
     coverage.read()
-    found: dict[str, dict[int, list[str]]] = {}
+    lines: dict[str, dict[int, list[str]]] = {}
     for name in coverage.measured_files():
-        path = Path(name)
-        if path.is_relative_to(ROOT / CORE):
-            lines = coverage.contexts_by_lineno(name)
-            own = {line: sorted({c.rpartition("|")[0] for c in contexts if c})
-                   for line, contexts in lines.items()}  # fmt: skip
-            found[str(path.relative_to(ROOT))] = own
-    return found
+        if (path := Path(name)).is_relative_to(folder / CORE):
+            lines[str(path.relative_to(folder))] = {
+                line: sorted({context.rpartition("|")[0] for context in own if context})
+                for line, own in coverage.contexts_by_lineno(name).items()
+            }
+    cases = [case for case in ElementTree.parse(report).iter("testcase") if not len(case)]
+    return Recording(lines, {identity(case): float(case.get("time", 0)) for case in cases})
 
 
-def record(data: Path, tests: Sequence[str]) -> None:
-    """Run the tests once, and note which of them reaches which line."""
-    words = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--cov=lotrtensor/core",
-             "--cov-context=test", "--cov-report=", *tests]  # fmt: skip
-    environment = os.environ | {"COVERAGE_FILE": str(data)}
-    subprocess.run(words, cwd=ROOT, env=environment, check=True)
+def identity(case: ElementTree.Element) -> str:
+    """What pytest calls a test of its report: ``tests/test_x.py::test_y[z]``."""
+    return f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
 
 
-def chosen(mutation: Mutation, tests: Sequence[str]) -> list[str]:
-    """Some of the tests that reach a line, those whose files are named like the module first."""
-    stem = Path(mutation.file).stem
-    ranked = sorted(tests, key=lambda name: (stem not in name.partition("::")[0], name))
-    return ranked[:MOST]
-
-
-def ran(tests: Sequence[str], folder: Path, limit: float | None = None) -> tuple[int, float]:
-    """pytest's exit code, and its seconds."""
-    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p",
-             "no:xdist", "--no-header", *tests]  # fmt: skip
-    told = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    started = time.monotonic()
-    found = subprocess.run(
-        words, cwd=folder, env=os.environ | told, capture_output=True, timeout=limit, check=False
+def pytest(
+    words: Sequence[str], folder: Path, limit: float | None = None, **told: str
+) -> tuple[int, str]:
+    """pytest's exit code, and what it says."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
+    told |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *words],
+        cwd=folder,
+        env=os.environ | told,
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        check=False,
     )
-    return found.returncode, time.monotonic() - started
+    return done.returncode, done.stdout + done.stderr
 
 
-def outcome(mutation: Mutation, tests: Sequence[str], folder: Path) -> str:
+def outcome(mutation: Mutation, recording: Recording, folder: Path) -> str:
     """Whether a mutation is killed, survives, is not reached, or could not be tried."""
-    from cosmic_ray.mutating import apply_mutation
-    from cosmic_ray.plugins import get_operator
-
+    tests = recording.chosen(mutation)
     if not tests:
         return "not reached"
-    own = chosen(mutation, tests)
-    code, seconds = ran(own, folder)
-    if code:
-        return f"not tried: without the change pytest ends with {code}"
     path = folder / mutation.file
     before = path.read_text("utf-8")
+    limit = 60 + SLOWEST * sum(recording.seconds[name] for name in tests)
     try:
         operator = get_operator(mutation.operator)(**mutation.arguments)
         apply_mutation(path, operator, mutation.occurrence)
-        code, _ = ran(own, folder, 60 + SLOWEST * seconds)
-        return {0: "survived", FAILED: "killed"}.get(code, f"not tried: pytest ends with {code}")
+        code, said = pytest(["-x", "-p", "no:xdist", *tests], folder, limit)
+        if "ERROR: not found" in said:
+            return "not tried: pytest finds a test no more"
+        return "killed" if code else "survived"
     except subprocess.TimeoutExpired:
         return "killed"
     finally:
@@ -158,9 +179,6 @@ def outcome(mutation: Mutation, tests: Sequence[str], folder: Path) -> str:
 
 def difference(mutation: Mutation) -> str:
     """The changed line, before and after."""
-    from cosmic_ray.mutating import mutate_code
-    from cosmic_ray.plugins import get_operator
-
     before = Path(mutation.file).read_text("utf-8")
     operator = get_operator(mutation.operator)(**mutation.arguments)
     after = mutate_code(before, operator, mutation.occurrence) or before
@@ -189,11 +207,6 @@ def main() -> None:
     # Of what stood there before nothing holds once code or tests have changed.
     work = options.work / state()
     work.mkdir(parents=True, exist_ok=True)
-    data = work / "contexts"
-    if not data.exists():
-        record(work / "recording", options.tests)
-        (work / "recording").replace(data)
-    tests = reached(data)
     every = list(mutations())
     log = work / "outcomes.jsonl"
     known = dict(map(json.loads, log.read_text().splitlines())) if log.exists() else {}
@@ -201,18 +214,15 @@ def main() -> None:
     for i in range(options.processes):
         folder = work / f"copy-{i}"
         shutil.rmtree(folder, ignore_errors=True)
-        for name in ("lotrtensor", "tests", "docs", "examples"):
-            shutil.copytree(ROOT / name, folder / name, symlinks=True)
-        for name in ("pyproject.toml", "README.md", "Makefile"):
-            shutil.copy(ROOT / name, folder / name)
+        shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
         folders.put(folder)
+    recording = recorded(folder, work, options.tests)
 
     def run(mutation: Mutation) -> tuple[Mutation, str]:
         key = json.dumps(mutation)
         if key not in known:
             folder = folders.get()
-            own = tests.get(mutation.file, {}).get(mutation.line, [])
-            known[key] = outcome(mutation, own, folder)
+            known[key] = outcome(mutation, recording, folder)
             folders.put(folder)
             with log.open("a") as file:
                 file.write(json.dumps([key, known[key]]) + "\n")
@@ -225,7 +235,7 @@ def main() -> None:
     killed = sum(what == "killed" for _, what in tried)
     left = [
         {"file": m.file, "line": m.line, "outcome": what, "change": difference(m)}
-        for m, what in sorted(found)
+        for m, what in sorted(found, key=lambda pair: (pair[0].file, pair[0].line))
         if what != "killed"
     ]
     document = {
