@@ -62,8 +62,7 @@ def prices_in_bits(
     """
     norm2 = sum(group.norm2 for group in groups)
     prices: Prices = {"both": [], "private": [], "shared": []}
-    for i in range(OCTAVES * GRIDS):
-        step = coarsest * 2.0 ** (-i / GRIDS)
+    for step in grids(coarsest):
         predicted = each(partial(StackInBits.predictions, step=step), groups)
         for parts, found in prices.items():
             size = overhead + CODER * sum(prediction[parts].bits for prediction in predicted) / 8
@@ -74,6 +73,11 @@ def prices_in_bits(
         if all(found[-1].bytes > largest for found in prices.values()):
             break
     return prices
+
+
+def grids(coarsest: float) -> list[float]:
+    """Steps from the coarsest on, falling."""
+    return [coarsest * 2.0 ** (-i / GRIDS) for i in range(OCTAVES * GRIDS)]
 
 
 CODER = 1.02

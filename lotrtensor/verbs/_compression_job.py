@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, SourceRecord
@@ -26,8 +26,10 @@ from lotrtensor.verbs._alternatives import (
     PriceInBits,
     Prices,
     alternatives,
+    grids,
     prices_in_bits,
 )
+from lotrtensor.verbs._edge import edge, over
 from lotrtensor.verbs._fit_groups import Progress
 from lotrtensor.verbs._goals import Asked, groups_goal
 from lotrtensor.verbs._sources import SourceGroup, lora_groups, source_group
@@ -187,20 +189,20 @@ class CompressionJob:
         prices = self.prices(price.bytes)
         return alternatives(stacks, ranks, self.lora.dtype.itemsize, price, prices)
 
-    def solve(self, crossed: Callable[[float], bool]) -> tuple[float, float]:
-        """Neighbouring steps between which ``crossed`` turns true, as it does at coarse ones."""
+    @cached_property
+    def marks(self) -> list[float]:
+        """Steps to search between, from coarse to fine: those of `prices`, and the finest."""
         # No entry of a column exceeds its norm, and codes are integers of 16 bits.
-        low, high = self.reach / LARGEST_CODE, self.coarsest
-        while high > low * (1.0 + FINEST):
-            middle = math.sqrt(low * high)
-            low, high = (low, middle) if crossed(middle) else (middle, high)
-        return low, high
+        finest = self.reach / LARGEST_CODE
+        return [*(step for step in grids(self.coarsest) if step > finest), finest]
 
-    def _loses_more(self, tolerance: float, step: float) -> bool:
-        return self.predict(step)[1] > tolerance
+    def _coarsest_within(self, tolerance: float) -> float:
+        """The coarsest step of at most this error, as predicted."""
+        return edge(lambda step: over(self.predict(step)[1], tolerance), self.marks[::-1])
 
-    def _takes_no_more(self, size: float, step: float) -> bool:
-        return self.predict(step)[0] <= size
+    def _finest_of(self, size: float) -> float:
+        """The finest step of at most so many bytes of codes, as predicted."""
+        return edge(lambda step: over(self.predict(step)[0], size), self.marks)
 
     def within_tolerance(self, tolerance: float) -> CompressedAdapter:
         """The smallest file found of at most this error."""
@@ -215,7 +217,7 @@ class CompressionJob:
         """The smallest file of at most this error that the predictions lead to."""
         best, target, error, coarser, before = None, tolerance, 0.0, math.inf, 0.0
         for _ in range(TRIES):
-            step, _ = self.solve(partial(self._loses_more, target))
+            step = self._coarsest_within(target)
             # Where ranks jump, other targets lead to one step: it is left behind by itself.
             step = step if step < coarser else coarser / NUDGE
             if step == before:
@@ -255,7 +257,7 @@ class CompressionJob:
             )
         best, target, finer, coarser = smallest, float(budget), 0.0, self.coarsest
         for _ in range(TRIES):
-            _, step = self.solve(partial(self._takes_no_more, target))
+            step = self._finest_of(target)
             if not finer < step < coarser:  # a model of normal columns knows no short ones
                 step = math.sqrt(finer * coarser) if finer else coarser / NUDGE
             if coarser <= NUDGE * finer:
@@ -290,9 +292,6 @@ NUDGE = 1.01
 MANY = 2**22
 """Numbers of an adapter below which its groups are gone through one by one: a pool of threads and
 its switches cost what they spare."""
-
-FINEST = 1e-5
-"""Steps nearer than this share are one."""
 
 SPARE = 0.99
 """Share of a budget or tolerance that has to be used."""

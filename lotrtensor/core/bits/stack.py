@@ -36,7 +36,7 @@ from lotrtensor.core.bits.terms import (
     slope,
 )
 from lotrtensor.core.fit.reduced_stack import ReducedStack
-from lotrtensor.core.fit.reduction import reduce_stack
+from lotrtensor.core.fit.reduction import Reduction, reduce_stack
 from lotrtensor.core.slice_svd import SliceSvd, slice_svds
 from lotrtensor.core.stacks.low_rank import LowRankStack
 
@@ -116,11 +116,9 @@ class StackInBits:
         self.svds: Sequence[SliceSvd] = slice_svds(stack)
         self.norm2 = float(sum(np.sum(svd.values**2) for svd in self.svds))
         if parts != "private":
-            reduced = self._reduced
+            # The bases take long; they are needed only where a shared part is tried.
+            reduced = self._reduced if parts == "shared" else _without_bases(stack)
             self.squares = CoreSquares.of(reduced.core_sums2, stack.shape[0])
-            if parts == "both":
-                # The bases are large; they are needed again only where a shared part is tried.
-                del self._reduced
 
     def restricted(self, parts: Parts) -> StackInBits:
         """The same stack, decomposed already, of one of the parts that it may have here."""
@@ -305,6 +303,11 @@ class StackInBits:
             [s.values for s in svds], [self.sides] * len(svds), step, self.width
         )[0]
         return QuantisedStack(shared, private, value_dtype), lost, bits
+
+
+def _without_bases(stack: LowRankStack) -> ReducedStack:
+    small = stack.reduce_without_bases()
+    return ReducedStack(small, Reduction("exact", None, small, None, to_numpy(small.norms2())))
 
 
 NEAR = 1.03

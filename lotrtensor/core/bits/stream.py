@@ -34,7 +34,8 @@ def kinds_of(columns: Sequence[np.ndarray]) -> np.ndarray:
     columns : sequence of ndarray of int
         Codes; a column of zeros is of kind −128.
     """
-    squares = np.array([np.mean(np.square(c, dtype=np.float64)) for c in columns], dtype=float)
+    wide = (column.astype(np.float64) for column in columns)
+    squares = np.array([column @ column / max(1, len(column)) for column in wide], dtype=float)
     kinds = np.full(len(columns), -128, dtype=np.int8)
     some = squares > 0
     kinds[some] = np.clip(np.round(np.log2(squares[some])), -60, 60).astype(np.int8)
@@ -50,7 +51,9 @@ def entropy_bits(columns: Sequence[np.ndarray]) -> float:
     bits = 0.0
     for column in columns:
         low = _low(column)
-        _, counts = np.unique(column >> low, return_counts=True)
+        leading = column >> low
+        counts = np.bincount(leading - np.min(leading, initial=0))
+        counts = counts[counts > 0]
         bits += low * column.size - float(np.sum(counts * np.log2(counts / column.size)))
     return bits
 
@@ -153,7 +156,7 @@ _LEADING_BITS = 7
 
 def _low(codes: np.ndarray) -> int:
     """How many low bits of codes stand apart."""
-    largest = int(np.max(np.abs(codes.astype(np.int32)), initial=0))
+    largest = max(int(np.max(codes, initial=0)), -int(np.min(codes, initial=0)))
     return max(0, largest.bit_length() - _LEADING_BITS)
 
 
@@ -169,15 +172,22 @@ def _together(largest: int) -> int:
 
 def _symbols(codes: np.ndarray, largest: int, together: int) -> bytes:
     """Return codes as bytes, ``together`` to each: digits of a number, the first the lowest."""
-    padded = np.pad(codes + largest, (0, -len(codes) % together), constant_values=largest)
-    powers = (2 * largest + 1) ** np.arange(together)
-    return (padded.reshape(-1, together) @ powers).astype(np.uint8).tobytes()
+    digits = np.full(-(-len(codes) // together) * together, largest, dtype=np.uint8)
+    digits[: len(codes)] = codes + largest
+    columns = digits.reshape(-1, together).T
+    symbols: np.ndarray = columns[-1].copy()
+    for column in columns[-2::-1]:
+        symbols *= np.uint8(2 * largest + 1)
+        symbols += column
+    return symbols.tobytes()
 
 
 def _low_bits(codes: np.ndarray, low: int) -> bytes:
     """Return the ``low`` lowest bits of every code, which no coder makes fewer."""
-    planes = codes[:, None] >> np.arange(low) & 1
-    return np.packbits(planes.astype(np.uint8)).tobytes()
+    planes = np.empty((len(codes), low), dtype=np.uint8)
+    for bit in range(low):
+        planes[:, bit] = codes >> bit & 1
+    return np.packbits(planes).tobytes()
 
 
 def _codes(content: bytes, count: int, largest: int, low: int) -> np.ndarray:
