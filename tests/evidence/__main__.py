@@ -18,7 +18,7 @@ import torch
 from transformers import logging
 
 from tests.evidence import after, training
-from tests.evidence.tables import after_table, read, tasks_table, training_table
+from tests.evidence.tables import after_table, read, repeated, tasks_table, training_table
 from tests.evidence.tasks import TASKS, load_task
 
 RESULTS = Path("docs/evidence")
@@ -33,6 +33,10 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training")
+    parser.add_argument(
+        "--methods", nargs="+", choices=training.CONFIGS, default=list(training.CONFIGS),
+        help="of training",
+    )  # fmt: skip
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -49,7 +53,8 @@ def main() -> None:
                 if row["task"] == name
             }
             task = load_task(name, options.cache)
-            more = {"seeds": options.seeds} if part == "training" else {}
+            more = {"seeds": options.seeds, "methods": options.methods}
+            more = more if part == "training" else {}
             for cell in PARTS[part](task, options.cache, known, path, **more):
                 line = json.dumps({"task": name} | cell)
                 with path.open("a") as file:
@@ -59,7 +64,8 @@ def main() -> None:
     if "after" in options.parts and cells:
         print("\n".join([*after_table(cells), "", *tasks_table(cells)]))
     if "training" in options.parts:
-        print("\n".join(training_table(read(options.out / "training.jsonl"))))
+        trained = read(options.out / "training.jsonl")
+        print("\n".join([*training_table(trained), "", *training_table(repeated(trained))]))
 
 
 if __name__ == "__main__":

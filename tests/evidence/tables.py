@@ -104,22 +104,36 @@ BASELINE = "LoRA 1"
 """What methods of training are compared with."""
 
 
-def training_table(cells: list[Cell], baseline: str = BASELINE) -> list[str]:
-    """A line a method by its trained numbers: means over the tasks and seeds that all have.
+Runs = dict[tuple[str, int], Cell]
+"""The cells of one method, by task and seed; such a pair is a task of its own to `differences`."""
 
-    A pair of a task and a seed is a task of its own to `differences`.
-    """
-    rows = [
-        cell | {"task": (cell["task"], cell["seed"])} for cell in cells if cell["seed"] != "tuning"
-    ]
-    methods = dict.fromkeys(cell["method"] for cell in rows)
-    by_method = {m: {c["task"]: c for c in rows if c["method"] == m} for m in methods}
+
+def runs_by_method(cells: list[Cell]) -> dict[str, Runs]:
+    """The runs of every method, without those that tuned it."""
+    found: dict[str, Runs] = {}
+    for cell in cells:
+        if cell["seed"] != "tuning":
+            pair = cell["task"], cell["seed"]
+            found.setdefault(cell["method"], {})[pair] = cell | {"task": pair}
+    return found
+
+
+def repeated(cells: list[Cell], baseline: str = BASELINE) -> list[Cell]:
+    """The cells of the methods that have every task and seed that the baseline has."""
+    by_method = runs_by_method(cells)
+    wanted = set(by_method.get(baseline, {}))
+    return [cell for cell in cells if wanted <= set(by_method.get(cell["method"], {}))]
+
+
+def training_table(cells: list[Cell], baseline: str = BASELINE) -> list[str]:
+    """A line a method by its trained numbers: means over the tasks and seeds that all have."""
+    by_method = runs_by_method(cells)
     shared = set.intersection(*(set(own) for own in by_method.values())) if by_method else set()
     lines = [
         f"| method | trained numbers | rate | accuracy | from {baseline}, points |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name in sorted(methods, key=lambda m: next(iter(by_method[m].values()))["numbers"]):
+    for name in sorted(by_method, key=lambda m: next(iter(by_method[m].values()))["numbers"]):
         some = [by_method[name][key] for key in sorted(shared)]
         if not some:
             continue

@@ -135,17 +135,18 @@ def cells(
     known: set[tuple[str, ...]],
     results: Path,
     seeds: Sequence[int] = (0, 1, 2),
+    methods: Sequence[str] = tuple(CONFIGS),
 ) -> Iterator[dict[str, Any]]:
     """Tune where the rates are tuned, then train and score what is not yet known."""
     if task.name == TUNED_ON:
-        for method in CONFIGS:
+        for method in methods:
             for rate in RATES:
                 if (method, "tuning", str(rate)) not in known:
                     key = {"method": method, "seed": "tuning", "rate": rate}
                     yield key | tune(task, cache, method, rate)
     rates = best_rates(read(results))
     for seed in seeds:
-        for method in CONFIGS:
+        for method in methods:
             rate = rates.get(method)
             if rate is None:
                 raise ValueError(f"the rates are tuned on {TUNED_ON}: run that task first")
