@@ -125,6 +125,17 @@ def test_a_stream_of_another_length_is_refused():
             stream.unpack(damaged, kinds, [length])
 
 
+@pytest.mark.parametrize("columns", [[np.array([3, -1, 0, 2] * 10)], [np.arange(-300, 300)]])
+def test_a_byte_too_many_within_a_stream_is_refused(columns):
+    """Told of by its header, so that all that comes after it is where it should be."""
+    kinds = stream.kinds_of(columns)
+    content = stream.pack(columns, kinds)
+    kind, largest, together, low, size = stream._HEADER.unpack_from(content)
+    header = stream._HEADER.pack(kind, largest, together, low, size + 1)
+    with pytest.raises(FormatError, match="fetch the file again"):
+        stream.unpack(header + content[stream._HEADER.size :] + b"\0", kinds, [len(columns[0])])
+
+
 # --- columns of one width
 
 

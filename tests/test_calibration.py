@@ -346,6 +346,13 @@ def test_values_beyond_half_precision_are_kept_in_single(lora, batches):
     kept = lt.compress(lora, budget="60%", calibration=calibration)
     assert np.isfinite(kept.relative_error)
     assert kept.weighted_error < 0.5
+    assert kept.groups[0].stack.value_dtype == np.float32
+
+
+def test_values_of_usual_size_are_kept_in_half_precision(lora, batches):
+    calibration = lotr.calibrate(Model(""), lora, batches)
+    kept = lt.compress(lora, budget="30%", calibration=calibration)
+    assert {group.stack.value_dtype.name for group in kept.groups} == {"float16"}
 
 
 class WithoutGradients(Model):
