@@ -3,8 +3,9 @@
 ``python -m tests.mutation`` (``pip install '.[mutation]'``) draws places of ``lotrtensor/core``
 where cosmic-ray knows a change, and one change of each, runs on each the tests that reach the
 changed line, as coverage tells, and writes the share that was killed and all that survived into
-``docs/mutation.json``. Stopped, it goes on where it was. Annotations and `fit.tuning`, whose
-numbers change time and not results, are left out.
+``docs/mutation.json``, where a verdict on each that was written by hand is kept: many change no
+result, or only the time it takes. Stopped, it goes on where it was. Annotations and `fit.tuning`,
+whose numbers change time and not results, are left out.
 """
 
 from __future__ import annotations
@@ -186,6 +187,16 @@ def difference(mutation: Mutation) -> str:
     return next((f"{a.strip()}  →  {b.strip()}" for a, b in pairs if a != b), "")
 
 
+IMMATERIAL = ("equal", "time")
+"""How the verdict begins on what changes no result, or only how long it takes to come."""
+
+
+def verdicts(path: Path) -> dict[tuple[str, str], str]:
+    """What was said by hand of changes that survived, by file and change."""
+    known = json.loads(path.read_text("utf-8"))["left"] if path.exists() else []
+    return {(entry["file"], entry["change"]): entry.get("verdict", "") for entry in known}
+
+
 def state() -> str:
     """What tells this code and these tests from others."""
     found = hashlib.sha256()
@@ -233,21 +244,26 @@ def main() -> None:
         found = list(pool.map(run, drawn(every, options.sample, options.seed)))
     tried = [(own, what) for own, what in found if not what.startswith("not tried")]
     killed = sum(what == "killed" for _, what in tried)
+    judged = verdicts(options.json)
     left = [
         {"file": m.file, "line": m.line, "outcome": what, "change": difference(m)}
+        | {"verdict": judged.get((m.file, difference(m)), "")}
         for m, what in sorted(found, key=lambda pair: (pair[0].file, pair[0].line))
         if what != "killed"
     ]
+    immaterial = sum(entry["verdict"].startswith(IMMATERIAL) for entry in left)
     document = {
         "command": f"python -m tests.mutation --sample {options.sample} --seed {options.seed}",
         "mutations": len(every),
         "sample": len(found),
         "tried": len(tried),
         "killed": killed,
+        "immaterial": immaterial,
         "left": left,
     }
     options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    print(f"{killed} of {len(tried)} killed ({killed / len(tried):.1%})")
+    material = len(tried) - immaterial
+    print(f"{killed} of {len(tried)} killed, of {material} material ({killed / material:.1%})")
 
 
 if __name__ == "__main__":
