@@ -162,6 +162,28 @@ def test_ordinary_adapters_have_the_scale_one(tmp_path):
         assert {group.scale for group in lt.convert(lt.load(path), rank=4).groups} == {1.0}
 
 
+@pytest.mark.parametrize("scale", [1e-280, 1e-100, 1e100, 1e280])
+def test_arrays_whose_squares_no_type_holds_are_decomposed_all_the_same(scale):
+    """As long as the numbers themselves are normal ones."""
+    slices = np.random.default_rng(0).standard_normal((4, 8, 7))
+    usual, far = lt.tucker2(slices, 3), lt.tucker2(scale * slices, 3)
+    assert far.relative_error == pytest.approx(usual.relative_error, rel=1e-9)
+    dense = np.einsum("ip,kpq,jq->kij", far.tucker2.left, far.tucker2.core, far.tucker2.right)
+    lost = np.linalg.norm(dense / scale - slices) / np.linalg.norm(slices)
+    assert lost == pytest.approx(far.relative_error, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+def test_small_values_of_terms_are_not_kept_in_half_precision(tmp_path, scale):
+    adapter = lt.load(write_lora(tmp_path / "x", pairs(scale, scale)))
+    found = lt.compress(adapter, tolerance=0.3, form="lora")
+    assert found.relative_error <= 0.3
+    smallest = min(float(group.stack.private[0].values.min()) for group in found.groups)
+    kept = "float32" if smallest < 1e-2 else "float16"
+    assert (smallest < 1e-2) == (scale < 1.0)
+    assert {group.stack.value_dtype.name for group in found.groups} == {kept}
+
+
 @pytest.mark.parametrize("scale", [1e80, 1e-80])
 def test_float64_beyond_any_square_is_refused_by_name(tmp_path, scale):
     path = write_lora(tmp_path / "x", pairs(scale, scale, "float64"), dtype="float64")

@@ -203,3 +203,11 @@ def test_leading_directions_hold_their_share_and_do_not_depend_on_the_gauge(case
             for side in (0, 1):
                 found = overlaps([space[side], leading_subspaces(other)[side]])
                 assert found[0, 1] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_zero_slice_has_no_direction():
+    case = make("zero_slice", 0, 6, 5, [2, 2, 2, 2])
+    zero = [not dense.any() for dense in case.dense()]
+    found = [leading_subspaces(svd) for svd in slice_svds(case.stack())]
+    assert any(zero)
+    assert [space.left.shape[1] == space.right.shape[1] == 0 for space in found] == zero
