@@ -125,6 +125,17 @@ def test_a_stream_of_another_length_is_refused():
             stream.unpack(damaged, kinds, [length])
 
 
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_stream_that_is_told_to_be_of_another_kind_is_refused(shift):
+    codes = np.arange(-20, 20)
+    kinds = stream.kinds_of([codes])
+    content = stream.pack([codes], kinds)
+    kind, *rest = stream._HEADER.unpack_from(content)
+    changed = stream._HEADER.pack(kind + shift, *rest) + content[stream._HEADER.size :]
+    with pytest.raises(FormatError, match="are damaged"):
+        stream.unpack(changed, kinds, [40])
+
+
 @pytest.mark.parametrize("columns", [[np.array([3, -1, 0, 2] * 10)], [np.arange(-300, 300)]])
 def test_a_byte_too_many_within_a_stream_is_refused(columns):
     """Told of by its header, so that all that comes after it is where it should be."""

@@ -181,6 +181,15 @@ def test_leading_vectors_come_first(xp, squared, rows, columns, kept):
     assert np.linalg.norm(x.T @ plain, axis=0) == pytest.approx(expected[:kept], abs=1e-12)
 
 
+def test_few_vectors_of_a_large_gram_matrix_are_those_of_the_matrix():
+    """SciPy is asked for these alone there."""
+    x = np.random.default_rng(0).standard_normal((1002, 12)) * np.arange(12, 0, -1)
+    vectors, values = leading_left(x, 4, squared=True)
+    left, expected, _ = np.linalg.svd(x, full_matrices=False)
+    np.testing.assert_allclose(values, expected[:4], rtol=1e-10)
+    np.testing.assert_allclose(np.abs(vectors.T @ left[:, :4]), np.eye(4), atol=1e-8)
+
+
 def test_vectors_beyond_the_rank_are_orthonormal_too(xp):
     """One column beside rows of rounding and columns of zeros: no two completed vectors align."""
     for seed in range(150):
