@@ -535,6 +535,19 @@ def test_a_file_in_which_nothing_is_left_is_warned_of(bundled, tmp_path):
     assert not any(module.B.any() for module in small.to_lora().modules)
 
 
+def test_an_adapter_too_large_for_shared_factors_has_terms_alone(monkeypatch, bundled):
+    """And says so; a form that was asked for is tried whatever it takes."""
+    monkeypatch.setattr("lotrtensor.verbs._compress.SHARING_FLOPS", 1.0)
+    with pytest.warns(lt.LotrWarning, match="shared factors"):
+        found = lt.compress(bundled, budget="10%")
+    terms = lt.compress(bundled, budget="10%", form="lora")
+    assert found.file_bytes == terms.file_bytes
+    assert found.relative_error == terms.relative_error
+    assert not found.alternatives
+    shared = lt.compress(bundled, budget="10%", form="lotr")
+    assert any(min(group.stack.shared_ranks) for group in shared.groups)
+
+
 def test_groups_at_once_make_the_same_bytes(monkeypatch, bundled):
     """Large adapters are worked on group beside group."""
     expected = [lt.compress(bundled, **goal) for goal in ({"budget": "10%"}, {"tolerance": 0.3})]

@@ -14,6 +14,7 @@ from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.sizes import budget_bytes
 from lotrtensor.core.bits.grid import check_width
 from lotrtensor.core.bits.stack import Parts
+from lotrtensor.core.fit.reduction import thin_flops
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank, make_goal
 from lotrtensor.core.threads import on_one_thread
@@ -21,6 +22,7 @@ from lotrtensor.errors import DataError, LotrWarning, OptionError, RankError
 from lotrtensor.verbs._compression_job import compression_job
 from lotrtensor.verbs._fit_groups import Progress
 from lotrtensor.verbs._metrics import metrics_of
+from lotrtensor.verbs._sources import lora_groups
 
 Form = Literal["auto", "lotr", "lora"]
 
@@ -96,7 +98,8 @@ def compress(
     Warns
     -----
     LotrWarning
-        If nothing of the updates is left at this size.
+        If nothing of the updates is left at this size, or if the adapter is so large that ``auto``
+        takes terms of single modules without a look at shared factors.
 
     Notes
     -----
@@ -130,8 +133,17 @@ def compress(
     if calibration is not None:
         _check_calibrated(calibration, form, width, budget)
         metrics = metrics_of(lora, calibration)
+    parts = PARTS[form]
+    if parts == "both" and metrics is None and _sharing_flops(lora, group_by) > SHARING_FLOPS:
+        parts = "private"
+        warnings.warn(
+            "to try shared factors on an adapter of this size would take long: terms of single "
+            "modules alone were taken; form 'lotr' takes shared factors",
+            LotrWarning,
+            stacklevel=2,
+        )
     job = compression_job(
-        lora, PARTS[form], width, group_by, progress, source, metrics=metrics, at_once=True
+        lora, parts, width, group_by, progress, source, metrics=metrics, at_once=True
     )
     if goal.rank:
         found = job.of_rank(goal.rank, rank)
@@ -147,10 +159,19 @@ def compress(
             stacklevel=2,
         )
     # A form or width that was asked for is not one way among several.
-    asked = form != "auto" or width is not None or metrics is not None
+    asked = parts != "both" or width is not None or metrics is not None
     if asked:
         return replace(found, weighted_error=job.weighted_error(found))
     return replace(found, alternatives=job.alternatives(found))
+
+
+SHARING_FLOPS = 1e13
+"""Estimated cost of what shared factors ask for up to which they are tried, some minutes."""
+
+
+def _sharing_flops(lora: LoraAdapter, group_by: str) -> float:
+    groups = lora_groups(lora, group_by)
+    return sum(thin_flops(*own[0].shape, sum(m.rank for m in own)) for _, own in groups)
 
 
 def _check_calibrated(

@@ -76,9 +76,14 @@ def exact_flops(stack: SliceStack) -> float:
     slices, m, n = stack.shape
     a, b = stack.max_rank
     if isinstance(stack, LowRankStack):
-        rho = sum(stack.ranks)
-        return 4.0 * (m * a + n * b) * rho + 60.0 * (a * a + b * b) * rho
+        return thin_flops(m, n, sum(stack.ranks))
     return 8.0 * slices * m * n * (a + b) + 20.0 * (a**3 + b**3)
+
+
+def thin_flops(m: int, n: int, rho: int) -> float:
+    """`exact_flops` of thin factors of m × n slices whose ranks sum to ``rho``."""
+    a, b = min(m, rho), min(n, rho)
+    return 4.0 * (m * a + n * b) * rho + 60.0 * (a * a + b * b) * rho
 
 
 def reduce_stack(
