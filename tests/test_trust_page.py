@@ -1,5 +1,6 @@
 """The page of promises names tests that are there."""
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -36,3 +37,18 @@ def test_there_are_at_least_as_many_tests_as_it_says(request):
         files = re.findall(r"`(tests/\w+\.py)`", kept_by)
         if all(collected[name] for name in files):
             assert sum(collected[name] for name in files) >= int(count), promise
+
+
+def test_what_it_says_of_mutations_and_faults_is_what_was_recorded():
+    page = " ".join((ROOT / "docs/trust.md").read_text("utf-8").split())
+    found = json.loads((ROOT / "docs/mutation.json").read_text("utf-8"))
+    left = [entry["verdict"].partition(":")[0] for entry in found["left"]]
+    material = found["tried"] - found["immaterial"]
+    assert material == found["killed"] + left.count("tested since") + left.count("gap")
+    assert f"Of {found['tried']} changes, drawn at random, {found['killed']} were noticed" in page
+    assert f"So {found['killed']} of {material} were noticed" in page
+    assert f"{left.count('tested since')} more have a test since" in page
+    faults = json.loads((ROOT / "docs/faults.json").read_text("utf-8"))
+    assert f"Of {faults['points']:,} points none did otherwise" in page
+    for row in faults["commands"]:
+        assert f"| {row['command']} | {row['points']} | {len(row['failures'])} |" in page
