@@ -466,3 +466,23 @@ def test_a_zero_column_of_any_kind_is_refused():
         stream.unpack_nonzero(content, np.zeros(1, np.int8), [2])
     with pytest.raises(FormatError, match="is zero"):
         stream.unpack_nonzero(b"", np.full(1, stream.ZERO, np.int8), [2**22])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("gauge", [1.0, 1e-9, 1e9])
+def test_squares_of_cores_do_not_depend_on_how_a_slice_is_written(gauge, dtype):
+    """(g B)(A / g) is the same slice: its part of a Gram matrix of all columns would be lost."""
+    rng = np.random.default_rng(0)
+    pairs = [(rng.normal(size=(60, 3)), rng.normal(size=(3, 40))) for _ in range(4)]
+    dense = np.stack([b @ a for b, a in pairs])
+    left = np.linalg.svd(np.hstack(list(dense)))[0][:, :12]
+    right = np.linalg.svd(np.hstack(list(dense.transpose(0, 2, 1))))[0][:, :12]
+    expected = np.sum((left.T @ dense @ right) ** 2, axis=0)
+    scales = [gauge, 1.0, gauge, 1.0]
+    stack = LowRankStack(
+        [(g * b).astype(dtype) for g, (b, _) in zip(scales, pairs, strict=True)],
+        [(a / g).astype(dtype) for g, (_, a) in zip(scales, pairs, strict=True)],
+    )
+    for parts in ("both", "shared"):
+        found = StackInBits(stack, parts).squares.sums2
+        np.testing.assert_allclose(found, expected, atol=1e-5 * expected.sum())

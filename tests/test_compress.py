@@ -537,7 +537,7 @@ def test_a_file_in_which_nothing_is_left_is_warned_of(bundled, tmp_path):
 
 def test_an_adapter_too_large_for_shared_factors_has_terms_alone(monkeypatch, bundled):
     """And says so; a form that was asked for is tried whatever it takes."""
-    monkeypatch.setattr("lotrtensor.verbs._compress.SHARING_FLOPS", 1.0)
+    monkeypatch.setattr("lotrtensor.verbs._compression_job.SHARING_FLOPS", 1.0)
     with pytest.warns(lt.LotrWarning, match="shared factors"):
         found = lt.compress(bundled, budget="10%")
     terms = lt.compress(bundled, budget="10%", form="lora")

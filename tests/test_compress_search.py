@@ -1,12 +1,14 @@
 """The search for a size or an error: small adapters, where the index is most of the file."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lotrtensor as lt
+from lotrtensor.verbs._compression_job import CompressionJob, compression_job
 
 SEEDS = st.integers(0, 10**6)
 
@@ -87,3 +89,31 @@ def test_a_budget_that_the_codes_do_not_fill_is_used_all_the_same():
     made = lt.compress(adapter, budget=1440)
     assert made.file_bytes <= 1440
     assert made.relative_error < 0.02
+
+
+def test_a_target_within_a_jump_of_the_predictions_takes_few_files(monkeypatch):
+    """A step finer by one in a hundred does what no target of the predictions leads to."""
+    job = compression_job(some_adapter(0))
+    place, made = job.coarsest / 20.3, []
+
+    def predict(self, step):
+        size = 300_000 * (place / step) ** 0.5 * (1.2 if step < place else 1.0)
+        return size, 3e3 / size
+
+    def at(self, step):
+        size, error = self.predict(step)
+        made.append(step)
+        size = int(0.935 * size)
+        return SimpleNamespace(file_bytes=size, relative_error=error)
+
+    monkeypatch.setattr(CompressionJob, "predict", predict)
+    monkeypatch.setattr(CompressionJob, "at", at)
+    monkeypatch.setattr(CompressionJob, "weighted_error", lambda self, found: None)
+    budget = 339_110
+    found = job._found_of_bytes(budget, budget)
+    assert 0.99 * budget <= found.file_bytes <= budget
+    assert len(made) <= 5
+    made.clear()
+    found = job._found_within(0.0089)
+    assert found.relative_error <= 0.0089
+    assert len(made) <= 4

@@ -46,9 +46,16 @@ def test_what_it_says_of_mutations_and_faults_is_what_was_recorded():
     material = found["tried"] - found["immaterial"]
     assert material == found["killed"] + left.count("tested since") + left.count("gap")
     assert f"Of {found['tried']} changes, drawn at random, {found['killed']} were noticed" in page
-    assert f"So {found['killed']} of {material} were noticed" in page
-    assert f"{left.count('tested since')} more have a test since" in page
+    rest = f"of the {len(left)} others {found['immaterial']} change no result"
+    assert rest in page
+    assert f"in one of {found['mutations']:,} ways" in page
+    share = f"{found['killed'] / material:.0%}"
+    assert f"So {found['killed']} of {material} were noticed ({share})" in page
+    since, gaps = left.count("tested since"), left.count("gap")
+    assert f"{since} more have a test since, and {gaps} have none" in page
     faults = json.loads((ROOT / "docs/faults.json").read_text("utf-8"))
     assert f"Of {faults['points']:,} points none did otherwise" in page
+    assert faults["points"] == sum(row["points"] for row in faults["commands"])
+    assert not any(row["failures"] for row in faults["commands"])
     for row in faults["commands"]:
         assert f"| {row['command']} | {row['points']} | {len(row['failures'])} |" in page

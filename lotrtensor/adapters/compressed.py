@@ -14,7 +14,6 @@ import numpy as np
 from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, SourceRecord
 from lotrtensor.adapters.formats.compressed import (
     CompressedContent,
-    coded_row,
     compressed_files,
     read_compressed,
     write_compressed,
@@ -111,17 +110,11 @@ class CompressedAdapter:
         FormatError
             If ``directory`` exists and ``force`` is not given, or cannot be written.
         """
-        force = check_flag(force, "force")
-        write_compressed(expand(directory), self._content, self._row, force=force)
+        write_compressed(expand(directory), self._content, force=check_flag(force, "force"))
 
     @property
     def _content(self) -> CompressedContent:
         return self.groups, self.config, self.source, self.extras
-
-    @cached_property
-    def _row(self) -> np.ndarray:
-        """The codes, once for the size and for the file."""
-        return coded_row(self._content)
 
     @property
     def dtype(self) -> np.dtype:
@@ -136,7 +129,7 @@ class CompressedAdapter:
     @cached_property
     def file_bytes(self) -> int:
         """Bytes of the two files as written, config and index included, carried tensors not."""
-        files = compressed_files((self.groups, self.config, self.source, {}), self._row)
+        files = compressed_files((self.groups, self.config, self.source, {}))
         return sum(len(content) for content in files.values())
 
     @property

@@ -21,8 +21,15 @@ from lotrtensor.core.slice_svd import slice_svds
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.errors import RankError
 from lotrtensor.packs.members import Cell, Member
-from lotrtensor.verbs._compress import PARTS, Form
-from lotrtensor.verbs._compression_job import FINE, MARGIN, SPARE, TRIES, compression_job
+from lotrtensor.verbs._compress import Form
+from lotrtensor.verbs._compression_job import (
+    FINE,
+    MARGIN,
+    SPARE,
+    TRIES,
+    affordable_parts,
+    compression_job,
+)
 from lotrtensor.verbs._sources import lora_groups
 
 T = TypeVar("T", bound=Any)
@@ -67,7 +74,7 @@ def alone(lora: LoraAdapter, form: Form, *, tolerance: float | None, step: float
     step : float
         Δ.
     """
-    job = compression_job(lora, PARTS[form])
+    job = compression_job(lora, affordable_parts(form, lora))
     return Member(job.at(step) if tolerance is None else job.within_tolerance(tolerance))
 
 

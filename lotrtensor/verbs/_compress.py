@@ -13,21 +13,15 @@ from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.sizes import budget_bytes
 from lotrtensor.core.bits.grid import check_width
-from lotrtensor.core.bits.stack import Parts
-from lotrtensor.core.fit.reduction import thin_flops
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank, make_goal
 from lotrtensor.core.threads import on_one_thread
 from lotrtensor.errors import DataError, LotrWarning, OptionError, RankError
-from lotrtensor.verbs._compression_job import compression_job
+from lotrtensor.verbs._compression_job import PARTS, affordable_parts, compression_job
 from lotrtensor.verbs._fit_groups import Progress
 from lotrtensor.verbs._metrics import metrics_of
-from lotrtensor.verbs._sources import lora_groups
 
 Form = Literal["auto", "lotr", "lora"]
-
-PARTS: dict[str, Parts] = {"auto": "both", "lotr": "shared", "lora": "private"}
-"""What each form is made of: shared factors, terms of single modules, or whichever is better."""
 
 
 @on_one_thread
@@ -133,14 +127,13 @@ def compress(
     if calibration is not None:
         _check_calibrated(calibration, form, width, budget)
         metrics = metrics_of(lora, calibration)
-    parts = PARTS[form]
-    if parts == "both" and metrics is None and _sharing_flops(lora, group_by) > SHARING_FLOPS:
-        parts = "private"
+    parts = affordable_parts(form, lora, group_by)
+    if form == "auto" and parts != "both" and metrics is None:
         warnings.warn(
-            "to try shared factors on an adapter of this size would take long: terms of single "
-            "modules alone were taken; form 'lotr' takes shared factors",
+            "shared factors of an adapter of this size would take many minutes and are not tried; "
+            "ask for form 'lotr' to try them",
             LotrWarning,
-            stacklevel=2,
+            stacklevel=3,  # beyond on_one_thread
         )
     job = compression_job(
         lora, parts, width, group_by, progress, source, metrics=metrics, at_once=True
@@ -156,22 +149,13 @@ def compress(
             f"nothing of the updates is left in {found.file_bytes} bytes, and the error is 1: ask "
             "for a larger budget or a smaller error",
             LotrWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     # A form or width that was asked for is not one way among several.
     asked = parts != "both" or width is not None or metrics is not None
     if asked:
         return replace(found, weighted_error=job.weighted_error(found))
     return replace(found, alternatives=job.alternatives(found))
-
-
-SHARING_FLOPS = 1e13
-"""Estimated cost of what shared factors ask for up to which they are tried, some minutes."""
-
-
-def _sharing_flops(lora: LoraAdapter, group_by: str) -> float:
-    groups = lora_groups(lora, group_by)
-    return sum(thin_flops(*own[0].shape, sum(m.rank for m in own)) for _, own in groups)
 
 
 def _check_calibrated(

@@ -17,6 +17,7 @@ from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, QuantisedStack, 
 from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.bits.terms import HALF
 from lotrtensor.core.bits.weighted import Metrics, WeightedStackInBits
+from lotrtensor.core.fit.reduction import thin_flops
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank
 from lotrtensor.core.threads import one_by_one, side_by_side
@@ -29,10 +30,25 @@ from lotrtensor.verbs._alternatives import (
     grids,
     prices_in_bits,
 )
-from lotrtensor.verbs._edge import edge, over
+from lotrtensor.verbs._edge import NEAREST, edge, over
 from lotrtensor.verbs._fit_groups import Progress
 from lotrtensor.verbs._goals import Asked, groups_goal
 from lotrtensor.verbs._sources import SourceGroup, lora_groups, source_group
+
+PARTS: dict[str, Parts] = {"auto": "both", "lotr": "shared", "lora": "private"}
+"""What each form is made of: shared factors, terms of single modules, or whichever is better."""
+
+SHARING_FLOPS = 1e13
+"""Estimated cost of what shared factors ask for up to which they are tried, some minutes."""
+
+
+def affordable_parts(form: str, lora: LoraAdapter, group_by: str = "type") -> Parts:
+    """The parts of a form; of ``auto`` private ones alone where shared ones would take long."""
+    if form != "auto":
+        return PARTS[form]
+    groups = [own for _, own in lora_groups(lora, group_by)]
+    flops = sum(thin_flops(*own[0].shape, sum(m.rank for m in own)) for own in groups)
+    return "both" if flops <= SHARING_FLOPS else "private"
 
 
 def compression_job(
@@ -218,9 +234,9 @@ class CompressionJob:
         best, target, error, coarser, before = None, tolerance, 0.0, math.inf, 0.0
         for _ in range(TRIES):
             step = self._coarsest_within(target)
-            # Where ranks jump, other targets lead to one step: it is left behind by itself.
-            step = step if step < coarser else coarser / NUDGE
-            if step == before:
+            # Where ranks jump, other targets lead to about one step: it is left behind by itself.
+            step = step if step < coarser / SAME else coarser / NUDGE
+            if before / SAME < step < before * SAME:
                 break
             found, before = self.at(step), step
             error = found.relative_error
@@ -258,7 +274,8 @@ class CompressionJob:
         best, target, finer, coarser = smallest, float(budget), 0.0, self.coarsest
         for _ in range(TRIES):
             step = self._finest_of(target)
-            if not finer < step < coarser:  # a model of normal columns knows no short ones
+            # A model of normal columns knows no short ones, and has jumps.
+            if not finer * SAME < step < coarser / SAME:
                 step = math.sqrt(finer * coarser) if finer else coarser / NUDGE
             if coarser <= NUDGE * finer:
                 break
@@ -288,6 +305,9 @@ TRIES = 8
 
 NUDGE = 1.01
 """Ratio of a step to the one that did not do, where the model leads to the same one again."""
+
+SAME = 1.0 + 2.0 * NEAREST
+"""Ratio up to which two steps are one: a search ends somewhere that near to a jump."""
 
 MANY = 2**22
 """Numbers of an adapter below which its groups are gone through one by one: a pool of threads and

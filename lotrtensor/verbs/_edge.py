@@ -33,7 +33,8 @@ def edge(function: Callable[[float], float], marks: Sequence[float]) -> float:
     Notes
     -----
     Between two marks the rule of false position with the halving of Illinois (Dowell and Jarratt,
-    BIT 11 (1971)), in the logarithm of the step; every fourth time the middle, which jumps need.
+    BIT 11 (1971)), in the logarithm of the step, and the middle where two steps did not halve what
+    is between.
     """
     first, last = 0, len(marks) - 1
     low, high = function(marks[first]), function(marks[last])
@@ -56,17 +57,17 @@ def _between(
 ) -> float:
     """`edge` between two steps with their values, of which the first is at most zero."""
     (start, low), (end, high) = inside, outside
-    below, above, tried, before = low, high, 0, 0.0
-    while abs(math.log(end / start)) > NEAREST and low < -CLOSE:
-        tried += 1
-        share = 0.5 if tried % 4 == 0 else below / (below - above)
-        step = start * math.exp(math.log(end / start) * share)
+    below, above, before, slow = low, high, 0.0, 0
+    while abs(width := math.log(end / start)) > NEAREST and low < -CLOSE:
+        step = start * math.exp(width * (0.5 if slow > 1 else below / (below - above)))
         found = function(step)
         # The value at an end that stays while the other one moves twice counts half.
         if found <= 0.0:
             start, low, below, above = step, found, found, above / 2 if before < 0.0 else above
         else:
             end, above, below = step, found, below / 2 if before > 0.0 else below
+        # A bracket that does not halve twice has a jump in it, which no line meets.
+        slow = slow + 1 if slow < 2 and abs(math.log(end / start)) > abs(width) / 2 else 0
         before = -1.0 if found <= 0.0 else 1.0
     return start
 
@@ -75,4 +76,4 @@ def over(value: float, limit: float) -> float:
     """How far a size or an error is above a limit, on a scale on which steps are about straight."""
     if value <= 0.0 or limit <= 0.0:
         return 1.0 if value > limit else -1.0
-    return math.log(value / limit)
+    return math.log(value) - math.log(limit)

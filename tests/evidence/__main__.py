@@ -53,8 +53,8 @@ def main() -> None:
                 if row["task"] == name
             }
             task = load_task(name, options.cache)
-            more = {"seeds": options.seeds, "methods": options.methods}
-            more = more if part == "training" else {}
+            asked = {"seeds": options.seeds, "methods": options.methods}
+            more = asked if part == "training" else {}
             for cell in PARTS[part](task, options.cache, known, path, **more):
                 line = json.dumps({"task": name} | cell)
                 with path.open("a") as file:
@@ -65,7 +65,8 @@ def main() -> None:
         print("\n".join([*after_table(cells), "", *tasks_table(cells)]))
     if "training" in options.parts:
         trained = read(options.out / "training.jsonl")
-        print("\n".join([*training_table(trained), "", *training_table(repeated(trained))]))
+        every, several = training_table(trained), training_table(repeated(trained))
+        print("\n".join(every if every == several else [*every, "", *several]))
 
 
 if __name__ == "__main__":

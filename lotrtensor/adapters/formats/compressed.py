@@ -60,10 +60,8 @@ CompressedContent = tuple[
 """Groups, config, source and carried tensors: the fields of a `CompressedAdapter`."""
 
 
-def write_compressed(
-    directory: Path, content: CompressedContent, row: np.ndarray, *, force: bool = False
-) -> None:
-    """Write a compressed adapter, of which `coded_row` is ``row``, atomically.
+def write_compressed(directory: Path, content: CompressedContent, *, force: bool = False) -> None:
+    """Write a compressed adapter, atomically.
 
     Raises
     ------
@@ -73,16 +71,13 @@ def write_compressed(
         If the adapter has what such a directory has no place for; see `check_native`.
     """
     check_native(content[1], content[3], directory)
-    write_directory(directory, compressed_files(content, row), force=force)
+    write_directory(directory, compressed_files(content), force=force)
 
 
-def compressed_files(content: CompressedContent, row: np.ndarray) -> dict[str, bytes]:
-    """Return the two files of a compressed adapter; equal adapters are equal files.
-
-    ``row`` is `coded_row` of the content, which takes longest.
-    """
-    _, source_config, _, extras = content
-    tensors = dict(extras) | {CODED: row}
+def compressed_files(content: CompressedContent) -> dict[str, bytes]:
+    """Return the two files of a compressed adapter; equal adapters are equal files."""
+    groups, source_config, source, extras = content
+    tensors = dict(extras) | {CODED: to_row(code_groups(groups, source))}
     # Which modules are adapted, the groups say.
     config = {
         key: source_config[key]
@@ -95,11 +90,6 @@ def compressed_files(content: CompressedContent, row: np.ndarray) -> dict[str, b
         CONFIG_NAME: json.dumps(config, separators=(",", ":"), sort_keys=True).encode(),
         WEIGHTS_NAME: file_bytes(tensors, {}, checksums=True),
     }
-
-
-def coded_row(content: CompressedContent) -> np.ndarray:
-    """Return groups and source as the one row of bytes that `take_groups` reads."""
-    return to_row(code_groups(content[0], content[2]))
 
 
 def code_groups(groups: Sequence[CompressedGroup], source: SourceRecord) -> Coded:

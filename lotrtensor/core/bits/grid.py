@@ -223,7 +223,7 @@ def _normal(deviation: float) -> tuple[float, float]:
     """Entropy and distortion of a standard normal of ``deviation`` steps, summed code by code."""
     codes = np.arange(1, math.ceil(9 * deviation) + 3)
     lower, upper = (codes - ROUNDING) / deviation, (codes + 1 - ROUNDING) / deviation
-    # Not scipy.special: to import it takes longer than most adapters do.
+    # Not scipy.special: importing it takes longer than compressing most adapters.
     above = np.array([math.erfc(border / math.sqrt(2)) / 2 for border in (*lower, upper[-1])])
     shares = above[:-1] - above[1:]
     first_moments = (np.exp(-(lower**2) / 2) - np.exp(-(upper**2) / 2)) / math.sqrt(2 * math.pi)

@@ -242,10 +242,21 @@ class LowRankStack(LinearOperators):
         """Return the small stack of `reduce` in some other orthonormal bases, which are not formed.
 
         Norms, spectra and sums over slices of squared cores are the same; half of the time or less.
+        A Gram matrix loses columns that are small beside others: B and A share their norms first.
         """
-        left, right = gram_root(self._left), gram_root(self._right.T)
+        scale = self._balance()
+        left, right = gram_root(self._left * scale), gram_root(self._right.T / scale)
         lefts, rights = as_accumulator(left), as_accumulator(right.T)
         return self._with(lefts, rights, self.ranks, lefts.dtype)
+
+    def _balance(self) -> Array:
+        """Powers of two (ρ) that bring every column of B and its row of A to about one norm."""
+        xp = self.xp
+        sizes = [xp.sqrt(xp.vecdot(x, x)) for x in map(as_accumulator, (self._left.T, self._right))]
+        some = (sizes[0] > 0.0) & (sizes[1] > 0.0)
+        one = xp.ones_like(sizes[0])
+        ratio = xp.where(some, sizes[1], one) / xp.where(some, sizes[0], one)
+        return self._own(2.0 ** xp.round(xp.log2(ratio) / 2.0))
 
     def _own(self, block: Array) -> Array:
         """A block in the working type, which can be wider than that of the factors given."""
