@@ -255,7 +255,11 @@ def test_nothing_depends_on_the_gauge(lora, analysis):
     """Errors, overlaps and similarity come from the products alone."""
     again = in_another_gauge(lora)
     other = analyze(again)
-    assert other.recommendation == analysis.recommendation
+    mine, its = analysis.recommended, other.recommended
+    assert its.kind == mine.kind
+    # A file of 600 bytes is a byte or two larger where columns have other signs.
+    assert its.bytes == pytest.approx(mine.bytes, rel=0.02)
+    assert its.relative_error == pytest.approx(mine.relative_error, rel=0.02)
     for a, b in zip(analysis.groups, other.groups, strict=True):
         assert b.left_overlap == pytest.approx(a.left_overlap, abs=1e-4)
         assert b.right_overlap == pytest.approx(a.right_overlap, abs=1e-4)

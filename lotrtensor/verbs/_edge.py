@@ -58,8 +58,8 @@ def _between(
     """`edge` between two steps with their values, of which the first is at most zero."""
     (start, low), (end, high) = inside, outside
     below, above, before, slow = low, high, 0.0, 0
-    while abs(width := math.log(end / start)) > NEAREST and low < -CLOSE:
-        step = start * math.exp(width * (0.5 if slow > 1 else below / (below - above)))
+    while abs(span := math.log(end / start)) > NEAREST and low < -CLOSE:
+        step = start * math.exp(span * (0.5 if slow > 1 else below / (below - above)))
         found = function(step)
         # The value at an end that stays while the other one moves twice counts half.
         if found <= 0.0:
@@ -67,7 +67,7 @@ def _between(
         else:
             end, above, below = step, found, below / 2 if before > 0.0 else below
         # A bracket that does not halve twice has a jump in it, which no line meets.
-        slow = slow + 1 if slow < 2 and abs(math.log(end / start)) > abs(width) / 2 else 0
+        slow = slow + 1 if slow < 2 and abs(math.log(end / start)) > abs(span) / 2 else 0
         before = -1.0 if found <= 0.0 else 1.0
     return start
 

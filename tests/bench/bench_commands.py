@@ -38,6 +38,8 @@ from safetensors.numpy import save_file
 from lotrtensor import load
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.report.spectra import SECONDS_OF_WORK
+from lotrtensor.verbs._compression_job import affordable_parts
 from tests.bench.shaped import EIGHT, SEVENTY, calibrated, planted
 
 JSON = Path("docs/bench-commands.json")
@@ -85,21 +87,24 @@ def flops(adapter: LoraAdapter) -> dict[str, float]:
     Of a group of K slices m × n of rank r, ρ = K r: Gram matrices of the thin factors (m + n) ρ²
     where all slices are seen together, as for `convert`, `compress` and the spectra of `inspect`;
     (m + n) r² where each is seen alone, as by `truncate`, with as much again for its residual; and
-    the products with what is kept.
+    the products with what is kept. `inspect` leaves spectra out where they would take long, and
+    `compress` shared factors.
     """
     slots = [Slot(m.name, m.shape, m.embedding) for m in adapter.modules]
     ranks = {m.name: m.rank for m in adapter.modules}
-    together = alone = 0.0
+    together = alone = spectra = 0.0
     for group in group_modules(slots, "type").values():
         sides = sum(group[0].shape)
         rho = sum(ranks[slot.name] for slot in group)
+        spectra += sum(2 * side * rho * min(side, rho) + 2 * min(side, rho) ** 3
+                       for side in group[0].shape)  # fmt: skip
         together += sides * min(rho, *group[0].shape) * rho
         alone += sum(sides * ranks[slot.name] ** 2 for slot in group)
     return {
         "--help": 0.0,
-        "inspect": together,
+        "inspect": together if spectra <= SECONDS_OF_WORK else 0.0,
         "convert": together + 2 * alone,
-        "compress": together + 2 * alone,
+        "compress": (together if affordable_parts("auto", adapter) == "both" else 0.0) + 2 * alone,
         "truncate": 4 * alone,
         "export": 4 * alone,
         "verify": 4 * alone,
