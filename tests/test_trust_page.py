@@ -39,7 +39,7 @@ def test_there_are_at_least_as_many_tests_as_it_says(request):
             assert sum(collected[name] for name in files) >= int(count), promise
 
 
-def test_what_it_says_of_mutations_and_faults_is_what_was_recorded():
+def test_what_it_says_of_trials_is_what_was_recorded():
     page = " ".join((ROOT / "docs/trust.md").read_text("utf-8").split())
     found = json.loads((ROOT / "docs/mutation.json").read_text("utf-8"))
     left = [entry["verdict"].partition(":")[0] for entry in found["left"]]
@@ -53,6 +53,10 @@ def test_what_it_says_of_mutations_and_faults_is_what_was_recorded():
     assert f"So {found['killed']} of {material} were noticed ({share})" in page
     since, gaps = left.count("tested since"), left.count("gap")
     assert f"{since} more have a test since, and {gaps} have none" in page
+    fuzz = json.loads((ROOT / "docs/fuzz.json").read_text("utf-8"))
+    assert fuzz["failures"] == 0
+    assert f"Of {fuzz['runs']:,} changed files" in page
+    assert f"{fuzz['results']:,} were read and {fuzz['refusals']:,} refused" in page
     faults = json.loads((ROOT / "docs/faults.json").read_text("utf-8"))
     assert f"Of {faults['points']:,} points none did otherwise" in page
     assert faults["points"] == sum(row["points"] for row in faults["commands"])
