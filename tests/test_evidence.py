@@ -131,8 +131,10 @@ def test_a_table_is_of_means_over_tasks_and_paired():
 def test_the_tables_of_the_page_are_the_recorded_cells():
     page = (ROOT / "docs" / "tasks.md").read_text("utf-8")
     cells = tables.read(ROOT / "docs" / "evidence" / "after.jsonl")
-    training = tables.training_table(tables.read(ROOT / "docs" / "evidence" / "training.jsonl"))
-    for lines in (tables.after_table(cells), tables.tasks_table(cells), training):
+    trained = tables.read(ROOT / "docs" / "evidence" / "training.jsonl")
+    training = tables.training_table(trained)
+    several = tables.training_table(tables.repeated(trained))
+    for lines in (tables.after_table(cells), tables.tasks_table(cells), training, several):
         assert "\n".join(lines) + "\n" in page
     assert "\n".join(tables.short_table(cells)) + "\n" in (ROOT / "README.md").read_text("utf-8")
 
