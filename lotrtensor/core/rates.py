@@ -169,7 +169,11 @@ def truncation_curve(
 def spectra_flops(stack: LowRankStack) -> float:
     """Estimated cost of `spectra`: Gram matrices of the joined factors, and their eigenvalues."""
     _, m, n = stack.shape
-    rho = sum(stack.ranks)
+    return joined_flops(m, n, sum(stack.ranks))
+
+
+def joined_flops(m: int, n: int, rho: int) -> float:
+    """`spectra_flops` of thin factors of m × n slices whose ranks sum to ``rho``."""
     return sum(2.0 * side * rho * min(side, rho) + 2.0 * min(side, rho) ** 3 for side in (m, n))
 
 

@@ -38,6 +38,7 @@ from safetensors.numpy import save_file
 from lotrtensor import load
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.core.rates import joined_flops
 from lotrtensor.report.spectra import SECONDS_OF_WORK
 from lotrtensor.verbs._compression_job import affordable_parts
 from tests.bench.shaped import EIGHT, SEVENTY, calibrated, planted
@@ -96,8 +97,7 @@ def flops(adapter: LoraAdapter) -> dict[str, float]:
     for group in group_modules(slots, "type").values():
         sides = sum(group[0].shape)
         rho = sum(ranks[slot.name] for slot in group)
-        spectra += sum(2 * side * rho * min(side, rho) + 2 * min(side, rho) ** 3
-                       for side in group[0].shape)  # fmt: skip
+        spectra += joined_flops(*group[0].shape, rho)
         together += sides * min(rho, *group[0].shape) * rho
         alone += sum(sides * ranks[slot.name] ** 2 for slot in group)
     return {
