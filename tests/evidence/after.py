@@ -30,6 +30,7 @@ CALIBRATED = 600
 """Texts that a calibration looks at."""
 
 
+@torch.enable_grad()  # who asks for a basis of other tasks computes without
 def original(task: Task, cache: Path) -> Path:
     """Train the task's adapter (LoRA, rank 8, bfloat16 on disk) once, with its head."""
     out = cache / f"{task.name}-lora"
