@@ -2,13 +2,16 @@
 
 import json
 import time
+from functools import partial
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import lotrtensor as lt
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.analysis.sharing import MOST
+from lotrtensor.cli.app import app
 from tests.adapters_fixtures import (
     CONFIG,
     PREFIX,
@@ -201,3 +204,46 @@ def test_no_number_is_too_long_to_be_refused(tmp_path, number):
         with pytest.raises(lt.LotrError) as refused:
             call()
         assert len(str(refused.value)) < 500
+
+
+def wide_lora(path, modules=24, sides=8192, r=16):
+    """A LoRA directory of a few MB in bfloat16, and the bytes of its updates."""
+    rng = np.random.default_rng(0)
+    lora = lt.LoraAdapter(
+        tuple(
+            lt.LoraModule(
+                f"layers.{k % 2}.q{k // 2}",
+                rng.standard_normal((sides, r), np.float32),
+                rng.standard_normal((r, sides), np.float32),
+            )
+            for k in range(modules)
+        ),
+        {},
+        np.dtype("bfloat16"),
+    )
+    lora.save(path)
+    return lora.bytes
+
+
+USES = {
+    "inspect": lambda source, out: ["inspect", source],
+    "truncate": lambda source, out: ["truncate", source, "-o", out, "--budget", "50%"],
+    "compress": lambda source, out: [
+        *("compress", source, "-o", out, "--form", "lora", "--budget", "10%")
+    ],
+    "export": lambda source, out: ["export", source, "-o", out],
+}
+TIMES = {"inspect": 4.5, "truncate": 6, "compress": 9, "export": 6}
+"""How many times the bytes of the updates a command may take; a LoRA in float32 takes two."""
+
+
+@pytest.mark.parametrize("command", USES)
+def test_commands_take_a_few_times_the_file(tmp_path, command):
+    size = wide_lora(tmp_path / "lora")
+    source = tmp_path / "lora"
+    if command == "export":
+        lt.convert(lt.load(source), rank=32).save(tmp_path / "lotr")
+        source = tmp_path / "lotr"
+    arguments = USES[command](str(source), str(tmp_path / "out"))
+    run = partial(CliRunner().invoke, app, arguments, catch_exceptions=False)
+    assert peak_of(run) < TIMES[command] * size

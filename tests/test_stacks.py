@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotrtensor import LowRankStack, ShapeError
+from lotrtensor import DataError, LowRankStack, ShapeError
 from tests import oracles
 from tests.strategies import Factors, factors, fits, make, orthogonal, seeds
 
@@ -354,3 +354,46 @@ def test_batches_change_nothing(entries, monkeypatch):
         (stack.left_factor(), sum(x @ x.T for x in dense)),
     ):
         assert factor @ factor.T == pytest.approx(gram, abs=1e-10)
+
+
+@given(fit=fits(), seed=seeds)
+def test_a_stack_of_constants_is_the_same_without_copies(fit, seed):
+    """Whatever is asked for first: products, single slices, parts."""
+    (case, rank), copied = fit, fit[0].stack()
+    held = LowRankStack.of_constants(case.B, case.A)
+    assert all(
+        np.shares_memory(*pair)
+        for pair in zip(held.factors(0), (case.B[0], case.A[0]), strict=True)
+    )
+    assert (held.shape, held.ranks, held.max_rank) == (copied.shape, copied.ranks, copied.max_rank)
+    assert held.magnitude() == copied.magnitude()
+    left, right = frames(np.random.default_rng(seed), case, rank)
+    for ask in (
+        lambda stack: stack.take([0]).to_dense(),
+        lambda stack: stack.scaled([2.0] * stack.shape[0]).to_dense(),
+        lambda stack: (stack + stack).to_dense(),
+        lambda stack: stack.norms2(),
+        lambda stack: stack.left_factor(),
+        lambda stack: stack.right_factor(left),
+        lambda stack: stack.core(left, right),
+        lambda stack: stack.residual_norms2(left, right),
+        lambda stack: stack.sweep(left, right).left,
+        lambda stack: stack.reduce()[1].to_dense(),
+        lambda stack: stack.to_dense(),
+    ):
+        np.testing.assert_array_equal(ask(held), ask(copied))
+
+
+@pytest.mark.parametrize("scale", [1e15, 1e-15])
+def test_a_stack_of_constants_far_from_one_is_held_in_float64(scale):
+    b, a = np.full((4, 1), scale, np.float32), np.full((1, 5), scale, np.float32)
+    stack = LowRankStack.of_constants([b], [a])
+    assert stack.factors(0)[0].dtype == np.float64
+    np.testing.assert_allclose(stack.norms2(), [20 * float(b[0, 0]) ** 2 * float(a[0, 0]) ** 2])
+
+
+def test_a_stack_of_constants_refuses_what_is_no_number():
+    b = np.ones((4, 1))
+    b[2] = np.nan
+    with pytest.raises(DataError, match="B of slice 1"):
+        LowRankStack.of_constants([np.ones((4, 1)), b], [np.ones((1, 5))] * 2)

@@ -23,6 +23,7 @@ from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.parts import lowered
+from lotrtensor.adapters.rounding import narrowed
 from lotrtensor.core.bits.stream import entropy_bits
 from lotrtensor.core.options import check_flag, is_count, shown
 from lotrtensor.core.threads import on_one_thread
@@ -178,13 +179,11 @@ class CompressedAdapter:
         Their rank is that of both parts together, and at least 1: a module of which nothing was
         kept has factors of zeros.
         """
-        modules = []
-        for group in self.groups:
-            for k, name in enumerate(group.modules):
-                b, a = group.stack.factors(k)
-                if not b.shape[1]:
-                    b, a = np.zeros((group.shape[0], 1)), np.zeros((1, group.shape[1]))
-                modules.append(LoraModule(name, b, a, group.embedding))
+        modules = [
+            LoraModule(name, *group.factors(k), group.embedding)
+            for group in self.groups
+            for k, name in enumerate(group.modules)
+        ]
         return tuple(sorted(modules, key=lambda module: layer_order(module.name)))
 
     @on_one_thread
@@ -204,12 +203,13 @@ class CompressedAdapter:
         """
         if rank is not None and not is_count(rank):
             raise RankError(f"rank is {shown(rank)}; expected an integer of at least 1")
-        before = {
-            name: own
-            for group in self.groups
-            for name, own in zip(group.modules, group.slice_ranks, strict=True)
-        }
-        modules = [lowered(m, min(before[m.name], rank or m.rank)) for m in self.updates()]
+        modules = []
+        for group in self.groups:
+            for k, name in enumerate(group.modules):
+                b, a = narrowed(*group.factors(k), self.dtype)
+                most = min(group.slice_ranks[k], rank or b.shape[1])
+                modules.append(lowered(LoraModule(name, b, a, group.embedding), most))
+        modules.sort(key=lambda module: layer_order(module.name))
         return LoraAdapter(tuple(modules), self.config, self.dtype, self.extras)
 
 

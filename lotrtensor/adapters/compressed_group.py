@@ -105,3 +105,12 @@ class CompressedGroup:
         """Number of stored numbers, codes all: m p + n q + K p q + Σ_k c_k (m + n)."""
         (m, n), (p, q) = self.shape, self.stack.shared_ranks
         return m * p + n * q + len(self.modules) * p * q + sum(self.private_ranks) * (m + n)
+
+    def factors(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return B (m × r) and A (r × n) of the update of module ``k`` in float64, B A exactly it.
+
+        r is the rank of both parts together, and at least 1: of a module of which nothing was kept
+        the factors are zeros.
+        """
+        b, a = self.stack.factors(k)
+        return (b, a) if b.shape[1] else (np.zeros((len(b), 1)), np.zeros((1, a.shape[1])))

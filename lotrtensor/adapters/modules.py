@@ -85,7 +85,7 @@ def module_stack(modules: Sequence[LoraModule]) -> LowRankStack:
                 "and (r, n) with r at least 1"
             )
         check_size(largest_term(module.B, module.A), module.name)
-    return LowRankStack([module.B for module in modules], [module.A for module in modules])
+    return LowRankStack.of_constants([m.B for m in modules], [m.A for m in modules])
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ import math
 import ml_dtypes
 import numpy as np
 
+from lotrtensor.core.linalg import largest_entry
 from lotrtensor.errors import DataError
 
 
@@ -65,6 +66,23 @@ def exact_scale(largest: float, dtype: np.dtype) -> float:
     if largest == 0.0 or smallest <= largest <= most:
         return 1.0
     return 2.0 ** math.floor(math.log2(largest))
+
+
+def narrowed(b: np.ndarray, a: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Return factors in the type that they are worked with in: half the memory, where it is enough.
+
+    Parameters
+    ----------
+    b, a : ndarray (m, r), (r, n)
+        Factors in float64.
+    dtype : dtype
+        What they come from or will be stored in. Only what is no float64 is narrowed, and no factor
+        that float32 would bring near to its range.
+    """
+    sizes = largest_entry(b), largest_entry(a)
+    if dtype == np.float64 or not all(1e-30 < size < 1e30 for size in sizes if size):
+        return b, a
+    return b.astype(np.float32), a.astype(np.float32)
 
 
 def check_size(size: float, what: str) -> None:

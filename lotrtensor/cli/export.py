@@ -89,6 +89,7 @@ def export(
             lora = replace(lora, dtype=check_dtype(dtype))
         with whole(expand(output), partial(check_lora_output, force=True), force=force) as place:
             lora.save(place, file_format=file_format, pad=pad, experts=experts)
+            del lora  # as large as what is read again
             written = load(place)
             difference = compare(lotr, written).relative_error
         document = inspect_document(written) | {"relative_error": difference}

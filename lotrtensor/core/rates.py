@@ -17,7 +17,7 @@ from lotrtensor.core.operands import Operand, as_stack
 from lotrtensor.core.options import check_integer, check_number, shown
 from lotrtensor.core.ranks.curve import pair_at
 from lotrtensor.core.ranks.terms import rank_one_terms, truncation_error, uniform_ranks
-from lotrtensor.core.slice_svd import slice_svds
+from lotrtensor.core.slice_svd import slice_spectra
 from lotrtensor.core.squared_error import relative_errors
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.stacks.protocol import SliceStack
@@ -139,7 +139,7 @@ def truncated_lora_curve(stacks: Sequence[LowRankStack], *, optimal: bool) -> tu
         By rising parameters. Uniform: one point per rank. Optimal: one per rank-1 term, from rank 1
         everywhere on.
     """
-    spectra = [svd.values for stack in stacks for svd in slice_svds(stack)]
+    spectra = [values for stack in stacks for values in slice_spectra(stack)]
     costs = [stack.shape[1] + stack.shape[2] for stack in stacks for _ in range(stack.shape[0])]
     return truncation_curve(spectra, costs, optimal=optimal)
 

@@ -35,7 +35,8 @@ def add_spectra(document: Document, adapter: Adapter, *, asked: bool | None = No
     stacks = _stacks(document, adapter)
     if asked is None:
         asked = sum(map(spectra_flops, stacks)) <= SECONDS_OF_WORK
-    for group, stack in zip(document["groups"], stacks, strict=True):
+    for group in document["groups"]:
+        stack = stacks.pop(0)  # what one group is joined to goes before the next one is
         group["singular_values"] = None
         if asked:
             found = spectra(stack)
@@ -47,7 +48,9 @@ def _stacks(document: Document, adapter: Adapter) -> list[LowRankStack]:
         return [_small(group) for group in adapter.groups]
     modules = lora_factors(adapter)
     pairs = [[modules[name].factors(0) for name in g["modules"]] for g in document["groups"]]
-    return [LowRankStack([b for b, _ in group], [a for _, a in group]) for group in pairs]
+    return [
+        LowRankStack.of_constants([b for b, _ in group], [a for _, a in group]) for group in pairs
+    ]
 
 
 def _small(group: LotrGroup) -> LowRankStack:

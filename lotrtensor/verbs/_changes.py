@@ -15,7 +15,6 @@ from lotrtensor.adapters.formats.checkpoint import Checkpoint
 from lotrtensor.adapters.formats.image_names import is_difference
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.names import NameIndex
 from lotrtensor.adapters.quantised import quantised_modules, refuse_quantised
@@ -67,8 +66,8 @@ _SAME = 1e-2
 
 def updates_of(adapter: Adapter) -> dict[str, Update]:
     """Return the updates of an adapter by module."""
-    if not isinstance(adapter, LotrAdapter):
-        modules = adapter.modules if isinstance(adapter, LoraAdapter) else adapter.updates()
+    if isinstance(adapter, LoraAdapter):
+        modules = adapter.modules
         return {m.name: Update(m.shape, m.embedding, partial(_factors, m)) for m in modules}
     return {
         name: Update(group.shape, group.embedding, partial(group.factors, k))

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lotrtensor.adapters.compressed_group import CompressedGroup
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LotrGroup, module_stack
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
@@ -126,21 +126,20 @@ class Factors(Mapping[str, LowRankStack]):
 
 def lora_factors(adapter: Adapter) -> Factors:
     """Every module's ΔW as a stack of one slice of thin factors, by module name."""
-    if isinstance(adapter, LotrAdapter):
-        return Factors(
-            {
-                name: partial(_slice, group, k)
-                for group in adapter.groups
-                for k, name in enumerate(group.modules)
-            }
-        )
-    modules = adapter.modules if isinstance(adapter, LoraAdapter) else adapter.updates()
-    return Factors({m.name: partial(module_stack, [m]) for m in modules})
+    if isinstance(adapter, LoraAdapter):
+        return Factors({m.name: partial(module_stack, [m]) for m in adapter.modules})
+    return Factors(
+        {
+            name: partial(_slice, group, k)
+            for group in adapter.groups
+            for k, name in enumerate(group.modules)
+        }
+    )
 
 
-def _slice(group: LotrGroup, k: int) -> LowRankStack:
+def _slice(group: LotrGroup | CompressedGroup, k: int) -> LowRankStack:
     b, a = group.factors(k)
-    return LowRankStack([b], [a])
+    return LowRankStack.of_constants([b], [a])
 
 
 def _difference(name: str, a: LowRankStack | None, b: LowRankStack | None) -> SquaredError:

@@ -12,7 +12,6 @@ from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, SourceRecord
 from lotrtensor.adapters.formats.native import COMMON_FIELDS
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.modules import module_stack
 from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, QuantisedStack, StackInBits
 from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.bits.terms import HALF
@@ -20,6 +19,7 @@ from lotrtensor.core.bits.weighted import Metrics, WeightedStackInBits
 from lotrtensor.core.fit.reduction import thin_flops
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank
+from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.threads import one_by_one, side_by_side
 from lotrtensor.errors import DataError, RankError
 from lotrtensor.verbs._alternatives import (
@@ -74,10 +74,10 @@ def compression_job(
         if progress:
             progress(name, number, len(members))
         group = source_group(name, modules, lora.dtype)
-        stack = module_stack(modules)
+        assert isinstance(group.stack, LowRankStack)
         if metrics is not None:
-            return group, WeightedStackInBits(stack, [metrics[m.name] for m in modules])
-        return group, StackInBits(stack, parts, width)
+            return group, WeightedStackInBits(group.stack, [metrics[m.name] for m in modules])
+        return group, StackInBits(group.stack, parts, width)
 
     each = side_by_side if at_once and lora.parameters > MANY else one_by_one
     groups = each(decomposed, range(len(members)))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lotrtensor.adapters.formats.paths import children, exists, is_dir, is_file, unreadable
 from lotrtensor.adapters.formats.publish import (
+    Content,
     absolute,
     publish,
     scratch,
@@ -209,7 +210,7 @@ def write_file(
         publish(fresh, path, replaceable, force=force)
 
 
-def write_directory(path: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
+def write_directory(path: Path, files: Mapping[str, Content], *, force: bool = False) -> None:
     """Write ``files`` as the directory ``path``, atomically.
 
     Parameters
@@ -217,7 +218,7 @@ def write_directory(path: Path, files: Mapping[str, bytes], *, force: bool = Fal
     path : Path
         The directory to make; its parents are made where missing.
     files : mapping of str to bytes
-        Contents by file name.
+        Contents by file name, whole or in parts.
     force : bool
         Replace an adapter directory that stands there.
 

@@ -183,11 +183,11 @@ def data_start(content: bytes) -> int:
 
 def with_sorted_metadata(
     content: bytes, metadata: Mapping[str, str], *, checksums: bool = False
-) -> bytes:
-    """Return the bytes of a file with its metadata sorted, so that equal files are equal bytes.
+) -> tuple[bytes, memoryview]:
+    """Return the header of a file with its metadata sorted, and its tensors, which are not copied.
 
-    The library writes metadata in the order of a hash map, another one in each process. With
-    ``checksums`` they are added to it.
+    The library writes metadata in the order of a hash map, another one in each process; sorted,
+    equal files are equal bytes. With ``checksums`` they are added to it.
     """
     begin = data_start(content)
     header: dict[str, Any] = json.loads(content[8:begin])
@@ -198,7 +198,7 @@ def with_sorted_metadata(
     header[_METADATA] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    return struct.pack("<Q", len(text)) + text + content[begin:]
+    return struct.pack("<Q", len(text)) + text, memoryview(content)[begin:]
 
 
 def _length(prefix: bytes) -> int:

@@ -90,15 +90,17 @@ def read_lora(directory: Path) -> LoraContent:
     tensors = read_tensors(directory)
     plain = unwrapped(tensors, directory)
     pairs, extras = _split(tensors, plain, config, directory)
+    del tensors  # so that every factor goes when it has been widened
     modules, kernels, dtypes = [], {}, set()
     scales = Scales(config, directory)
     pairs, targets = split_experts(pairs, config, scales, directory)
     for name in sorted(pairs, key=layer_order):
-        module, kernel = _read_module(name, pairs[name], scales, directory)
+        pair = pairs.pop(name)
+        module, kernel = _read_module(name, pair, scales, directory)
         modules.append(module)
         if kernel:
             kernels[name] = list(kernel)
-        dtypes |= {factor.tensor.dtype for factor in pairs[name].values()}
+        dtypes |= {factor.tensor.dtype for factor in pair.values()}
     config = _plain_names(config, [module.name for module in modules])
     if kernels:
         config[KERNELS] = kernels

@@ -139,10 +139,14 @@ def publish(fresh: Path, path: Path, check: Callable[[Path], object], *, force: 
         sync(path.parent)
 
 
-def write_synced(path: Path, content: bytes) -> None:
+Content = bytes | tuple[bytes | memoryview, ...]
+"""Bytes of a file, whole or in parts that follow each other."""
+
+
+def write_synced(path: Path, content: Content) -> None:
     """Write a file whose content is on the disk afterwards."""
     with path.open("wb") as file:
-        file.write(content)
+        file.writelines(content if isinstance(content, tuple) else (content,))
         file.flush()
         os.fsync(file.fileno())
 

@@ -16,6 +16,7 @@ from lotrtensor.adapters.formats.directory import CONFIG_NAME
 from lotrtensor.adapters.formats.header import OpenFile, safe_open, with_sorted_metadata
 from lotrtensor.adapters.formats.json_text import read_json_object
 from lotrtensor.adapters.formats.paths import children, exists, is_dir, is_file
+from lotrtensor.adapters.formats.publish import Content
 from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -132,14 +133,14 @@ def check_floating(key: str, tensor: np.ndarray, directory: Path) -> None:
         )
 
 
-def adapter_files(config: dict[str, Any], tensors: Tensors) -> dict[str, bytes]:
+def adapter_files(config: dict[str, Any], tensors: Tensors) -> dict[str, Content]:
     """Return the two files of an adapter directory as bytes.
 
     Keys are sorted, so that equal adapters are equal files.
     """
     return {
         CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        WEIGHTS_NAME: file_bytes(tensors, {"format": "pt"}, checksums=True),
+        WEIGHTS_NAME: _encoded(tensors, {"format": "pt"}, checksums=True),
     }
 
 
@@ -201,6 +202,13 @@ def file_bytes(tensors: Tensors, metadata: Mapping[str, str], *, checksums: bool
 
     With ``checksums`` its header holds one of every tensor; see `checksums`.
     """
+    return b"".join(_encoded(tensors, metadata, checksums=checksums))
+
+
+def _encoded(
+    tensors: Tensors, metadata: Mapping[str, str], *, checksums: bool
+) -> tuple[bytes, memoryview]:
+    """A safetensors file in two parts: to join them would take its size in memory once more."""
     # Not ascontiguousarray, which makes a vector of a number.
     ordered = {key: np.asarray(tensors[key], order="C") for key in sorted(tensors)}
     content = safetensors.numpy.save(ordered, metadata=dict(metadata))

@@ -76,9 +76,9 @@ def pack(columns: Sequence[np.ndarray], kinds: np.ndarray) -> bytes:
     parts = []
     for kind in _present(kinds):
         members = [column for column, own in zip(columns, kinds, strict=True) if own == kind]
-        codes = np.concatenate(members).astype(np.int32)
+        codes = np.concatenate(members).astype(np.int16, copy=False)
         low = _low(codes)
-        leading = codes >> low
+        leading = codes >> low if low else codes
         largest = int(np.max(np.abs(leading)))
         together = _together(largest)
         coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
@@ -173,7 +173,7 @@ def _together(largest: int) -> int:
 def _symbols(codes: np.ndarray, largest: int, together: int) -> bytes:
     """Return codes as bytes, ``together`` to each: digits of a number, the first the lowest."""
     digits = np.full(-(-len(codes) // together) * together, largest, dtype=np.uint8)
-    digits[: len(codes)] = codes + largest
+    np.add(codes, largest, out=digits[: len(codes)], casting="unsafe")
     columns = digits.reshape(-1, together).T
     symbols: np.ndarray = columns[-1].copy()
     for column in columns[-2::-1]:
@@ -188,6 +188,15 @@ def _low_bits(codes: np.ndarray, low: int) -> bytes:
     for bit in range(low):
         planes[:, bit] = codes >> bit & 1
     return np.packbits(planes).tobytes()
+
+
+def _digits(symbols: np.ndarray, base: int, together: int) -> np.ndarray:
+    """Return the digits of every symbol, the inverse of `_symbols`."""
+    digits, rest = np.empty((len(symbols), together), dtype=np.int16), symbols.astype(np.int16)
+    for place in range(together):
+        digits[:, place] = rest % base
+        rest //= base
+    return digits.reshape(-1)
 
 
 def _codes(content: bytes, count: int, largest: int, low: int) -> np.ndarray:
@@ -211,11 +220,12 @@ def _codes(content: bytes, count: int, largest: int, low: int) -> np.ndarray:
         )
     if int(symbols.max(initial=0)) >= base**together:
         raise FormatError("the codes hold a symbol beyond their alphabet; fetch the file again")
-    digits = symbols.astype(np.int32)[:, None] // base ** np.arange(together) % base
-    leading = digits.reshape(-1)[:count] - largest
+    leading = _digits(symbols, base, together)[:count] - np.int16(largest)
+    if not low:
+        return leading
     planes = np.unpackbits(np.frombuffer(rest, np.uint8), count=count * low).reshape(count, low)
     lowest = planes.astype(np.int32) @ (1 << np.arange(low, dtype=np.int32))
-    codes = (leading << low) + lowest
+    codes = (leading.astype(np.int32) << low) + lowest
     if int(np.abs(codes).max(initial=0)) > LARGEST_CODE:
         raise FormatError(
             f"the codes hold one beyond ±{LARGEST_CODE}, which 16 bits do not; fetch the file again"

@@ -75,16 +75,11 @@ class LowRankStack(LinearOperators):
     """
 
     lazy = False
+    _given: list[tuple[Array, Array]] | None = None
 
     def __init__(self, B: Sequence[Array] | Array, A: Sequence[Array] | Array) -> None:
-        lefts, rights = listed(B, "B"), listed(A, "A")
-        check_factors(lefts, rights)
-        self.xp = xp = namespace(*lefts, *rights)
-        self.dtype = common_dtype([*lefts, *rights])
-        lefts, rights = [as_working(x) for x in lefts], [as_working(x) for x in rights]
-        working = xp.result_type(*lefts, *rights)
-        lefts, rights = [[xp.astype(x, working, copy=False) for x in xs] for xs in (lefts, rights)]
-        ranks = tuple(int(x.shape[1]) for x in lefts)
+        lefts, rights = self._working(B, A)
+        xp, ranks = self.xp, tuple(int(x.shape[1]) for x in lefts)
         left, right = xp.concat(lefts, axis=1), xp.concat(rights, axis=0)
         holds = squares_hold(largest_term(left, right), left)
         if not holds:
@@ -97,11 +92,52 @@ class LowRankStack(LinearOperators):
                 for x, name in zip(self.factors(k), "BA", strict=True):
                     check_finite(x, f"{name} of slice {k}")
 
+    @classmethod
+    def of_constants(cls, B: Sequence[Array], A: Sequence[Array]) -> LowRankStack:
+        """Return the stack of factors that nobody writes to, which so need no copies.
+
+        They are brought side by side when a product with all of them asks for it.
+        """
+        made = object.__new__(cls)
+        lefts, rights = made._working(B, A)
+        pairs = list(zip(lefts, rights, strict=True))
+        if not all(squares_hold(largest_term(b, a), b) for b, a in pairs):
+            return cls(B, A)
+        made._given = pairs
+        made._set_ranks(tuple(int(b.shape[1]) for b in lefts))
+        return made
+
+    def _working(
+        self, B: Sequence[Array] | Array, A: Sequence[Array] | Array
+    ) -> tuple[list[Array], list[Array]]:
+        """The factors one by one, checked and in one type; library and type are set."""
+        lefts, rights = listed(B, "B"), listed(A, "A")
+        check_factors(lefts, rights)
+        self.xp = xp = namespace(*lefts, *rights)
+        self.dtype = common_dtype([*lefts, *rights])
+        lefts, rights = [as_working(x) for x in lefts], [as_working(x) for x in rights]
+        working = xp.result_type(*lefts, *rights)
+        lefts, rights = [[xp.astype(x, working, copy=False) for x in xs] for xs in (lefts, rights)]
+        return lefts, rights
+
     def _hold(self, left: Array, right: Array, ranks: tuple[int, ...]) -> None:
-        self._left, self._right, self.ranks = left, right, ranks
-        ends = accumulate(ranks)
+        self._left, self._right = left, right
+        self._set_ranks(ranks)
+
+    def _set_ranks(self, ranks: tuple[int, ...]) -> None:
+        self.ranks, ends = ranks, accumulate(ranks)
         self._spans = [slice(b - r, b) for b, r in zip(ends, ranks, strict=True)]
-        self._batches = batches(ranks, left.shape[0] + right.shape[1])
+        self._batches = batches(ranks, sum(self.shape[1:]))
+
+    @cached_property
+    def _left(self) -> Array:
+        """The factors B_k side by side (m × ρ)."""
+        return self.xp.concat([b for b, _ in self._given or ()], axis=1)
+
+    @cached_property
+    def _right(self) -> Array:
+        """The factors A_k one below another (ρ × n)."""
+        return self.xp.concat([a for _, a in self._given or ()], axis=0)
 
     def _with(self, left: Array, right: Array, ranks: tuple[int, ...], dtype: Any) -> LowRankStack:
         """A stack of factors side by side, whose decompositions come back in ``dtype``."""
@@ -113,7 +149,8 @@ class LowRankStack(LinearOperators):
     @property
     def shape(self) -> tuple[int, int, int]:
         """Number of slices and the shape of one: (K, m, n)."""
-        return len(self.ranks), int(self._left.shape[0]), int(self._right.shape[1])
+        b, a = self._given[0] if self._given else (self._left, self._right)
+        return len(self.ranks), int(b.shape[0]), int(a.shape[1])
 
     @property
     def max_rank(self) -> tuple[int, int]:
@@ -123,6 +160,8 @@ class LowRankStack(LinearOperators):
 
     def factors(self, k: int) -> tuple[Array, Array]:
         """Return B_k (m × r_k) and A_k (r_k × n) of slice ``k``."""
+        if self._given:
+            return self._given[k]
         return self._left[:, self._spans[k]], self._right[self._spans[k], :]
 
     def norms2(self) -> Array:
@@ -142,7 +181,7 @@ class LowRankStack(LinearOperators):
         """
         xp, batch, transpose = self.xp, self._batches[index], self.xp.matrix_transpose
         b = batch.columns(self._left)
-        wide = as_accumulator(self._left[:0, :0]).dtype == self._left.dtype
+        wide = as_accumulator(self.empty()).dtype == self.empty().dtype
         if wide and b.shape[-1] <= min(self.shape[1:]):
             a = batch.rows(self._right)
             grams = transpose(b) @ b, a @ transpose(a)
@@ -260,11 +299,11 @@ class LowRankStack(LinearOperators):
 
     def _own(self, block: Array) -> Array:
         """A block in the working type, which can be wider than that of the factors given."""
-        return self.xp.astype(block, self._left.dtype, copy=False)
+        return self.xp.astype(block, self.empty().dtype, copy=False)
 
     def empty(self) -> Array:
         """An array of no entries: library, device and working type of the products."""
-        return self._left[:0, :0]
+        return self.factors(0)[0][:0, :0]
 
     def slice(self, k: int) -> Array:
         """Return B_k A_k (m × n), dense."""
@@ -273,7 +312,8 @@ class LowRankStack(LinearOperators):
 
     def magnitude(self) -> float:
         """Largest entry of a column of B times that of its row of A."""
-        return largest_term(self._left, self._right)
+        pairs = self._given or [(self._left, self._right)]
+        return max(largest_term(b, a) for b, a in pairs)
 
     def take(self, indices: Sequence[int]) -> LowRankStack:
         """Return the stack of the slices at ``indices``, in that order."""
