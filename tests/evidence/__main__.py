@@ -1,6 +1,6 @@
 """Run what has not been run yet, a JSON line a cell, and print the tables of what is done.
 
-    python -m tests.evidence [after] [training] [--tasks amazon …] [--seeds 0 …]
+    python -m tests.evidence [after] [training] [deep] [--tasks amazon …] [--seeds 0 …]
 
 Stopped at any time, the same command goes on where it was: a cell whose line stands in
 ``docs/evidence/PART.jsonl`` is not run again, and trained adapters stay in the cache.
@@ -17,14 +17,25 @@ from typing import Any
 import torch
 from transformers import logging
 
-from tests.evidence import after, training
-from tests.evidence.tables import after_table, read, repeated, tasks_table, training_table
+from tests.evidence import after, deep, training
+from tests.evidence.tables import (
+    after_table,
+    deep_tables,
+    read,
+    repeated,
+    tasks_table,
+    training_table,
+)
 from tests.evidence.tasks import TASKS, load_task
 
 RESULTS = Path("docs/evidence")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lotrtensor-evidence"
-KEYS = {"after": ("form", "ratio"), "training": ("method", "seed", "rate")}
-PARTS: dict[str, Any] = {"after": after.cells, "training": training.cells}
+KEYS = {
+    "after": ("form", "ratio"),
+    "training": ("method", "seed", "rate"),
+    "deep": ("encoder", "form", "ratio", "layers"),
+}
+PARTS: dict[str, Any] = {"after": after.cells, "training": training.cells, "deep": deep.cells}
 
 
 def main() -> None:
@@ -67,6 +78,8 @@ def main() -> None:
         trained = read(options.out / "training.jsonl")
         every, several = training_table(trained), training_table(repeated(trained))
         print("\n".join(every if every == several else [*every, "", *several]))
+    if "deep" in options.parts:
+        print("\n".join(deep_tables(read(options.out / "deep.jsonl"))))
 
 
 if __name__ == "__main__":

@@ -33,18 +33,19 @@ CALIBRATED = 600
 @torch.enable_grad()  # who asks for a basis of other tasks computes without
 def original(task: Task, cache: Path) -> Path:
     """Train the task's adapter (LoRA, rank 8, bfloat16 on disk) once, with its head."""
-    out = cache / f"{task.name}-lora"
+    out = cache / f"{task.stem}-lora"
     if (out / "adapter.json").exists():
         return out
     torch.manual_seed(0)
+    targets = encoder.targets(task.base)
     config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=encoder.TARGETS, task_type="FEATURE_EXTRACTION"
+        r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="FEATURE_EXTRACTION"
     )
-    model = get_peft_model(encoder.load_base(), config)
+    model = get_peft_model(encoder.load_base(task.base), config)
     head = nn.Linear(model.config.hidden_size, task.classes)
     texts, labels = zip(*task.train, strict=True)
     seconds = encoder.train(
-        model, head, encoder.tokens(texts), labels, rate=RATE, epochs=EPOCHS, seed=0
+        model, head, encoder.tokens(texts, task.base), labels, rate=RATE, epochs=EPOCHS, seed=0
     )
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -70,21 +71,25 @@ def cells(
     source = original(task, cache)
     lora = load(source)
     assert isinstance(lora, LoraAdapter)
-    texts, labels = zip(*task.test, strict=True)
-    scorer = Scorer(source, encoder.tokens(texts), np.array(labels))
+    scorer = Scorer.of(source, task)
     if ("frozen", "0") not in known:
         yield scorer.frozen(task) | {"form": "frozen", "ratio": 0}
     for form, ratio in FORMS:
-        if (form, str(ratio)) in known:
-            continue
-        row = {"form": form, "ratio": ratio, "source_bytes": lora.bytes}
-        try:
-            size, made = make(task, lora, form, ratio, cache)
-        except RankError as error:  # one rank a group is more than the budget
-            yield row | {"refused": str(error)}
-            continue
-        row["bytes"] = size
-        yield row | scorer.score(made) | {"error": compare(lora, made).relative_error}
+        if (form, str(ratio)) not in known:
+            row = {"form": form, "ratio": ratio}
+            yield row | scored(task, lora, form, ratio, cache, scorer)
+
+
+def scored(
+    task: Task, lora: LoraAdapter, form: str, ratio: int, cache: Path, scorer: Scorer
+) -> dict[str, Any]:
+    """Bytes, error and score of one form."""
+    row: dict[str, Any] = {"source_bytes": lora.bytes}
+    try:
+        row["bytes"], made = make(task, lora, form, ratio, cache)
+    except RankError as error:  # one rank a group is more than the budget
+        return row | {"refused": str(error)}
+    return row | scorer.score(made) | {"error": compare(lora, made).relative_error}
 
 
 FORMS = (
@@ -113,13 +118,17 @@ def make(
             return compressed.file_bytes, compressed.to_lora()
         case "compressed and healed":
             small = compress(lora, budget=budget)
-            healed = heal(encoder.load_base(), small, lora, encoder.inputs(task.train)).adapter
+            healed = heal(
+                encoder.load_base(task.base), small, lora, encoder.inputs(task.train, task.base)
+            ).adapter
             return healed.file_bytes, healed.to_lora()
         case "calibrated" | "calibrated and healed":
-            model = encoder.Classifier(encoder.load_base(), load_head(original(task, cache)))
+            head = load_head(original(task, cache))
+            model = encoder.Classifier(encoder.load_base(task.base), head)
             small = compress(lora, budget=budget, calibration=calibrated(task, lora, model, cache))
             if form == "calibrated and healed":
-                small = heal(model, small, lora, encoder.inputs(task.train)).adapter
+                inputs = encoder.inputs(task.train, task.base)
+                small = heal(model, small, lora, inputs).adapter
             return small.file_bytes, small.to_lora()
         case "16-bit LoTR":
             lotr = convert(lora, budget=budget)
@@ -141,9 +150,9 @@ def make(
 
 def calibrated(task: Task, lora: LoraAdapter, model: nn.Module, cache: Path) -> Calibration:
     """Moments on some texts of the task, without their labels, measured once."""
-    path = cache / f"{task.name}-calibration.safetensors"
+    path = cache / f"{task.stem}-calibration.safetensors"
     if not path.exists():
-        calibrate(model, lora, encoder.inputs(task.train[:CALIBRATED])).save(path)
+        calibrate(model, lora, encoder.inputs(task.train[:CALIBRATED], task.base)).save(path)
     return Calibration.load(path)
 
 
@@ -160,9 +169,17 @@ def _plain(lora: LoraAdapter, rival: Rival) -> tuple[float, LoraAdapter]:
 class Scorer:
     """The test rows of a task, scored with its head through an adapter on disk."""
 
-    def __init__(self, source: Path, rows: list[list[int]], labels: np.ndarray) -> None:
-        self.source, self.rows, self.labels = source, rows, labels
+    def __init__(
+        self, source: Path, rows: list[list[int]], labels: np.ndarray, base: str | None = None
+    ) -> None:
+        self.source, self.rows, self.labels, self.base = source, rows, labels, base
         self.head = load_head(source)
+
+    @classmethod
+    def of(cls, source: Path, task: Task) -> Scorer:
+        """The rows of a task's test."""
+        texts, labels = zip(*task.test, strict=True)
+        return cls(source, encoder.tokens(texts, task.base), np.array(labels), task.base)
 
     @cached_property
     def before(self) -> np.ndarray:
@@ -175,7 +192,8 @@ class Scorer:
         """Logits, rows × classes."""
         with tempfile.TemporaryDirectory() as scratch:
             lora.save(Path(scratch) / "lora")
-            model = PeftModel.from_pretrained(encoder.load_base(), Path(scratch) / "lora")
+            base = encoder.load_base(self.base)
+            model = PeftModel.from_pretrained(base, Path(scratch) / "lora")
             return encoder.logits(model, self.head, self.rows).numpy()
 
     def score(self, lora: LoraAdapter) -> dict[str, Any]:
@@ -192,9 +210,10 @@ class Scorer:
 
     def frozen(self, task: Task) -> dict[str, Any]:
         """A head on the frozen encoder: where fine-tuning starts."""
-        base = encoder.load_base()
+        base = encoder.load_base(self.base)
         texts, labels = zip(*task.train, strict=True)
-        head = encoder.probe(encoder.features(base, encoder.tokens(texts)), labels, task.classes)
+        vectors = encoder.features(base, encoder.tokens(texts, self.base))
+        head = encoder.probe(vectors, labels, task.classes)
         return self.accuracy(encoder.logits(base, head, self.rows).numpy())
 
     def accuracy(self, found: np.ndarray) -> dict[str, Any]:

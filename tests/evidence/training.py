@@ -176,14 +176,18 @@ def run(
 ) -> dict[str, Any]:
     """Train once, and score the rows of the test."""
     torch.manual_seed(seed)
-    model = adapt(method, task.name, cache)
+    return trained(task, adapt(method, task.name, cache), rate, epochs=epochs, seed=seed)
+
+
+def trained(task: Task, model: PeftModel, rate: float, *, epochs: int, seed: int) -> dict[str, Any]:
+    """Train the adapter of a model, with a head, and score the rows of the test."""
     head = nn.Linear(model.config.hidden_size, task.classes)
     texts, labels = zip(*task.train, strict=True)
-    seconds = encoder.train(
-        model, head, encoder.tokens(texts), labels, rate=rate, epochs=epochs, seed=seed
-    )
+    numbers = encoder.tokens(texts, task.base)
+    seconds = encoder.train(model, head, numbers, labels, rate=rate, epochs=epochs, seed=seed)
     texts, labels = zip(*task.test, strict=True)
-    told = right(encoder.logits(model, head, encoder.tokens(texts)).numpy(), np.array(labels))
+    numbers = encoder.tokens(texts, task.base)
+    told = right(encoder.logits(model, head, numbers).numpy(), np.array(labels))
     return {
         "numbers": model.get_nb_trainable_parameters()[0],
         "seconds": round(seconds),
