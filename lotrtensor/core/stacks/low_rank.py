@@ -94,9 +94,21 @@ class LowRankStack(LinearOperators):
 
     @classmethod
     def of_constants(cls, B: Sequence[Array], A: Sequence[Array]) -> LowRankStack:
-        """Return the stack of factors that nobody writes to, which so need no copies.
+        """Return the stack of factors that nobody will write to, which so need no copies.
 
         They are brought side by side when a product with all of them asks for it.
+
+        Parameters
+        ----------
+        B : sequence of arrays (m, r_k)
+            Left factors, scale included.
+        A : sequence of arrays (r_k, n)
+            Right factors.
+
+        Raises
+        ------
+        ShapeError, DataError
+            As for `LowRankStack`.
         """
         made = object.__new__(cls)
         lefts, rights = made._working(B, A)
