@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotrtensor import FormatError, LowRankStack, RankError, tucker2
+from lotrtensor import (
+    FormatError,
+    LoraAdapter,
+    LoraModule,
+    LowRankStack,
+    RankError,
+    compare,
+    compress,
+    tucker2,
+)
 from lotrtensor.core.bits import grid, stream
 from lotrtensor.core.bits.common import common_spaces, part_between
 from lotrtensor.core.bits.gauge import equalising_rotation
@@ -486,3 +495,29 @@ def test_squares_of_cores_do_not_depend_on_how_a_slice_is_written(gauge, dtype):
     for parts in ("both", "shared"):
         found = StackInBits(stack, parts).squares.sums2
         np.testing.assert_allclose(found, expected, atol=1e-5 * expected.sum())
+
+
+@pytest.mark.parametrize("step", [1 / 8000, 1 / 32767])
+@pytest.mark.parametrize("shift", [0.0, 1e-5])
+def test_columns_of_many_slices_stay_within_16_bits(step, shift):
+    """Those of 16 slices reach four times as far as a singular value of one."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.standard_normal((8, 2)))[0] for _ in range(2))
+    core = np.stack([np.diag([1.0 + shift, 0.5])] * 16)
+    found = quantise_tucker2(left, core, right, step)
+    u, g, v = found.factors()
+    assert np.linalg.norm(u @ g @ v.T - left @ core @ right.T) < 4 * step * np.linalg.norm(core)
+    single = [found.slice_factors(k) for k in range(16)]
+    np.testing.assert_allclose([b @ a for b, a in single], u @ g @ v.T, atol=1e-12)
+
+
+def test_the_finest_step_of_shared_factors_is_near():
+    """A tolerance at the end of 16 bits is met by a form that shares, or refused with its error."""
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((2, 40, 2))
+    B = [left @ np.diag([1, 0.5]) for _ in range(16)]
+    adapter = LoraAdapter(
+        tuple(LoraModule(f"layers.{k}.q", b, right.T) for k, b in enumerate(B)), {}, np.dtype("f4")
+    )
+    found = compress(adapter, tolerance=2e-4, form="lotr")
+    assert compare(adapter, found).relative_error <= 2e-4

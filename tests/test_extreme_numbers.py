@@ -3,11 +3,17 @@
 Every file that is written is read by hand, in float64, and held against the dense ΔW of the source.
 """
 
+from dataclasses import replace
+from importlib.resources import files
+
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import lotrtensor as lt
+from lotrtensor.adapters.modules import FactoredCore, LotrGroup
 from lotrtensor.adapters.rounding import exact_scale, rounded
+from lotrtensor.cli.app import app
 from tests.adapters_fixtures import (
     DTYPES,
     dense_lora,
@@ -290,3 +296,49 @@ def test_a_native_file_beyond_any_square_is_refused(tmp_path):
     (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(lt.DataError, match="squares"):
         lt.load(tmp_path / "out").to_lora()
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e4, 1e6])
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-8), ("bfloat16", 1e-6)])
+def test_an_export_does_not_depend_on_how_cores_are_written(condition, dtype, error):
+    """Cores (L S)(S⁻¹ R): only the product has meaning."""
+    rng = np.random.default_rng(0)
+    turn = np.array([[1, 1], [1, 1 + 1 / condition]])
+    left, right = rng.standard_normal((2, 64, 120)).astype(np.float32)
+    cores = tuple(
+        FactoredCore(rng.standard_normal((120, 2)) @ turn, np.linalg.inv(turn) @ outer)
+        for outer in rng.standard_normal((40, 2, 120))
+    )
+    names = tuple(f"layers.{k}.q" for k in range(40))
+    group = LotrGroup("q", names, left, right, cores, (2,) * 40)
+    assert group.thin
+    adapter = lt.LotrAdapter((group,), {}, np.dtype(dtype))
+    assert lt.compare(adapter, adapter.to_lora()).relative_error < error
+
+
+@pytest.mark.parametrize("form", ["LoTR", "compressed"])
+def test_an_export_in_a_wider_type_loses_nothing(tmp_path, form):
+    bundled = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")  # in bfloat16
+    made = {"LoTR": lambda: lt.convert(bundled, rank=8)}
+    made["compressed"] = lambda: lt.compress(bundled, budget="10%", form="lora")
+    made[form]().save(tmp_path / "small")
+    lora = tmp_path / "lora"
+    arguments = ["export", str(tmp_path / "small"), "-o", str(lora), "--dtype", "float64"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert lt.compare(lt.load(tmp_path / "small"), lt.load(lora)).relative_error < 1e-12
+
+
+@pytest.mark.parametrize("step", [1e-160, 1e160])
+def test_a_compressed_update_beyond_any_square_is_refused(step):
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((48, 4)), rng.standard_normal((4, 40))
+    modules = tuple(
+        lt.LoraModule(f"layers.{k}.q", left @ rng.standard_normal((4, 4)), right) for k in range(6)
+    )
+    small = lt.compress(lt.LoraAdapter(modules, {}, np.dtype("f4")), tolerance=1e-2, form="lotr")
+    group = small.groups[0]
+    shared = replace(group.stack.shared, step=step)
+    far = replace(small, groups=(replace(group, stack=replace(group.stack, shared=shared)),))
+    for use in (lambda: lt.compare(small, far), lambda: lt.similarity([far]), far.to_lora):
+        with pytest.raises(lt.DataError, match=r"layers\.0\.q"):
+            use()

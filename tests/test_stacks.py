@@ -368,7 +368,7 @@ def test_a_stack_of_constants_is_the_same_without_copies(fit, seed):
     assert (held.shape, held.ranks, held.max_rank) == (copied.shape, copied.ranks, copied.max_rank)
     assert held.magnitude() == copied.magnitude()
     left, right = frames(np.random.default_rng(seed), case, rank)
-    for ask in (
+    asks = (
         lambda stack: stack.take([0]).to_dense(),
         lambda stack: stack.scaled([2.0] * stack.shape[0]).to_dense(),
         lambda stack: (stack + stack).to_dense(),
@@ -380,7 +380,10 @@ def test_a_stack_of_constants_is_the_same_without_copies(fit, seed):
         lambda stack: stack.sweep(left, right).left,
         lambda stack: stack.reduce()[1].to_dense(),
         lambda stack: stack.to_dense(),
-    ):
+    )
+    for ask in asks:
+        fresh = LowRankStack.of_constants(case.B, case.A)
+        np.testing.assert_array_equal(ask(fresh), ask(copied))
         np.testing.assert_array_equal(ask(held), ask(copied))
 
 

@@ -22,8 +22,7 @@ from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule
-from lotrtensor.adapters.parts import lowered
-from lotrtensor.adapters.rounding import narrowed
+from lotrtensor.adapters.parts import lowered, narrow_module
 from lotrtensor.core.bits.stream import entropy_bits
 from lotrtensor.core.options import check_flag, is_count, shown
 from lotrtensor.core.threads import on_one_thread
@@ -206,9 +205,9 @@ class CompressedAdapter:
         modules = []
         for group in self.groups:
             for k, name in enumerate(group.modules):
-                b, a = narrowed(*group.factors(k), self.dtype)
-                most = min(group.slice_ranks[k], rank or b.shape[1])
-                modules.append(lowered(LoraModule(name, b, a, group.embedding), most))
+                module = LoraModule(name, *group.factors(k), group.embedding)
+                most = min(group.slice_ranks[k], rank or module.rank)
+                modules.append(narrow_module(lowered(module, most), self.dtype))
         modules.sort(key=lambda module: layer_order(module.name))
         return LoraAdapter(tuple(modules), self.config, self.dtype, self.extras)
 

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lotrtensor.adapters.rounding import check_size
 from lotrtensor.core.bits.stack import QuantisedStack
+from lotrtensor.core.linalg import largest_term
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,14 @@ class CompressedGroup:
 
         r is the rank of both parts together, and at least 1: of a module of which nothing was kept
         the factors are zeros.
+
+        Raises
+        ------
+        DataError
+            If the update is beyond 1e±140.
         """
         b, a = self.stack.factors(k)
-        return (b, a) if b.shape[1] else (np.zeros((len(b), 1)), np.zeros((1, a.shape[1])))
+        if not b.shape[1]:
+            return np.zeros((len(b), 1)), np.zeros((1, a.shape[1]))
+        check_size(largest_term(b, a), self.modules[k])
+        return b, a

@@ -14,8 +14,7 @@ from lotrtensor.adapters.formats.native import read_lotr, write_lotr
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.modules import LoraModule, LotrGroup
-from lotrtensor.adapters.parts import lowered
-from lotrtensor.adapters.rounding import narrowed
+from lotrtensor.adapters.parts import lowered, narrow_module
 from lotrtensor.core.balanced import balanced_factors
 from lotrtensor.core.options import check_flag, is_count, shown
 from lotrtensor.core.squared_error import SquaredError
@@ -150,8 +149,7 @@ class LotrAdapter:
     def to_lora(self, rank: int | None = None) -> LoraAdapter:
         """Return the adapter as a LoRA, B_k = U P_k and A_k = Q_k Vᵀ with P_k Q_k ≈ G_k.
 
-        Its factors are in float32, as those of a LoRA that is read; in float64 where that is stored
-        or float32 has no such numbers.
+        Its factors are in float64, or, of an adapter in half precision, in float32.
 
         Parameters
         ----------
@@ -182,8 +180,8 @@ class LotrAdapter:
         return sum(parts, SquaredError()).relative
 
 
-def _lowered(group: LotrGroup, k: int, rank: int | None, dtype: np.dtype) -> LoraModule:
-    b, a = narrowed(*group.factors(k), dtype)
+def _lowered(group: LotrGroup, k: int, rank: int | None) -> LoraModule:
+    b, a = group.factors(k)
     limit = min(group.slice_ranks[k], *group.rank)
     module = LoraModule(group.modules[k], b, a, group.embedding)
     return lowered(module, limit if rank is None else min(rank, limit))
@@ -191,7 +189,7 @@ def _lowered(group: LotrGroup, k: int, rank: int | None, dtype: np.dtype) -> Lor
 
 def _lora_modules(group: LotrGroup, rank: int | None, dtype: np.dtype) -> list[LoraModule]:
     if group.thin:
-        return [_lowered(group, k, rank, dtype) for k in range(len(group.modules))]
+        return [narrow_module(_lowered(group, k, rank), dtype) for k in range(len(group.modules))]
     # A trained U need not be orthonormal: the triangles of its QR then belong to the core.
     tucker2 = group.tucker2()
     left, left_triangle = np.linalg.qr(tucker2.left)
@@ -201,6 +199,6 @@ def _lora_modules(group: LotrGroup, rank: int | None, dtype: np.dtype) -> list[L
         limit = min(group.slice_ranks[k], *group.rank)
         core = left_triangle @ tucker2.core[k] @ right_triangle.T
         b, a = balanced_factors(core, limit if rank is None else min(rank, limit))
-        b, a = narrowed(left @ b, a @ right.T, dtype)
-        modules.append(LoraModule(module, b, a, group.embedding))
+        found = LoraModule(module, left @ b, a @ right.T, group.embedding)
+        modules.append(narrow_module(found, dtype))
     return modules

@@ -9,6 +9,7 @@ import numpy as np
 
 from lotrtensor.adapters.compressed_group import CompressedGroup
 from lotrtensor.adapters.modules import LoraModule, LotrGroup, module_stack
+from lotrtensor.adapters.rounding import narrowed
 from lotrtensor.core.slice_svd import slice_svds, truncate_slices
 
 
@@ -126,6 +127,12 @@ def lowered(module: LoraModule, rank: int) -> LoraModule:
     """
     svds = slice_svds(module_stack([module]))
     b, a = truncate_slices(svds, [min(rank, len(svds[0].values))]).factors(0)
+    return LoraModule(module.name, b, a, module.embedding)
+
+
+def narrow_module(module: LoraModule, dtype: np.dtype) -> LoraModule:
+    """Return the module as it is worked with before it is stored in ``dtype``; see `narrowed`."""
+    b, a = narrowed(module.B, module.A, dtype)
     return LoraModule(module.name, b, a, module.embedding)
 
 

@@ -69,18 +69,18 @@ def exact_scale(largest: float, dtype: np.dtype) -> float:
 
 
 def narrowed(b: np.ndarray, a: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Return factors in the type that they are worked with in: half the memory, where it is enough.
+    """Return two matrices in float32, half the memory, where that is far finer than what is stored.
 
     Parameters
     ----------
-    b, a : ndarray (m, r), (r, n)
-        Factors in float64.
+    b, a : ndarray
+        Factors or singular vectors, whose columns are of about one size.
     dtype : dtype
-        What they come from or will be stored in. Only what is no float64 is narrowed, and no factor
-        that float32 would bring near to its range.
+        What they will be stored in: to float32 and wider ones nothing is narrowed, and no matrix
+        that is beyond 1e±30.
     """
     sizes = largest_entry(b), largest_entry(a)
-    if dtype == np.float64 or not all(1e-30 < size < 1e30 for size in sizes if size):
+    if dtype.itemsize > 2 or not all(1e-30 < size < 1e30 for size in sizes if size):
         return b, a
     return b.astype(np.float32), a.astype(np.float32)
 

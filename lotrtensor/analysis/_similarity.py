@@ -70,8 +70,12 @@ def similarity(adapters: Sequence[Adapter]) -> Similarity:
 
 def _products(a: Factors, b: Factors) -> dict[str, float]:
     """⟨ΔW, ΔW'⟩ of every module that both have in one shape."""
-    common = [name for name in a if name in b and a[name].shape == b[name].shape]
-    return {name: inner(a[name], b[name]) for name in common}
+    found = {}
+    for name in (name for name in a if name in b):
+        one, other = a[name], b[name]  # which of some adapters are made here and now
+        if one.shape == other.shape:
+            found[name] = inner(one, other)
+    return found
 
 
 def _by_kind(numbers: dict[str, float]) -> dict[str, float]:

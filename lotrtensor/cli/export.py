@@ -6,13 +6,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal
 
+import numpy as np
 import typer
 
+from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.formats.directory import check_inputs_outside, expand
 from lotrtensor.adapters.formats.layout import check_lora_output, output_format
 from lotrtensor.adapters.formats.native import PEFT_TYPE
 from lotrtensor.adapters.formats.publish import whole
-from lotrtensor.adapters.loading import load
+from lotrtensor.adapters.loading import Adapter, load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.sizes import check_dtype
 from lotrtensor.cli.common import (
@@ -83,10 +85,10 @@ def export(
         raise UnsupportedAdapterError(f"{adapter} is a LoRA already; expected a LoTR adapter")
     output_format(output, lotr.config, file_format)
     with progress_bar("exporting"):
+        if dtype is not None:
+            lotr = _stored_in(lotr, check_dtype(dtype))
         shared = experts == "shared-outer"
         lora = shared_outer(lotr, rank) if shared else lotr.to_lora(rank)
-        if dtype is not None:
-            lora = replace(lora, dtype=check_dtype(dtype))
         with whole(expand(output), partial(check_lora_output, force=True), force=force) as place:
             lora.save(place, file_format=file_format, pad=pad, experts=experts)
             del lora  # as large as what is read again
@@ -103,3 +105,10 @@ def export(
         f"relative difference to {printable(adapter)}: {error(document['relative_error'])}",
         markup=False,
     )
+
+
+def _stored_in(adapter: Adapter, dtype: np.dtype) -> Adapter:
+    """The adapter as one whose export has another type."""
+    if isinstance(adapter, CompressedAdapter):
+        return replace(adapter, source=replace(adapter.source, dtype=dtype))
+    return replace(adapter, dtype=dtype)

@@ -15,8 +15,8 @@ from lotrtensor.core.stacks.low_rank import LowRankStack
 class SliceSvd(NamedTuple):
     """ΔW_k = left · diag(values) · rightᵀ: the thin singular value decomposition of one slice.
 
-    ``left`` (m × c) and ``right`` (n × c) have orthonormal columns, in the type that the stack is
-    held in; ``values`` (c) fall and are NumPy's, in float64. c is the smallest of m, n and r_k.
+    ``left`` (m × c) and ``right`` (n × c) have orthonormal columns; ``values`` (c) fall and are
+    NumPy's. c is the smallest of m, n and r_k.
     """
 
     left: Array
@@ -65,8 +65,6 @@ def _svds(stack: LowRankStack, members: Sequence[int]) -> list[SliceSvd]:
     place = {"dtype": left.dtype, "device": device(left)}
     left = left @ xp.asarray(turn_left, **place)
     right = right @ xp.asarray(np.swapaxes(turn_right, 1, 2), **place)
-    # All slices' vectors are held at once: half the memory where the factors came in float32.
-    left, right = (xp.astype(x, stack.empty().dtype, copy=False) for x in (left, right))
     return [SliceSvd(left[i, :, :], values[i], right[i, :, :]) for i in range(len(members))]
 
 
@@ -75,7 +73,7 @@ ENTRIES = 2**18
 
 
 def truncate_slices(svds: Sequence[SliceSvd], ranks: Sequence[int]) -> LowRankStack:
-    """Return the best stack whose slices have the given ranks (Eckart–Young).
+    """Return the best stack whose slices have the given ranks (Eckart–Young), in the vectors' type.
 
     The singular values are shared evenly, B = U √Σ and A = √Σ Vᵀ, so that neither factor uses up
     the range or the digits of a half-precision type.

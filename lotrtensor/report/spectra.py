@@ -36,7 +36,7 @@ def add_spectra(document: Document, adapter: Adapter, *, asked: bool | None = No
     if asked is None:
         asked = sum(map(spectra_flops, stacks)) <= SECONDS_OF_WORK
     for group in document["groups"]:
-        stack = stacks.pop(0)  # what one group is joined to goes before the next one is
+        stack = stacks.pop(0)  # what is joined of one group goes before that of the next is made
         group["singular_values"] = None
         if asked:
             found = spectra(stack)

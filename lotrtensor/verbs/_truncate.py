@@ -13,11 +13,12 @@ from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
 from lotrtensor.adapters.modules import LoraModule, module_stack
+from lotrtensor.adapters.rounding import narrowed
 from lotrtensor.core.arrays import itemsize
 from lotrtensor.core.fit.truncate import truncate_to_goal
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Goal, Rank
-from lotrtensor.core.slice_svd import slice_svds
+from lotrtensor.core.slice_svd import SliceSvd, slice_svds
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.threads import on_one_thread
 from lotrtensor.core.tucker2 import Tucker2
@@ -172,19 +173,17 @@ def _lora_goal(adapter: LoraAdapter, asked: Asked) -> Goal:
 
 
 def _updates(adapter: LoraAdapter) -> list[Update]:
-    """The singular value decomposition of every module, those of one shape together."""
-    shapes: dict[tuple[int, int], list[LoraModule]] = {}
-    for module in adapter.modules:
-        shapes.setdefault(module.shape, []).append(module)
-    svds = {
-        module.name: svd
-        for same in shapes.values()
-        for module, svd in zip(same, slice_svds(module_stack(same)), strict=True)
-    }
+    """The singular value decomposition of every module."""
     return [
-        Update(m.name, m.embedding, svds[m.name], partial(_distance2, m), whole=m)
+        Update(m.name, m.embedding, _svd(m, adapter.dtype), partial(_distance2, m), whole=m)
         for m in adapter.modules
     ]
+
+
+def _svd(module: LoraModule, dtype: np.dtype) -> SliceSvd:
+    svd = slice_svds(module_stack([module]))[0]
+    left, right = narrowed(svd.left, svd.right, dtype)  # all modules' are held at once
+    return SliceSvd(left, svd.values, right)
 
 
 def _distance2(module: LoraModule, b: np.ndarray, a: np.ndarray) -> float:

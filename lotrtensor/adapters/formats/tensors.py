@@ -134,7 +134,7 @@ def check_floating(key: str, tensor: np.ndarray, directory: Path) -> None:
 
 
 def adapter_files(config: dict[str, Any], tensors: Tensors) -> dict[str, Content]:
-    """Return the two files of an adapter directory as bytes.
+    """Return the two files of an adapter directory as bytes, the large one in parts.
 
     Keys are sorted, so that equal adapters are equal files.
     """

@@ -15,6 +15,7 @@ import numpy as np
 
 from lotrtensor.core.bits.gauge import equalising_rotation
 from lotrtensor.core.bits.grid import column_cost, round_to_grid, round_to_width
+from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.bits.terms import slope, unit_columns
 from lotrtensor.core.ranks.curve import outside2
 
@@ -47,6 +48,14 @@ class QuantisedTucker2:
     def factors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return U (m × p), G (K × p × q) and V (n × q) in float64."""
         return unit_columns(self.left), self.step * self.core, unit_columns(self.right)
+
+    def slice_factors(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return B (m × c) and A (c × n) of slice ``k`` in float64, c the smaller of p and q."""
+        left, right = unit_columns(self.left), unit_columns(self.right)
+        core = self.step * self.core[k]
+        if left.shape[1] <= right.shape[1]:
+            return left, core @ right.T
+        return left @ core, right.T
 
 
 def core_kinds(left: np.ndarray, right: np.ndarray, slices: int) -> np.ndarray:
@@ -210,8 +219,8 @@ def quantise_tucker2(
     """
     left2, right2 = np.sum(core**2, axis=(0, 2)), np.sum(core**2, axis=(0, 1))
     if width is None:
-        first = round_to_grid(left * np.sqrt(left2), step)
-        second = round_to_grid(right * np.sqrt(right2), step)
+        first = _column_codes(left * np.sqrt(left2), step)
+        second = _column_codes(right * np.sqrt(right2), step)
     else:
         first = round_to_width(left @ equalising_rotation(left2), width)
         second = round_to_width(right @ equalising_rotation(right2), width)
@@ -222,10 +231,21 @@ def quantise_tucker2(
     inverse, other = np.linalg.pinv(unit_columns(first)), np.linalg.pinv(unit_columns(second))
     solved = (inverse @ left) @ core @ (other @ right).T
     if width is None:
-        codes = round_to_grid(solved, step)
+        codes = np.clip(round_to_grid(solved, step), -LARGEST_CODE, LARGEST_CODE)
     else:
         codes = round_to_width(solved.reshape(-1, 1), width).reshape(solved.shape)
         step = float(np.sum(codes * solved) / np.sum(codes * codes))
     return QuantisedTucker2(
         first.astype(np.int16), codes.astype(np.int16), second.astype(np.int16), step
     )
+
+
+def _column_codes(columns: np.ndarray, step: float) -> np.ndarray:
+    """Columns on a grid; those that would go beyond 16 bits on a coarser one.
+
+    All that is kept of a column is its direction. Those of K slices reach to √K times what those of
+    one do, by which the finest step is chosen.
+    """
+    reach = np.max(np.abs(columns), axis=0, initial=0.0) / (LARGEST_CODE * step)
+    found: np.ndarray = round_to_grid(columns / np.maximum(reach, 1.0), step)
+    return found

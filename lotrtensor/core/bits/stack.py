@@ -83,10 +83,8 @@ class QuantisedStack:
         b, a = self.private[k].factors()
         if self.shared is None:
             return b, a
-        left, core, right = self.shared.factors()
-        if left.shape[1] <= right.shape[1]:
-            return np.hstack([left, b]), np.vstack([core[k] @ right.T, a])
-        return np.hstack([left @ core[k], b]), np.vstack([right.T, a])
+        left, right = self.shared.slice_factors(k)
+        return np.hstack([left, b]), np.vstack([right, a])
 
 
 class Prediction(NamedTuple):

@@ -62,7 +62,7 @@ class LowRankStack(LinearOperators):
     1e-7 κ, which float64 spares. Factors in float32 whose products are beyond 1e±10 are held in
     float64, which a decomposition comes back in too: their squares would leave the range. The
     factors are held side by side, m × ρ and ρ × n with ρ = Σ r_k, so that a product with all of
-    them is one matrix product.
+    them is one matrix product; see `of_constants` for another way.
 
     Examples
     --------
@@ -96,7 +96,8 @@ class LowRankStack(LinearOperators):
     def of_constants(cls, B: Sequence[Array], A: Sequence[Array]) -> LowRankStack:
         """Return the stack of factors that nobody will write to, which so need no copies.
 
-        They are brought side by side when a product with all of them asks for it.
+        They are brought side by side, beside those that were given, when a product with all of them
+        asks for it. If somebody does write to them, some results are of before, some of after.
 
         Parameters
         ----------
