@@ -1,6 +1,9 @@
 """Time and memory follow the size of what is read, whatever its names, ranks and numbers are."""
 
+import ctypes
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -255,3 +258,26 @@ def test_commands_take_a_few_times_the_file(tmp_path, command):
     run = CliRunner().invoke
     assert peak_of(lambda: codes.append(run(app, arguments).exit_code)) < TIMES[command] * size
     assert codes == [0]
+
+
+FAULTS = """
+import resource
+from lotrtensor.cli.allocator import keep_freed_memory
+KEEP
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(100):
+    blocks = [bytearray(2**20) for _ in range(4)]
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+def test_freed_memory_is_kept_for_what_comes_next():
+    """Four blocks of 1 MiB are a thousand pages: a hundred such in turn take the first ones'."""
+
+    def pages(keep):
+        program = [sys.executable, "-c", FAULTS.replace("KEEP", keep)]
+        return int(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+
+    assert pages("keep_freed_memory()") < 5_000 < 50_000 < pages("")

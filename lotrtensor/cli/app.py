@@ -13,6 +13,7 @@ from typing import NoReturn
 import typer
 
 import lotrtensor
+from lotrtensor.cli.allocator import keep_freed_memory
 from lotrtensor.cli.commands import Commands
 from lotrtensor.errors import LotrError, printable
 
@@ -53,6 +54,7 @@ def run() -> None:
 
     An interrupt ends with 130, and so does what typer's own handler sees of it.
     """
+    keep_freed_memory()
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

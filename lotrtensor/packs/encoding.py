@@ -56,7 +56,7 @@ def settled(value: float) -> float:
 
 def norm_of(lora: LoraAdapter) -> float:
     """√Σ ‖ΔW‖² of an adapter."""
-    stacks = (LowRankStack([m.B], [m.A]) for m in lora.modules)
+    stacks = (LowRankStack.of_constants([m.B], [m.A]) for m in lora.modules)
     return math.sqrt(sum(float(stack.norms2()[0]) for stack in stacks))
 
 
@@ -252,7 +252,7 @@ def _slice(
     if cell is not None:
         pair = module.B, module.A
         return code_slice(cell.basis, *pair, step, weight=norm, value_dtype=dtype, private=private)
-    svd = slice_svds(LowRankStack([module.B], [module.A]))[0]
+    svd = slice_svds(LowRankStack.of_constants([module.B], [module.A]))[0]
     terms = quantise_slice(svd, step).rounded(dtype)
     return CodedSlice(np.zeros((0, 0), np.int16), terms, lost2(svd, terms))
 
@@ -260,7 +260,7 @@ def _slice(
 def _group(
     name: str, modules: list[LoraModule], coded: list[CodedSlice], dtype: np.dtype
 ) -> CompressedGroup:
-    norms2 = LowRankStack([m.B for m in modules], [m.A for m in modules]).norms2()
+    norms2 = LowRankStack.of_constants([m.B for m in modules], [m.A for m in modules]).norms2()
     norm2, lost = float(norms2.sum()), sum(own.lost2 for own in coded)
     return CompressedGroup(
         name=name,

@@ -56,6 +56,6 @@ def _mean_error(source: LoraAdapter, member: Member) -> float:
         if name in member.cells:
             basis = member.cells[name].basis
             b, a = basis.slice_factors(member.weight * basis.mean_core)
-            lost2 = float((stack - LowRankStack([b], [a])).norms2()[0])
+            lost2 = float((stack - LowRankStack.of_constants([b], [a])).norms2()[0])
         whole += SquaredError(lost2, norm2)
     return whole.relative

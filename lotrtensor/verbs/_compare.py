@@ -156,5 +156,9 @@ def _difference(name: str, a: LowRankStack | None, b: LowRankStack | None) -> Sq
     if all(np.array_equal(x, y) for x, y in zip(a.factors(0), b.factors(0), strict=True)):
         return SquaredError(0.0, float(a.norms2()[0]))
     # In float64: the difference of float32 products is no smaller than their rounding.
-    first, second = (LowRankStack(*([x.astype(np.float64)] for x in s.factors(0))) for s in (a, b))
+    first, second = (_wide(*stack.factors(0)) for stack in (a, b))
     return SquaredError(float((first - second).norms2()[0]), float(first.norms2()[0]))
+
+
+def _wide(b: np.ndarray, a: np.ndarray) -> LowRankStack:
+    return LowRankStack.of_constants([b.astype(np.float64)], [a.astype(np.float64)])

@@ -146,7 +146,7 @@ def code_slice(
         )
     codes = rounded.astype(np.int16)
     left, right = basis.slice_factors(basis.core(codes, step, weight))
-    rest = LowRankStack([np.hstack([b, left])], [np.vstack([a, -right])])
+    rest = LowRankStack.of_constants([np.hstack([b, left])], [np.vstack([a, -right])])
     svd = slice_svds(rest)[0]
     terms = quantise_slice(svd, step) if private else QuantisedTerms.empty(*rest.shape[1:])
     if value_dtype is not None:

@@ -273,7 +273,7 @@ class StackInBits:
     def _less(self, left: np.ndarray, core: np.ndarray, right: np.ndarray) -> LowRankStack:
         """What a Tucker-2 leaves of the slices."""
         pairs = [self.stack.factors(k) for k in range(self.stack.shape[0])]
-        return LowRankStack(
+        return LowRankStack.of_constants(
             [np.hstack([to_numpy(b), left]) for b, _ in pairs],
             [np.vstack([to_numpy(a), -core[k] @ right.T]) for k, (_, a) in enumerate(pairs)],
         )

@@ -354,7 +354,7 @@ class LowRankStack(LinearOperators):
         check_one_shape(self, other)
         namespace(self.empty(), other.empty())
         pairs = [(self.factors(k), other.factors(k)) for k in range(self.shape[0])]
-        return LowRankStack(
+        return LowRankStack.of_constants(
             [self.xp.concat([b, b2], axis=1) for (b, _), (b2, _) in pairs],
             [self.xp.concat([a, a2], axis=0) for (_, a), (_, a2) in pairs],
         )
