@@ -134,7 +134,10 @@ def test_the_tables_of_the_page_are_the_recorded_cells():
     trained = tables.read(ROOT / "docs" / "evidence" / "training.jsonl")
     training = tables.training_table(trained)
     several = tables.training_table(tables.repeated(trained))
-    for lines in (tables.after_table(cells), tables.tasks_table(cells), training, several):
+    deep = "\n".join(tables.deep_tables(tables.read(ROOT / "docs" / "evidence" / "deep.jsonl")))
+    kept, depth = (part.splitlines() for part in deep.split("\n\n"))
+    tasks_lines = tables.tasks_table(cells)
+    for lines in (tables.after_table(cells), tasks_lines, training, several, kept, depth):
         assert "\n".join(lines) + "\n" in page
     assert "\n".join(tables.short_table(cells)) + "\n" in (ROOT / "README.md").read_text("utf-8")
 
@@ -169,3 +172,28 @@ def test_methods_of_training_are_compared_on_what_all_have_done():
     assert lines[2].startswith("| cores | 2,000 | 0.01 | 0.500 | +0.0 (")
     assert lines[3] == "| LoRA 1 | 40,000 | 0.01 | 0.500 | +0.0 (+0.0 to +0.0) |"
     assert len(lines) == 4
+
+
+def test_depths_are_compared_with_lora_of_as_many_layers():
+    def trained(form, layers, flags, numbers, task="a"):
+        flags = np.array(flags, float)
+        key = {"task": task, "encoder": "MPNet", "form": form, "ratio": "", "layers": layers}
+        told = {"rows": len(flags), "right": packed(flags), "accuracy": flags.mean()}
+        return key | told | {"rate": 0.01, "numbers": numbers}
+
+    cells = [
+        cell("a", "LoRA, as trained", 1, [1, 1, 0, 0] * 50, bytes=8, source_bytes=8, error=0, kl=0)
+        | {"layers": "", "encoder": "MPNet"},
+        trained("LoRA 1", "tuning", [0] * 200, 40),
+        trained("LoRA 1", 3, [1, 1, 0, 0] * 50, 10),
+        trained("cores", 3, [1, 1, 1, 0] * 50, 5),
+        trained("LoRA 1", 12, [1, 1, 1, 1] * 50, 40),
+    ]
+    lines = tables.deep_tables(cells)
+    assert lines[2].startswith("| LoRA, as trained | 1.0 × | 0.000 | 0.0000 | 0.500 | +0.0 (")
+    assert [line.split(" | ")[1:3] for line in lines[6:]] == [
+        ["3", "LoRA 1"],
+        ["3", "cores"],
+        ["12", "LoRA 1"],
+    ]
+    assert lines[7].startswith("| MPNet | 3 | cores | 5 | 0.01 | 0.750 | +25.0 (")
