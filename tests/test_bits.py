@@ -512,12 +512,12 @@ def test_columns_of_many_slices_stay_within_16_bits(step, shift):
 
 
 def test_the_finest_step_of_shared_factors_is_near():
-    """A tolerance at the end of 16 bits is met by a form that shares, or refused with its error."""
+    """A tolerance near the end of 16 bits is met by shared factors of many layers."""
     rng = np.random.default_rng(0)
     left, right = rng.standard_normal((2, 40, 2))
-    B = [left @ np.diag([1, 0.5]) for _ in range(16)]
+    B = [left @ np.diag([1, 0.5]) for _ in range(64)]
     adapter = LoraAdapter(
         tuple(LoraModule(f"layers.{k}.q", b, right.T) for k, b in enumerate(B)), {}, np.dtype("f4")
     )
-    found = compress(adapter, tolerance=2e-4, form="lotr")
-    assert compare(adapter, found).relative_error <= 2e-4
+    found = compress(adapter, tolerance=3e-5, form="lotr")
+    assert compare(adapter, found).relative_error <= 3e-5

@@ -35,7 +35,7 @@ def add_spectra(document: Document, adapter: Adapter, *, asked: bool | None = No
     stacks = _stacks(document, adapter)
     if asked is None:
         asked = sum(map(spectra_flops, stacks)) <= SECONDS_OF_WORK
-    for group in document["groups"]:
+    for group in document["groups"]:  # which `_stacks` has gone through in this order
         stack = stacks.pop(0)  # what is joined of one group goes before that of the next is made
         group["singular_values"] = None
         if asked:
