@@ -122,6 +122,22 @@ def write_lora(
     return write_adapter(path, config, lora_tensors(pairs, dtype) | (extras or {}))
 
 
+def shard(path: Path, parts: int = 3) -> Path:
+    """Split the weights of an adapter directory into shards with an index."""
+    import safetensors.numpy
+
+    tensors = read_arrays(path)
+    weight_map = {}
+    for i, key in enumerate(sorted(tensors)):
+        weight_map[key] = f"adapter_model-{i % parts + 1:05d}-of-{parts:05d}.safetensors"
+    for name in set(weight_map.values()):
+        part = {key: tensors[key] for key in tensors if weight_map[key] == name}
+        safetensors.numpy.save_file(part, path / name)
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (path / WEIGHTS).unlink()
+    return path
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The config of an adapter directory."""
     return json.loads((path / CONFIG).read_text())

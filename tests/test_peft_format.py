@@ -10,9 +10,7 @@ import pytest
 import lotrtensor as lt
 from adapters_fixtures import (
     DTYPES,
-    INDEX,
     PREFIX,
-    WEIGHTS,
     Peft,
     assert_same_modules,
     bert_pairs,
@@ -24,6 +22,7 @@ from adapters_fixtures import (
     lora_tensors,
     quiet,
     read_arrays,
+    shard,
     write_adapter,
     write_lora,
 )
@@ -260,22 +259,6 @@ def test_the_same_factor_under_two_keys_is_refused(tmp_path):
     tensors = lora_tensors(pairs) | lora_tensors(pairs, prefix="")
     with pytest.raises(FormatError, match="same tensor"):
         lt.load(write_adapter(tmp_path / "a", lora_config(3), tensors))
-
-
-def shard(path, parts=3):
-    """Split the weights of an adapter directory into shards with an index."""
-    import safetensors.numpy
-
-    tensors = read_arrays(path)
-    weight_map = {}
-    for i, key in enumerate(sorted(tensors)):
-        weight_map[key] = f"adapter_model-{i % parts + 1:05d}-of-{parts:05d}.safetensors"
-    for name in set(weight_map.values()):
-        part = {key: tensors[key] for key in tensors if weight_map[key] == name}
-        safetensors.numpy.save_file(part, path / name)
-    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (path / WEIGHTS).unlink()
-    return path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

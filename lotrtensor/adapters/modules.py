@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,12 +61,88 @@ class LoraModule:
     @property
     def parameters(self) -> int:
         """Number of stored numbers: r (m + n)."""
-        return self.B.size + self.A.size
+        return self.rank * sum(self.shape)
 
     def bytes_in(self, dtype: np.dtype) -> int:
         """Bytes of the two factors as they were read, or in ``dtype`` where they were not."""
         b, a = self.stored or (dtype, dtype)
-        return self.B.size * b.itemsize + self.A.size * a.itemsize
+        return self.rank * (self.shape[0] * b.itemsize + self.shape[1] * a.itemsize)
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return B (m × r) and A (r × n), at the cost of one where both are made on demand."""
+        return self.B, self.A
+
+
+class LazyModule(LoraModule):
+    """The update ΔW = B A of one module, its factors made anew whenever they are asked for.
+
+    So is a large adapter gone through without ever being in memory as a whole.
+
+    Parameters
+    ----------
+    name : str
+        Path of the adapted module.
+    shape : (int, int)
+        Shape (m, n) of ΔW.
+    rank : int
+        LoRA rank r.
+    make : callable
+        Returns B (m × r) and A (r × n), at every call the same numbers.
+    embedding, stored
+        See `LoraModule`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lotrtensor.adapters.modules import LazyModule
+    >>> made = LazyModule("q", (4, 6), 2, lambda: (np.ones((4, 2)), np.ones((2, 6))))
+    >>> made.parameters, made.B.shape
+    (20, (4, 2))
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        rank: int,
+        make: Callable[[], tuple[np.ndarray, np.ndarray]],
+        embedding: bool = False,
+        stored: tuple[np.dtype, np.dtype] | None = None,
+    ) -> None:
+        own = {"name": name, "embedding": embedding, "stored": stored}
+        self.__dict__.update(own, _shape=shape, _rank=rank, _make=make)
+
+    _shape: tuple[int, int]
+    _rank: int
+    _make: Callable[[], tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def B(self) -> np.ndarray:
+        """Left factor (m × r)."""
+        return self.factors()[0]
+
+    @property
+    def A(self) -> np.ndarray:
+        """Right factor (r × n)."""
+        return self.factors()[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (m, n) of ΔW."""
+        return self._shape
+
+    @property
+    def rank(self) -> int:
+        """LoRA rank r of this module."""
+        return self._rank
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return B (m × r) and A (r × n)."""
+        return self._make()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has its factors in memory: an open file has no copy."""
+        return LoraModule, (self.name, *self.factors(), self.embedding, self.stored)
 
 
 def module_stack(modules: Sequence[LoraModule]) -> LowRankStack:
@@ -78,14 +155,15 @@ def module_stack(modules: Sequence[LoraModule]) -> LowRankStack:
     ShapeError
         If one has factors that do not fit, or no rank.
     """
-    for module in modules:
-        if not module.rank or module.B.shape[1] != module.A.shape[0]:
+    pairs = [module.factors() for module in modules]
+    for module, (b, a) in zip(modules, pairs, strict=True):
+        if not module.rank or b.shape[1] != a.shape[0]:
             raise ShapeError(
-                f"{module.name}: B is {module.B.shape} and A is {module.A.shape}; expected (m, r) "
-                "and (r, n) with r at least 1"
+                f"{module.name}: B is {b.shape} and A is {a.shape}; expected (m, r) and (r, n) "
+                "with r at least 1"
             )
-        check_size(largest_term(module.B, module.A), module.name)
-    return LowRankStack.of_constants([m.B for m in modules], [m.A for m in modules])
+        check_size(largest_term(b, a), module.name)
+    return LowRankStack.of_constants([b for b, _ in pairs], [a for _, a in pairs])
 
 
 @dataclass(frozen=True, eq=False)

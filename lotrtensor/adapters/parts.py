@@ -132,7 +132,7 @@ def lowered(module: LoraModule, rank: int) -> LoraModule:
 
 def narrow_module(module: LoraModule, dtype: np.dtype) -> LoraModule:
     """Return the module as it is worked with before it is stored in ``dtype``; see `narrowed`."""
-    b, a = narrowed(module.B, module.A, dtype)
+    b, a = narrowed(*module.factors(), dtype)
     return LoraModule(module.name, b, a, module.embedding)
 
 

@@ -15,7 +15,6 @@ from lotrtensor.adapters.formats.checkpoint import Checkpoint
 from lotrtensor.adapters.formats.image_names import is_difference
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.names import NameIndex
 from lotrtensor.adapters.quantised import quantised_modules, refuse_quantised
 from lotrtensor.errors import FormatError
@@ -68,16 +67,12 @@ def updates_of(adapter: Adapter) -> dict[str, Update]:
     """Return the updates of an adapter by module."""
     if isinstance(adapter, LoraAdapter):
         modules = adapter.modules
-        return {m.name: Update(m.shape, m.embedding, partial(_factors, m)) for m in modules}
+        return {m.name: Update(m.shape, m.embedding, m.factors) for m in modules}
     return {
         name: Update(group.shape, group.embedding, partial(group.factors, k))
         for group in adapter.groups
         for k, name in enumerate(group.modules)
     }
-
-
-def _factors(module: LoraModule) -> tuple[np.ndarray, np.ndarray]:
-    return module.B, module.A
 
 
 def _transposed(factors: Factors) -> tuple[np.ndarray, np.ndarray]:

@@ -56,7 +56,7 @@ class Update:
     def at_rank(self, rank: int, dtype: np.dtype) -> LoraModule:
         """Return the best module of ``rank``, with the numbers that ``dtype`` stores."""
         if self.whole is not None and rank >= self.whole.rank:
-            b, a = self.whole.B, self.whole.A
+            b, a = self.whole.factors()
         else:
             b, a = truncate_slices([self.svd], [rank]).factors(0)
         working = np.float64 if dtype == np.float64 else np.float32
@@ -113,7 +113,7 @@ def lower_ranks(
         fitted2 = outside2 + sum(
             float(np.sum(values[rank:] ** 2)) for values, rank in zip(spectra, ranks, strict=True)
         )
-        stored2 = sum(u.error2(m.B, m.A) for u, m in zip(updates, modules, strict=True))
+        stored2 = sum(u.error2(*m.factors()) for u, m in zip(updates, modules, strict=True))
         return modules, fitted2, stored2, ranks == full
 
     return settle(goal.tolerance or 0.0, inside2 + outside2, dtype.name, attempt)

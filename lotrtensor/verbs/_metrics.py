@@ -66,7 +66,8 @@ def metrics_of(lora: LoraAdapter, calibration: Calibration) -> dict[str, Metrics
 
 
 def _wide(module: LoraModule) -> tuple[np.ndarray, np.ndarray]:
-    return module.B.astype(np.float64), module.A.astype(np.float64)
+    b, a = module.factors()
+    return b.astype(np.float64), a.astype(np.float64)
 
 
 def _metric(moment: Moment) -> Metric:

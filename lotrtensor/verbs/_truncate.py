@@ -188,7 +188,7 @@ def _svd(module: LoraModule, dtype: np.dtype) -> SliceSvd:
 
 def _distance2(module: LoraModule, b: np.ndarray, a: np.ndarray) -> float:
     """‖ΔW − B A‖² from thin factors, in float64."""
-    pairs = ((module.B, module.A), (b, a))
+    pairs = (module.factors(), (b, a))
     first, second = (
         LowRankStack.of_constants([x.astype(float)], [y.astype(float)]) for x, y in pairs
     )

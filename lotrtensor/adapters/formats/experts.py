@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -195,8 +194,8 @@ def _unwrapped(
             f"(K r, n) and (m, r K) for K experts and the rank {rank!r} of the config"
         )
     count = rows // rank
-    thin = a.tensor.reshape(count, rank, a.tensor.shape[1])
-    wide = b.tensor.reshape(b.tensor.shape[0], rank, count)
+    thin = a.entries.reshape(count, rank, a.tensor.shape[1])
+    wide = b.entries.reshape(b.tensor.shape[0], rank, count)
     found: Pairs = {}
     for k in range(count):
         own_a, own_b = thin[k], np.ascontiguousarray(wide[:, :, k])
@@ -209,17 +208,19 @@ def _unwrapped(
 
 def _unstacked(experts: str, parameter: str, sides: Mapping[str, Factor], where: object) -> Pairs:
     a, b = sides["A"], sides["B"]
-    count = max(len(a.tensor), len(b.tensor))
-    if not {len(a.tensor), len(b.tensor)} <= {1, count} or a.tensor.shape[1] != b.tensor.shape[2]:
+    counts = a.tensor.shape[0], b.tensor.shape[0]
+    count = max(counts)
+    if not {*counts} <= {1, count} or a.tensor.shape[1] != b.tensor.shape[2]:
         raise FormatError(
             f"{where}: {a.key} is {a.tensor.shape} and {b.key} is {b.tensor.shape}; expected "
             "(K, r, n) and (K, m, r) with one r, or 1 in the place of K on a side that all experts "
             "share"
         )
+    stacks = {"A": (a.key, a.entries), "B": (b.key, b.entries)}
     return {
         f"{experts}.{k}.{parameter}": {
-            side: Factor(factor.key, factor.tensor[min(k, len(factor.tensor) - 1)])
-            for side, factor in (("A", a), ("B", b))
+            side: Factor(key, entries[min(k, len(entries) - 1)])
+            for side, (key, entries) in stacks.items()
         }
         for k in range(count)
     }
@@ -259,14 +260,16 @@ def join_parts(modules: Sequence[LoraModule]) -> tuple[LoraModule, ...]:
         parts.setdefault(f"{holder}.{match['number']}", {})[side] = module
     for expert, sides in parts.items():
         if "down" in sides:
-            found.append(replace(sides["down"], name=f"{expert}.down_proj"))
+            b, a = sides["down"].factors()
+            found.append(LoraModule(f"{expert}.down_proj", b, a, stored=sides["down"].stored))
         pair = [sides.get("gate"), sides.get("up")]
         given = [module for module in pair if module is not None]
         if given:
             m = given[0].shape[0]
-            b = [x.B if x is not None else np.zeros((m, 0)) for x in pair]
-            wide = np.zeros((2 * m, b[0].shape[1] + b[1].shape[1]), np.result_type(*b))
-            wide[:m, : b[0].shape[1]], wide[m:, b[0].shape[1] :] = b
+            sides_b = [x.B if x is not None else np.zeros((m, 0)) for x in pair]
+            inner = sides_b[0].shape[1]
+            wide = np.zeros((2 * m, inner + sides_b[1].shape[1]), np.result_type(*sides_b))
+            wide[:m, :inner], wide[m:, inner:] = sides_b
             thin = np.vstack([module.A for module in given])
             found.append(LoraModule(f"{expert}.gate_up_proj", wide, thin))
     return tuple(found)

@@ -1,25 +1,33 @@
-"""Stored factors: read as matrices, checked, the scale folded in; and shaped as they were."""
+"""Stored factors: read as matrices, checked, the scale folded in; and shaped as they were.
+
+Those of a large adapter are checked when it is loaded, and read again whenever they are asked for.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lotrtensor.adapters.formats.tensors import BFLOAT16, check_floating
-from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.formats.tensors import BFLOAT16, StoredTensor, check_floating
+from lotrtensor.adapters.modules import LazyModule, LoraModule
 from lotrtensor.core.linalg import largest_entry, largest_term, squares_hold
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 
 
 class Factor(NamedTuple):
-    """A stored factor under the key that an error names."""
+    """A stored factor under the key that an error names, in memory or not yet read."""
 
     key: str
-    tensor: np.ndarray
+    tensor: np.ndarray | StoredTensor
+
+    @property
+    def entries(self) -> np.ndarray:
+        """The factor in memory."""
+        return self.tensor.read() if isinstance(self.tensor, StoredTensor) else self.tensor
 
 
 def as_matrices(up: Factor, down: Factor, path: Path) -> tuple[Factor, Factor, tuple[int, ...]]:
@@ -33,7 +41,7 @@ def as_matrices(up: Factor, down: Factor, path: Path) -> tuple[Factor, Factor, t
     UnsupportedAdapterError
         If the shapes are neither of matrices nor of such a convolution.
     """
-    a, b = down.tensor, up.tensor
+    a, b = down.entries, up.entries
     kernel = a.shape[2:]
     if b.ndim != a.ndim or a.ndim > 5 or any(size != 1 for size in b.shape[2:]):
         raise UnsupportedAdapterError(
@@ -41,7 +49,7 @@ def as_matrices(up: Factor, down: Factor, path: Path) -> tuple[Factor, Factor, t
             "expected matrices, or a convolution (r, c, k, k) and one of kernel 1 (m, r, 1, 1)"
         )
     if not kernel or 0 in a.shape:
-        return up, down, ()
+        return up._replace(tensor=b), down._replace(tensor=a), ()
     if a.shape[0] != b.shape[1] and b.shape[1] and a.shape[0] % b.shape[1] == 0:
         raise UnsupportedAdapterError(
             f"{path}: {down.key} is {a.shape} and {up.key} is {b.shape}: a convolution in "
@@ -84,7 +92,7 @@ def check_pair(b: Factor, a: Factor, path: Path) -> None:
                 f"{path}: {factor.key} has shape {factor.tensor.shape}; expected a matrix "
                 "of rank at least 1 (an empty one comes from a sharded run saved without gathering)"
             )
-        check_floating(factor.key, factor.tensor, path)
+        check_floating(factor.key, factor.entries, path)
     if b.tensor.shape[1] != a.tensor.shape[0]:
         raise FormatError(
             f"{path}: {b.key} is {b.tensor.shape} and {a.key} is {a.tensor.shape}; expected "
@@ -103,7 +111,7 @@ def scaled_module(
         If the scale makes them infinite.
     """
     wide = np.result_type(*(_as_wide(f.tensor.dtype) for f in (a, b)))
-    up, down = b.tensor.astype(wide), a.tensor.astype(wide)
+    up, down = b.entries.astype(wide), a.entries.astype(wide)
     size = largest_term(up, down) * abs(scale)
     # In float32 a factor could become zero or infinite, though the product does not.
     largest = largest_entry(up) * abs(scale)
@@ -123,6 +131,42 @@ def scaled_module(
         embedding=embedding,
         stored=(b.tensor.dtype, a.tensor.dtype),
     )
+
+
+IN_MEMORY = 2**28
+"""Bytes of tensors up to which an adapter is held in memory: then no file stays open for it."""
+
+
+def is_large(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether an adapter is gone through module by module, and never held in memory as a whole."""
+    return sum(tensor.nbytes for tensor in tensors.values()) > IN_MEMORY
+
+
+def on_demand(module: LoraModule, b: Factor, a: Factor, scale: float) -> LoraModule:
+    """Return a module whose factors are read from their file whenever they are asked for.
+
+    One that is cut out of a tensor stays in memory.
+
+    Parameters
+    ----------
+    module : LoraModule
+        What `scaled_module` returned.
+    b, a : Factor
+        The factors as they are in the file, of whatever shape.
+    scale : float
+        What is folded into B.
+    """
+    if not (isinstance(b.tensor, StoredTensor) and isinstance(a.tensor, StoredTensor)):
+        return module
+    (m, n), r, dtype = module.shape, module.rank, module.B.dtype
+    # What a checksum says of them has been said when they were read first.
+    up, down = b.tensor._replace(checksum=None), a.tensor._replace(checksum=None)
+
+    def make() -> tuple[np.ndarray, np.ndarray]:
+        wide = up.read().reshape(m, r).astype(dtype), down.read().reshape(r, n).astype(dtype)
+        return wide[0] * dtype.type(scale), wide[1]
+
+    return LazyModule(module.name, (m, n), r, make, module.embedding, module.stored)
 
 
 def _as_wide(dtype: np.dtype) -> np.dtype:

@@ -10,9 +10,11 @@ import json
 import math
 import os
 import struct
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -66,25 +68,44 @@ class OpenFile:
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, str]
     _file: BinaryIO
+    _state: tuple[int, int]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self._file.close)
 
     def read(self, key: str) -> np.ndarray:
-        """Return the bytes of a tensor.
+        """Return the bytes of a tensor; several threads may ask at once.
 
         Raises
         ------
         FormatError
-            If the file has become shorter, or cannot be read.
+            If the file has been written to since it was opened, or cannot be read.
         """
         stored = self.tensors[key]
         content = np.empty(stored.stop - stored.start, dtype=np.uint8)
         try:
-            self._file.seek(stored.start)
-            count = self._file.readinto(content.data)  # type: ignore[attr-defined]
+            with self._lock:
+                self._file.seek(stored.start)
+                count = self._file.readinto(content.data)  # type: ignore[attr-defined]
+                now = _state(self._file)
         except OSError as error:
             raise damaged(self.path, error) from error
-        if count != content.size:
+        if count != content.size or now[0] < self._state[0]:
             raise damaged(self.path, "it has become shorter while it was read")
+        if now != self._state:
+            raise damaged(self.path, "it has been written to while it was read")
         return content
+
+    def close(self) -> None:
+        """Close the file; it is closed, too, when nothing refers to it any more."""
+        self._file.close()
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    """Size of a file, and when it was written to."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 BUFFER = 256
@@ -100,32 +121,49 @@ def safe_open(path: Path) -> Iterator[OpenFile]:
     FormatError
         If it is no regular file, cannot be read, or its header contradicts itself or the file.
     """
+    file = open_file(path)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def open_file(path: Path) -> OpenFile:
+    """Return a safetensors file that is open until nobody holds it any more; see `safe_open`."""
     # Who asks for one tensor of a few hundred bytes is not to read a block of them.
-    with open_regular(path, BUFFER) as file:
-        try:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = _length(prefix) if len(prefix) == 8 else -1
-            if not 2 <= length <= size - 8:
-                raise damaged(path, "it is shorter than its header")
-            if length > LARGEST:
-                raise damaged(path, f"its header takes {length} bytes")
-            content = file.read(length)
-        except OSError as error:
-            raise damaged(path, error) from error
-        if len(content) < length:
-            raise damaged(path, "it has become shorter while it was read")
-        header = parse_json(content, f"the header of {path}")
-        if not isinstance(header, dict):
-            raise damaged(path, "its header is no object")
-        metadata = header.pop(_METADATA, None) or {}
-        if not isinstance(metadata, dict) or not all(
-            isinstance(text, str) for text in metadata.values()
-        ):
-            raise damaged(path, f"{_METADATA} of its header holds more than texts")
-        tensors = {key: _stored(path, key, entry, 8 + length) for key, entry in header.items()}
-        _check_places(path, tensors, 8 + length, size)
-        yield OpenFile(path, tensors, metadata, file)
+    file = open_regular(path, BUFFER)
+    try:
+        return _opened(path, file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _opened(path: Path, file: BinaryIO) -> OpenFile:
+    try:
+        size, _ = state = _state(file)
+        prefix = file.read(8)
+        length = _length(prefix) if len(prefix) == 8 else -1
+        if not 2 <= length <= size - 8:
+            raise damaged(path, "it is shorter than its header")
+        if length > LARGEST:
+            raise damaged(path, f"its header takes {length} bytes")
+        content = file.read(length)
+    except OSError as error:
+        raise damaged(path, error) from error
+    if len(content) < length:
+        raise damaged(path, "it has become shorter while it was read")
+    header = parse_json(content, f"the header of {path}")
+    if not isinstance(header, dict):
+        raise damaged(path, "its header is no object")
+    metadata = header.pop(_METADATA, None) or {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(text, str) for text in metadata.values()
+    ):
+        raise damaged(path, f"{_METADATA} of its header holds more than texts")
+    tensors = {key: _stored(path, key, entry, 8 + length) for key, entry in header.items()}
+    _check_places(path, tensors, 8 + length, size)
+    return OpenFile(path, tensors, metadata, file, state)
 
 
 def read_header(path: Path) -> dict[str, Stored]:

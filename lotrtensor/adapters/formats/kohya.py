@@ -26,6 +26,8 @@ from lotrtensor.adapters.formats.factors import (
     Factor,
     as_matrices,
     check_pair,
+    is_large,
+    on_demand,
     scaled_module,
     widest,
     with_kernel,
@@ -52,7 +54,13 @@ from lotrtensor.adapters.formats.layout import (
 )
 from lotrtensor.adapters.formats.lora_config import Scales, check_plain
 from lotrtensor.adapters.formats.peft import LoraContent
-from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME, Tensors, file_bytes, read_file
+from lotrtensor.adapters.formats.tensors import (
+    WEIGHTS_NAME,
+    StoredTensor,
+    Tensors,
+    file_bytes,
+    open_weights,
+)
 from lotrtensor.adapters.formats.wrappers import unwrapped_names
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.rounding import rounded
@@ -84,7 +92,8 @@ def read_single_file(path: Path) -> LoraContent:
     DataError
         If a factor is not finite floating point.
     """
-    tensors, metadata = read_file(path)
+    tensors, metadata = open_weights(path)
+    large = is_large(tensors)
     plain = unwrapped_names(tensors, path, component)
     tensors = {plain[key]: tensor for key, tensor in tensors.items()}
     check_methods(tensors, path)
@@ -92,13 +101,15 @@ def read_single_file(path: Path) -> LoraContent:
     configs = _peft_configs(metadata, pairs.keys() - alphas.keys(), path)
     modules, kernels, dtypes = [], {}, set()
     for name in sorted(pairs, key=layer_order):
-        up, down, kernel = _matrices(pairs[name], path)
+        own = _pair(pairs[name], path)
+        up, down, kernel = as_matrices(*own, path)
         check_pair(up, down, path)
         if name in alphas:
             scale = _alpha(alphas[name], path) / down.tensor.shape[0]
         else:
             scale = _peft_scale(name, styles[name], down, configs, path)
-        modules.append(scaled_module(name, up, down, scale, path))
+        module = scaled_module(name, up, down, scale, path)
+        modules.append(on_demand(module, *own, scale) if large else module)
         dtypes |= {up.tensor.dtype, down.tensor.dtype}
         if kernel:
             kernels[name] = list(kernel)
@@ -164,10 +175,11 @@ def write_single_file(
             # in float32 whatever the factors are in, as bfloat16 does not hold every rank.
             tensors[name + ALPHA] = np.array(largest, dtype=np.float32)
             share = math.sqrt(module.rank / largest)
-            down, up = module.A * share, module.B * share
+            up, down = (factor * share for factor in module.factors())
         else:
             padding = (0, largest - module.rank)
-            down, up = np.pad(module.A, (padding, (0, 0))), np.pad(module.B, ((0, 0), padding))
+            up, down = module.factors()
+            down, up = np.pad(down, (padding, (0, 0))), np.pad(up, ((0, 0), padding))
         kernel = kernels.get(module.name)
         if kernel:
             up, down = with_kernel(module.name, up, down, kernel, path)
@@ -183,7 +195,7 @@ _Pairs = dict[str, dict[int, Factor]]
 
 
 def _split(
-    tensors: Tensors, path: Path
+    tensors: Mapping[str, StoredTensor], path: Path
 ) -> tuple[_Pairs, dict[str, str], dict[str, Factor], Tensors]:
     """Sort tensors into factors by module and side, the modules' styles, alphas, and the rest."""
     pairs: _Pairs = {}
@@ -194,7 +206,7 @@ def _split(
     for key, tensor in tensors.items():
         found = split_key(key)
         if is_difference(key):
-            extras[key] = tensor
+            extras[key] = tensor.read()
         elif found is None and key.endswith(ALPHA):
             alphas[key.removesuffix(ALPHA)] = Factor(key, tensor)
         elif found is None:
@@ -219,17 +231,18 @@ def _split(
     return pairs, styles, alphas, extras
 
 
-def _matrices(sides: dict[int, Factor], path: Path) -> tuple[Factor, Factor, tuple[int, ...]]:
-    """Return up and down of a module as matrices, and its kernel, empty for a linear layer."""
+def _pair(sides: dict[int, Factor], path: Path) -> tuple[Factor, Factor]:
+    """Return up and down of a module."""
     if len(sides) != 2:
         raise FormatError(f"{path}: {sides.popitem()[1].key} has no partner; expected down and up")
-    return as_matrices(sides[1], sides[0], path)
+    return sides[1], sides[0]
 
 
 def _alpha(factor: Factor, path: Path) -> float:
-    value = float(factor.tensor.reshape(-1)[0]) if factor.tensor.size == 1 else math.nan
+    found = factor.entries
+    value = float(found.reshape(-1)[0]) if found.size == 1 else math.nan
     if not abs(value) < 1e30:
-        raise FormatError(f"{path}: {factor.key} is {factor.tensor!s:.40}; expected one number")
+        raise FormatError(f"{path}: {factor.key} is {found!s:.40}; expected one number")
     return value
 
 

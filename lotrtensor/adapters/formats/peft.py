@@ -24,6 +24,8 @@ from lotrtensor.adapters.formats.factors import (
     Factor,
     as_matrices,
     check_pair,
+    is_large,
+    on_demand,
     scaled_module,
     widest,
     with_kernel,
@@ -31,10 +33,11 @@ from lotrtensor.adapters.formats.factors import (
 from lotrtensor.adapters.formats.layout import KERNELS
 from lotrtensor.adapters.formats.lora_config import OWN_FIELDS, Scales, check_plain
 from lotrtensor.adapters.formats.tensors import (
+    StoredTensor,
     Tensors,
     adapter_files,
+    open_tensors,
     read_config,
-    read_tensors,
 )
 from lotrtensor.adapters.formats.wrappers import unwrapped, without_wrappers
 from lotrtensor.adapters.grouping import layer_order
@@ -87,16 +90,15 @@ def read_lora(directory: Path) -> LoraContent:
             f"{directory} has peft_type {config.get('peft_type')!r}; expected LORA or LOTR"
         )
     check_plain(config, directory)
-    tensors = read_tensors(directory)
-    plain = unwrapped(tensors, directory)
+    tensors = open_tensors(directory)
+    plain, large = unwrapped(tensors, directory), is_large(tensors)
     pairs, extras = _split(tensors, plain, config, directory)
-    del tensors  # so that every factor goes when it has been widened
     modules, kernels, dtypes = [], {}, set()
     scales = Scales(config, directory)
     pairs, targets = split_experts(pairs, config, scales, directory)
     for name in sorted(pairs, key=layer_order):
         pair = pairs.pop(name)
-        module, kernel = _read_module(name, pair, scales, directory)
+        module, kernel = _read_module(name, pair, scales, directory, large=large)
         modules.append(module)
         if kernel:
             kernels[name] = list(kernel)
@@ -162,7 +164,8 @@ def write_lora(
         if not uniform and module.rank != rank:
             # PEFT matches a pattern to the end of a path: anchored, it means this module alone.
             patterns["^" + re.escape(module.name)] = module.rank
-        b, a = np.pad(module.B, ((0, 0), zeros)), np.pad(module.A, (zeros, (0, 0)))
+        b, a = module.factors()
+        b, a = np.pad(b, ((0, 0), zeros)), np.pad(a, (zeros, (0, 0)))
         if module.name in kernels:
             b, a = with_kernel(module.name, b, a, kernels[module.name], directory)
         stem, tail = ("lora_embedding_", "") if module.embedding else ("lora_", ".weight")
@@ -247,7 +250,10 @@ def _plain_names(config: Mapping[str, Any], modules: list[str]) -> dict[str, Any
 
 
 def _split(
-    tensors: Tensors, plain: Mapping[str, str], config: Mapping[str, Any], directory: Path
+    tensors: Mapping[str, StoredTensor],
+    plain: Mapping[str, str],
+    config: Mapping[str, Any],
+    directory: Path,
 ) -> tuple[dict[str, dict[str, Factor]], Tensors]:
     """Sort tensors into factor pairs by module and side, and what is carried along."""
     pairs: dict[str, dict[str, Factor]] = {}
@@ -257,7 +263,7 @@ def _split(
         match = _FACTOR.fullmatch(plain[key].removeprefix(PREFIX))
         if match is None:
             _check_variant_key(key, directory)
-            extras[plain[key]] = tensor
+            extras[plain[key]] = tensor.read()
             continue
         adapters.add(match["adapter"])
         side = (match["embedding"] or "") + match["side"]
@@ -292,7 +298,7 @@ def _check_variant_key(key: str, directory: Path) -> None:
 
 
 def _read_module(
-    name: str, sides: dict[str, Factor], scales: Scales, directory: Path
+    name: str, sides: dict[str, Factor], scales: Scales, directory: Path, *, large: bool
 ) -> tuple[LoraModule, tuple[int, ...]]:
     """Return a module, and its kernel if it is a convolution."""
     embedding = any(side.startswith("embedding_") for side in sides)
@@ -302,11 +308,12 @@ def _read_module(
         raise FormatError(
             f"{directory}: {found} has no partner; expected both lora_A and lora_B of {name}"
         )
-    b, a, kernel = as_matrices(b, a, directory)
-    check_pair(b, a, directory)
+    up, down, kernel = as_matrices(b, a, directory)
+    check_pair(up, down, directory)
     # In a model that was wrapped, the config's patterns speak of the wrapped path.
     trained = a.key.removeprefix(PREFIX).rpartition(".lora_")[0]
     parameter = parameter_path(name)
     names = (name, trained, *([parameter] if parameter else []))
     scale = scales.of(names, a.key, a.tensor.shape[0])
-    return scaled_module(name, b, a, scale, directory, embedding), kernel
+    module = scaled_module(name, up, down, scale, directory, embedding)
+    return on_demand(module, b, a, scale) if large else module, kernel

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ import safetensors.numpy
 
 from lotrtensor.adapters.formats.checksums import CHECKSUMS, by_key, checksum, warn_of
 from lotrtensor.adapters.formats.directory import CONFIG_NAME
-from lotrtensor.adapters.formats.header import OpenFile, safe_open, with_sorted_metadata
+from lotrtensor.adapters.formats.header import OpenFile, open_file, safe_open, with_sorted_metadata
 from lotrtensor.adapters.formats.json_text import read_json_object
 from lotrtensor.adapters.formats.paths import children, exists, is_dir, is_file
 from lotrtensor.adapters.formats.publish import Content
@@ -86,8 +87,50 @@ def check_exists(path: Path) -> None:
         raise FormatError(f"{path} does not exist; expected an adapter directory")
 
 
-def read_tensors(directory: Path) -> Tensors:
-    """Return all tensors of ``adapter_model.safetensors``, or of the shards of its index.
+class StoredTensor(NamedTuple):
+    """A tensor of a file that is open: type and shape are known, its entries are not read yet.
+
+    ``checksum`` is what the file says of its bytes; None where it says nothing.
+    """
+
+    file: OpenFile
+    key: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    checksum: str | None
+
+    @property
+    def ndim(self) -> int:
+        """Number of sides."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """Return the entries.
+
+        Raises
+        ------
+        FormatError
+            If the file has been written to since it was opened, or cannot be read.
+
+        Warns
+        -----
+        LotrWarning
+            If they are not as they were written, by the checksum.
+        """
+        stored, content = self.file.tensors[self.key], self.file.read(self.key)
+        if self.checksum is not None and checksum(stored, content.data) != self.checksum:
+            warn_of(self.file, self.key)
+        found: np.ndarray = content.view(_DTYPES[stored.dtype]).reshape(self.shape)
+        return found.astype(self.dtype, copy=False)
+
+
+def open_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Return all tensors of ``adapter_model.safetensors``, or of the shards of its index, unread.
 
     Raises
     ------
@@ -97,9 +140,9 @@ def read_tensors(directory: Path) -> Tensors:
         If there are only pickled weights, which can run code when they are opened.
     """
     if is_file(directory / WEIGHTS_NAME):
-        return read_file(directory / WEIGHTS_NAME)[0]
+        return open_weights(directory / WEIGHTS_NAME)[0]
     if is_file(directory / INDEX_NAME):
-        return _read_shards(directory / INDEX_NAME)
+        return _open_shards(directory / INDEX_NAME)
     pickled = next((p.name for p in children(directory) if p.suffix in _PICKLED), None)
     if pickled:
         raise UnsupportedAdapterError(
@@ -108,6 +151,17 @@ def read_tensors(directory: Path) -> Tensors:
             f"{WEIGHTS_NAME}"
         )
     raise FormatError(f"{directory} has no {WEIGHTS_NAME} and no {INDEX_NAME}")
+
+
+def read_tensors(directory: Path) -> Tensors:
+    """Return all tensors of an adapter directory; see `open_tensors`.
+
+    Raises
+    ------
+    FormatError, UnsupportedAdapterError, DataError
+        As `open_tensors` and `StoredTensor.read` do.
+    """
+    return {key: tensor.read() for key, tensor in open_tensors(directory).items()}
 
 
 _PICKLED = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
@@ -159,9 +213,21 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
     LotrWarning
         If a tensor is not as it was written, by the checksum in the header.
     """
-    with safe_open(path) as file:
-        metadata = {key: text for key, text in file.metadata.items() if key != CHECKSUMS}
-        return _read_all(file, list(file.tensors)), metadata
+    tensors, metadata = open_weights(path)
+    return {key: tensor.read() for key, tensor in tensors.items()}, metadata
+
+
+def open_weights(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return all tensors of a safetensors file, unread, and the metadata in its header.
+
+    Raises
+    ------
+    FormatError, DataError
+        As `read_file` does.
+    """
+    file = open_file(path)
+    metadata = {key: text for key, text in file.metadata.items() if key != CHECKSUMS}
+    return _stored(file, list(file.tensors)), metadata
 
 
 def read_some(path: Path, prefix: str) -> Tensors:
@@ -174,27 +240,21 @@ def read_some(path: Path, prefix: str) -> Tensors:
     """
     with safe_open(path) as file:
         keys = [key for key in file.tensors if key.startswith(prefix)]
-        return {key.removeprefix(prefix): x for key, x in _read_all(file, keys).items()}
+        return {key.removeprefix(prefix): x.read() for key, x in _stored(file, keys).items()}
 
 
-def _read_all(file: OpenFile, keys: list[str]) -> Tensors:
-    expected = by_key(file)
-    return {key: _read(file, key, expected.get(key)) for key in keys}
-
-
-def _read(file: OpenFile, key: str, expected: str | None) -> np.ndarray:
-    stored = file.tensors[key]
-    dtype = _DTYPES.get(stored.dtype)
-    if dtype is None:
-        raise DataError(
-            f"{file.path}: {key} has a dtype that NumPy does not hold ({stored.dtype}); expected "
-            f"{', '.join(known.name for known in FLOATS)}: dequantise the adapter first"
-        )
-    content = file.read(key)
-    if expected is not None and checksum(stored, content.data) != expected:
-        warn_of(file, key)
-    found: np.ndarray = content.view(dtype).reshape(stored.shape)
-    return found.astype(dtype.newbyteorder("="), copy=False)
+def _stored(file: OpenFile, keys: list[str]) -> dict[str, StoredTensor]:
+    expected, found = by_key(file), {}
+    for key in keys:
+        _, _, name, shape, _, _ = file.tensors[key]
+        dtype = _DTYPES.get(name)
+        if dtype is None:
+            raise DataError(
+                f"{file.path}: {key} has a dtype that NumPy does not hold ({name}); expected "
+                f"{', '.join(known.name for known in FLOATS)}: dequantise the adapter first"
+            )
+        found[key] = StoredTensor(file, key, dtype.newbyteorder("="), shape, expected.get(key))
+    return found
 
 
 def file_bytes(tensors: Tensors, metadata: Mapping[str, str], *, checksums: bool = False) -> bytes:
@@ -215,16 +275,15 @@ def _encoded(
     return with_sorted_metadata(content, metadata, checksums=checksums)
 
 
-def _read_shards(index_path: Path) -> Tensors:
+def _open_shards(index_path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of the shards, each from the shard that the index names for it."""
     weight_map = read_weight_map(index_path)
-    tensors: Tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     unnamed: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
-        with safe_open(index_path.parent / shard) as file:
-            unnamed |= dict.fromkeys(file.tensors.keys() - weight_map.keys(), shard)
-            own = [key for key in file.tensors if weight_map.get(key) == shard]
-            tensors |= _read_all(file, own)
+        file = open_file(index_path.parent / shard)
+        unnamed |= dict.fromkeys(file.tensors.keys() - weight_map.keys(), shard)
+        tensors |= _stored(file, [key for key in file.tensors if weight_map.get(key) == shard])
     missing = next((key for key in weight_map if key not in tensors), None)
     if missing is not None:
         raise FormatError(

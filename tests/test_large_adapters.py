@@ -1,0 +1,230 @@
+"""Adapters above a size are gone through module by module: the same numbers, in less memory."""
+
+import copy
+import os
+import pickle
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lotrtensor as lt
+from adapters_fixtures import (
+    PREFIX,
+    WEIGHTS,
+    bert_pairs,
+    lora_config,
+    lora_tensors,
+    lotr,
+    shard,
+    snapshot,
+    with_checksums,
+    write_adapter,
+    write_lora,
+)
+from kohya_fixtures import kohya_tensors
+from kohya_fixtures import write as write_file
+from lotrtensor.adapters.formats import factors
+from lotrtensor.adapters.modules import LazyModule
+from lotrtensor.report.documents import inspect_document
+from memory import peak_of
+
+
+@pytest.fixture
+def all_large(monkeypatch):
+    """Every adapter counts as large."""
+    monkeypatch.setattr(factors, "IN_MEMORY", -1)
+
+
+def plain(path, dtype):
+    return write_lora(path, dtype=dtype)
+
+
+def scaled(path, dtype):
+    names = {"encoder.layer.2.intermediate.dense": 7}
+    return write_lora(path, dtype=dtype, use_rslora=True, alpha_pattern=names)
+
+
+def beyond_single_precision(path, dtype):
+    """Factors that are worked with in float64, whatever they are stored in."""
+    pairs = {name: (b * 1e-20, a) for name, (b, a) in bert_pairs(2).items()}
+    return write_lora(path, pairs, dtype=dtype, lora_alpha=6e-14)
+
+
+def embedding(path, dtype):
+    rng = np.random.default_rng(0)
+    key = f"{PREFIX}embeddings.word_embeddings.lora_embedding_"
+    pairs = {"x": (rng.normal(size=(6, 2)), rng.normal(size=(2, 50)))}
+    stored = lora_tensors(pairs, dtype)
+    tensors = {key + side: stored[f"{PREFIX}x.lora_{side}.weight"] for side in "AB"}
+    return write_adapter(path, lora_config(2), tensors)
+
+
+def image(path, dtype):
+    """Linear layers and convolutions of an image model."""
+    return write_file(path.with_suffix(".safetensors"), kohya_tensors(dtype))
+
+
+MAKERS = [plain, scaled, beyond_single_precision, embedding, image]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_factors_are_those_that_are_held_in_memory(make, dtype, tmp_path, monkeypatch):
+    path = make(tmp_path / "a", dtype)
+    small = lt.load(path)
+    monkeypatch.setattr(factors, "IN_MEMORY", -1)
+    large = lt.load(path)
+    assert all(isinstance(module, LazyModule) for module in large.modules)
+    assert (large.parameters, large.bytes, large.dtype) == (
+        small.parameters,
+        small.bytes,
+        small.dtype,
+    )
+    for own, other in zip(small.modules, large.modules, strict=True):
+        assert (own.name, own.shape, own.rank, own.embedding, own.stored) == (
+            other.name,
+            other.shape,
+            other.rank,
+            other.embedding,
+            other.stored,
+        )
+        for x, y in (
+            (own.B, other.B),
+            (own.A, other.A),
+            *zip(own.factors(), other.factors(), strict=True),
+        ):
+            assert x.dtype == y.dtype
+            assert np.array_equal(x, y)
+
+
+@pytest.mark.parametrize("read", [WEIGHTS, "shards"])
+def test_commands_write_the_same_bytes(read, tmp_path, monkeypatch):
+    path = write_lora(tmp_path / "a", dtype="bfloat16")
+    if read == "shards":
+        shard(path)
+    commands = {
+        "truncated": ("truncate", path, "--rank", 2),
+        "within": ("truncate", path, "--tolerance", 0.3),
+        "converted": ("convert", path, "--rank", 4),
+        "within-lotr": ("convert", path, "--tolerance", 0.3),
+        "sized": ("convert", path, "--budget", "50%", "--cluster", 2),
+        "compressed": ("compress", path, "--budget", "50%"),
+        "exported": ("export", tmp_path / "0" / "converted"),
+    }
+    found = []
+    for i, limit in enumerate((factors.IN_MEMORY, -1)):
+        monkeypatch.setattr(factors, "IN_MEMORY", limit)
+        for name, words in commands.items():
+            assert lotr(*words, "-o", tmp_path / str(i) / name).code == 0
+        told = [lotr(*words).out for words in (("inspect", path), ("verify", path, path))]
+        found.append((snapshot(tmp_path / str(i)), told))
+    assert found[0] == found[1]
+
+
+def test_memory_does_not_grow_with_the_adapter(tmp_path, all_large):
+    rng = np.random.default_rng(0)
+    b, a = rng.normal(size=(4000, 8)), rng.normal(size=(8, 4000))
+    pairs = {f"layers.{k}.q": (b, a) for k in range(160)}
+    path = write_lora(tmp_path / "a", pairs, dtype="bfloat16")
+    size = (path / WEIGHTS).stat().st_size
+
+    def go_through():
+        adapter = lt.load(path)
+        assert inspect_document(adapter)["bytes"] == adapter.bytes
+        assert lt.compare(adapter, lt.load(path)).relative_error == 0.0
+
+    assert peak_of(go_through) < size / 8
+
+
+def test_an_adapter_outlives_its_directory_and_what_replaces_it(tmp_path, all_large):
+    first, second = write_lora(tmp_path / "a"), write_lora(tmp_path / "b", bert_pairs(seed=1))
+    adapter = lt.load(first)
+    before = [module.factors() for module in adapter.modules]
+    shutil.rmtree(first)
+    second.rename(first)
+    for (b, a), module in zip(before, adapter.modules, strict=True):
+        assert np.array_equal(b, module.B)
+        assert np.array_equal(a, module.A)
+
+
+def test_an_adapter_is_written_over_the_one_it_came_from(tmp_path, all_large):
+    path = write_lora(tmp_path / "a")
+    expected = lt.truncate(lt.load(path), rank=2)
+    expected.save(tmp_path / "b")
+    assert lotr("truncate", path, "--rank", 2, "-o", path, "--force").code == 0
+    assert snapshot(path) == snapshot(tmp_path / "b")
+
+
+@pytest.mark.parametrize("size", [None, 4096, 100])
+def test_a_file_that_is_written_to_after_it_was_loaded_is_refused(tmp_path, all_large, size):
+    path = write_lora(tmp_path / "a")
+    adapter = lt.load(path)
+    if size is None:
+        with (path / WEIGHTS).open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"abcd")
+        os.utime(path / WEIGHTS, ns=(0, 0))  # whatever the clock's steps are
+    else:
+        os.truncate(path / WEIGHTS, size)
+    with pytest.raises(lt.FormatError, match=r"written to|become shorter"):
+        lt.truncate(adapter, rank=2)
+
+
+def test_a_damaged_tensor_is_told_of_once_and_when_it_is_loaded(tmp_path, all_large):
+    path = write_lora(tmp_path / "a")
+    content = with_checksums((path / WEIGHTS).read_bytes())
+    (path / WEIGHTS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.warns(lt.LotrWarning, match="checksum differs") as told:
+        adapter = lt.load(path)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lt.compare(adapter, adapter).relative_error == 0.0
+
+
+def test_what_is_no_number_is_refused_when_it_is_loaded(tmp_path, all_large):
+    pairs = bert_pairs(1)
+    b, a = pairs["encoder.layer.0.attention.self.query"]
+    pairs["encoder.layer.0.attention.self.query"] = b * np.nan, a
+    with pytest.raises(lt.DataError, match="NaN"):
+        lt.load(write_lora(tmp_path / "a", pairs))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_has_its_factors_in_memory(tmp_path, all_large, copied):
+    adapter = lt.load(write_lora(tmp_path / "a"))
+    other = copied(adapter)
+    (tmp_path / "a" / WEIGHTS).write_bytes(b"")
+    assert not any(isinstance(module, LazyModule) for module in other.modules)
+    assert other.modules[0].B.shape == (12, 3)
+
+
+def test_threads_read_one_file_side_by_side(tmp_path, all_large):
+    adapter = lt.load(write_lora(tmp_path / "a"))
+    expected = [module.factors() for module in adapter.modules]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda module: module.factors(), adapter.modules * 20))
+    for (b, a), (x, y) in zip(expected * 20, found, strict=True):
+        assert np.array_equal(b, x)
+        assert np.array_equal(a, y)
+
+
+def open_files():
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_no_file_stays_open_for_an_adapter_in_memory(tmp_path, monkeypatch):
+    path = write_lora(tmp_path / "a")
+    before = open_files()
+    small = lt.load(path)
+    assert open_files() == before
+    monkeypatch.setattr(factors, "IN_MEMORY", -1)
+    large = lt.load(path)
+    assert open_files() == before + 1
+    del large
+    assert open_files() == before
+    assert small.modules
