@@ -27,7 +27,7 @@ from adapters_fixtures import (
 )
 from kohya_fixtures import kohya_tensors
 from kohya_fixtures import write as write_file
-from lotrtensor.adapters.formats import factors
+from lotrtensor.adapters.formats import tensors
 from lotrtensor.adapters.modules import LazyModule
 from lotrtensor.report.documents import inspect_document
 from memory import peak_of
@@ -36,7 +36,7 @@ from memory import peak_of
 @pytest.fixture
 def all_large(monkeypatch):
     """Every adapter counts as large."""
-    monkeypatch.setattr(factors, "IN_MEMORY", -1)
+    monkeypatch.setattr(tensors, "IN_MEMORY", -1)
 
 
 def plain(path, dtype):
@@ -76,7 +76,7 @@ MAKERS = [plain, scaled, beyond_single_precision, embedding, image]
 def test_factors_are_those_that_are_held_in_memory(make, dtype, tmp_path, monkeypatch):
     path = make(tmp_path / "a", dtype)
     small = lt.load(path)
-    monkeypatch.setattr(factors, "IN_MEMORY", -1)
+    monkeypatch.setattr(tensors, "IN_MEMORY", -1)
     large = lt.load(path)
     assert all(isinstance(module, LazyModule) for module in large.modules)
     assert (large.parameters, large.bytes, large.dtype) == (
@@ -116,8 +116,8 @@ def test_commands_write_the_same_bytes(read, tmp_path, monkeypatch):
         "exported": ("export", tmp_path / "0" / "converted"),
     }
     found = []
-    for i, limit in enumerate((factors.IN_MEMORY, -1)):
-        monkeypatch.setattr(factors, "IN_MEMORY", limit)
+    for i, limit in enumerate((tensors.IN_MEMORY, -1)):
+        monkeypatch.setattr(tensors, "IN_MEMORY", limit)
         for name, words in commands.items():
             assert lotr(*words, "-o", tmp_path / str(i) / name).code == 0
         told = [lotr(*words).out for words in (("inspect", path), ("verify", path, path))]
@@ -222,7 +222,7 @@ def test_no_file_stays_open_for_an_adapter_in_memory(tmp_path, monkeypatch):
     before = open_files()
     small = lt.load(path)
     assert open_files() == before
-    monkeypatch.setattr(factors, "IN_MEMORY", -1)
+    monkeypatch.setattr(tensors, "IN_MEMORY", -1)
     large = lt.load(path)
     assert open_files() == before + 1
     del large

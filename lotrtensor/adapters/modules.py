@@ -163,7 +163,10 @@ def module_stack(modules: Sequence[LoraModule]) -> LowRankStack:
                 "with r at least 1"
             )
         check_size(largest_term(b, a), module.name)
-    return LowRankStack.of_constants([b for b, _ in pairs], [a for _, a in pairs])
+    # What is made on demand goes once it is in the stack; what is held anyhow is not copied.
+    made = any(isinstance(module, LazyModule) for module in modules)
+    stack = LowRankStack if made else LowRankStack.of_constants
+    return stack([b for b, _ in pairs], [a for _, a in pairs])
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,10 +74,11 @@ def compression_job(
         if progress:
             progress(name, number, len(members))
         group = source_group(name, modules, lora.dtype)
-        assert isinstance(group.stack, LowRankStack)
+        slices = group.make()
+        assert isinstance(slices, LowRankStack)
         if metrics is not None:
-            return group, WeightedStackInBits(group.stack, [metrics[m.name] for m in modules])
-        return group, StackInBits(group.stack, parts, width)
+            return group, WeightedStackInBits(slices, [metrics[m.name] for m in modules])
+        return group, StackInBits(slices, parts, width)
 
     each = side_by_side if at_once and lora.parameters > MANY else one_by_one
     groups = each(decomposed, range(len(members)))

@@ -249,10 +249,10 @@ def _source(name: str, slots: Sequence[Slot], weights: TunedWeights) -> SourceGr
     # Deltas beyond the range of float32's squares are few, and show in the first.
     wide = any(_in_doubles(slot, weights) for slot in slots)
     like = np.empty(0, np.float64 if wide else _delta(slots[0], weights).dtype)
-    return SourceGroup(
+    return SourceGroup.of(
+        LazyStack(read, (len(slots), m, n), like=like),
         name=name,
         modules=tuple(slot.name for slot in slots),
-        stack=LazyStack(read, (len(slots), m, n), like=like),
         slice_ranks=None,
         embedding=slots[0].embedding,
         parameters=len(slots) * m * n,

@@ -109,8 +109,10 @@ def _reduce(source: SourceGroup, goal: Goal) -> ReducedStack:
     rank = goal.rank
     if goal.parameters is not None and source.lazy:
         rank = (WIDEST, WIDEST)
-    reduction = reduce_stack(source.stack, rank, tolerance=goal.tolerance or 0.0)
-    return ReducedStack(source.stack, reduction, slice_ranks=source.slice_ranks)
+    stack = source.make()
+    reduction = reduce_stack(stack, rank, tolerance=goal.tolerance or 0.0)
+    reduced = ReducedStack(stack, reduction, slice_ranks=source.slice_ranks)
+    return reduced if source.held else reduced.without_slices()
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +180,7 @@ class GroupFit:
             dtype=dtype,
             embedding=source.embedding,
         )
-        error2 = float(to_numpy(error_norms2(source.stack, stored.tucker2())).sum())
+        error2 = float(to_numpy(error_norms2(source.make(), stored.tucker2())).sum())
         lost = SquaredError(error2, self.reduced.norm2)
         bound = SquaredError(self.reduced.lower_bound2(pair), self.reduced.norm2)
         record = FitRecord(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.modules import LoraModule, LotrGroup, module_stack
+from lotrtensor.adapters.modules import LazyModule, LoraModule, LotrGroup, module_stack
 from lotrtensor.core.clusters import cluster
 from lotrtensor.core.options import shown
 from lotrtensor.core.stacks.protocol import SliceStack
@@ -27,8 +29,12 @@ class SourceGroup:
         Name of the group.
     modules : tuple of str
         Paths of the modules, one per slice.
-    stack : SliceStack or Tucker2
-        Their updates.
+    make : callable
+        Returns their updates, a SliceStack or Tucker2; those of a large adapter at every call anew.
+    shape : (int, int, int)
+        Number of slices and the shape of one: (K, m, n).
+    full_rank : (int, int)
+        Largest left and right rank that the updates can need.
     slice_ranks : tuple of int or None
         Ranks r_k of the slices; None where they are whole matrices.
     embedding : bool
@@ -37,33 +43,37 @@ class SourceGroup:
         Size of the updates as stored in the source.
     kept : LotrGroup or None
         The source group, returned unchanged at full rank, without another rounding.
+    lazy : bool
+        Whether every pass reads the updates again.
+    held : bool
+        Whether the updates stay in memory.
     """
 
     name: str
     modules: tuple[str, ...]
-    stack: SliceStack | Tucker2
+    make: Callable[[], SliceStack | Tucker2]
+    shape: tuple[int, int, int]
+    full_rank: tuple[int, int]
     slice_ranks: tuple[int, ...] | None
     embedding: bool
     parameters: int
     bytes: int
     kept: LotrGroup | None = None
+    lazy: bool = False
+    held: bool = True
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Number of slices and the shape of one: (K, m, n)."""
-        return self.stack.shape
-
-    @property
-    def lazy(self) -> bool:
-        """Whether every pass reads the updates again."""
-        return not isinstance(self.stack, Tucker2) and self.stack.lazy
+    @classmethod
+    def of(cls, stack: SliceStack | Tucker2, **fields: Any) -> SourceGroup:
+        """Return the group of updates that are there."""
+        if isinstance(stack, Tucker2):
+            return cls(make=lambda: stack, shape=stack.shape, full_rank=stack.rank, **fields)
+        fields |= {"shape": stack.shape, "full_rank": stack.max_rank, "lazy": stack.lazy}
+        return cls(make=lambda: stack, **fields)
 
     @property
     def max_rank(self) -> tuple[int, int]:
         """Largest left and right rank that the group can need."""
-        if self.kept is not None:
-            return self.kept.rank
-        return self.stack.rank if isinstance(self.stack, Tucker2) else self.stack.max_rank
+        return self.full_rank if self.kept is None else self.kept.rank
 
     @property
     def smallest(self) -> int:
@@ -83,16 +93,23 @@ def lora_groups(adapter: LoraAdapter, group_by: str) -> list[tuple[str, list[Lor
 
 def source_group(name: str, modules: Sequence[LoraModule], dtype: np.dtype) -> SourceGroup:
     """Return LoRA modules as a group; ``dtype`` is the type that they are stored in."""
-    stack = module_stack(modules)
-    parameters = sum(module.parameters for module in modules)
+    (m, n), ranks = modules[0].shape, [module.rank for module in modules]
+    fields: dict[str, Any] = {
+        "name": name,
+        "modules": tuple(module.name for module in modules),
+        "slice_ranks": tuple(min(r, m, n) for r in ranks),
+        "embedding": modules[0].embedding,
+        "parameters": sum(module.parameters for module in modules),
+        "bytes": sum(module.bytes_in(dtype) for module in modules),
+    }
+    if not any(isinstance(module, LazyModule) for module in modules):
+        return SourceGroup.of(module_stack(modules), **fields)
     return SourceGroup(
-        name=name,
-        modules=tuple(module.name for module in modules),
-        stack=stack,
-        slice_ranks=tuple(min(r, *modules[0].shape) for r in stack.ranks),
-        embedding=modules[0].embedding,
-        parameters=parameters,
-        bytes=sum(module.bytes_in(dtype) for module in modules),
+        make=partial(module_stack, modules),
+        shape=(len(modules), m, n),
+        full_rank=(min(m, sum(ranks)), min(n, sum(ranks))),
+        held=False,
+        **fields,
     )
 
 
@@ -100,10 +117,10 @@ def lotr_source(group: LotrGroup, dtype: np.dtype) -> SourceGroup:
     """Return a group of a LoTR; ``dtype`` is the type that it is stored in."""
     found = group.low_rank() if group.thin else group.tucker2()
     (m, n), (p, q) = group.shape, group.rank
-    return SourceGroup(
+    return SourceGroup.of(
+        found,
         name=group.name,
         modules=group.modules,
-        stack=found,
         slice_ranks=tuple(min(r, m, n, p, q) for r in group.slice_ranks),
         embedding=group.embedding,
         parameters=group.parameters,

@@ -6,7 +6,7 @@ Those of a large adapter are checked when it is loaded, and read again whenever 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,15 +131,6 @@ def scaled_module(
         embedding=embedding,
         stored=(b.tensor.dtype, a.tensor.dtype),
     )
-
-
-IN_MEMORY = 2**28
-"""Bytes of tensors up to which an adapter is held in memory: then no file stays open for it."""
-
-
-def is_large(tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether an adapter is gone through module by module, and never held in memory as a whole."""
-    return sum(tensor.nbytes for tensor in tensors.values()) > IN_MEMORY
 
 
 def on_demand(module: LoraModule, b: Factor, a: Factor, scale: float) -> LoraModule:

@@ -233,10 +233,15 @@ def with_sorted_metadata(
     if checksums:
         tensors = {key: _stored(Path(), key, entry, begin) for key, entry in header.items()}
         metadata = {**metadata, CHECKSUMS: written(tensors, content)}
-    header[_METADATA] = dict(sorted(metadata.items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return encoded_header(header, metadata), memoryview(content)[begin:]
+
+
+def encoded_header(header: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """Return what a file begins with: the header's length and the header, texts in order."""
+    whole = {**header, _METADATA: dict(sorted(metadata.items()))}
+    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    return struct.pack("<Q", len(text)) + text, memoryview(content)[begin:]
+    return struct.pack("<Q", len(text)) + text
 
 
 def _length(prefix: bytes) -> int:

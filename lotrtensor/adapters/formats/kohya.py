@@ -26,7 +26,6 @@ from lotrtensor.adapters.formats.factors import (
     Factor,
     as_matrices,
     check_pair,
-    is_large,
     on_demand,
     scaled_module,
     widest,
@@ -59,6 +58,7 @@ from lotrtensor.adapters.formats.tensors import (
     StoredTensor,
     Tensors,
     file_bytes,
+    is_large,
     open_weights,
 )
 from lotrtensor.adapters.formats.wrappers import unwrapped_names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from lotrtensor.adapters.formats.factors import (
     Factor,
     as_matrices,
     check_pair,
-    is_large,
     on_demand,
     scaled_module,
     widest,
@@ -32,16 +32,18 @@ from lotrtensor.adapters.formats.factors import (
 )
 from lotrtensor.adapters.formats.layout import KERNELS
 from lotrtensor.adapters.formats.lora_config import OWN_FIELDS, Scales, check_plain
+from lotrtensor.adapters.formats.streamed import Planned
 from lotrtensor.adapters.formats.tensors import (
     StoredTensor,
     Tensors,
     adapter_files,
+    is_large,
     open_tensors,
     read_config,
 )
 from lotrtensor.adapters.formats.wrappers import unwrapped, without_wrappers
 from lotrtensor.adapters.grouping import layer_order
-from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.modules import LazyModule, LoraModule
 from lotrtensor.adapters.rounding import rounded
 from lotrtensor.core.options import check_choice
 from lotrtensor.errors import FormatError, RankError, UnsupportedAdapterError
@@ -143,7 +145,7 @@ def write_lora(
     rank = max(module.rank for module in modules)
     if pad:
         rank = _vllm_rank(rank)
-    tensors: Tensors = dict(extras)
+    tensors: dict[str, np.ndarray | Planned] = dict(extras)
     kernels = source_config.get(KERNELS, {})
     patterns: dict[str, int] = {}
     fused = experts_of(modules, source_config, experts, directory)
@@ -164,14 +166,15 @@ def write_lora(
         if not uniform and module.rank != rank:
             # PEFT matches a pattern to the end of a path: anchored, it means this module alone.
             patterns["^" + re.escape(module.name)] = module.rank
-        b, a = module.factors()
-        b, a = np.pad(b, ((0, 0), zeros)), np.pad(a, (zeros, (0, 0)))
+        stem, tail = ("lora_embedding_", "") if module.embedding else ("lora_", ".weight")
+        keys = [f"{PREFIX}{module.name}.{stem}{side}{tail}" for side in "BA"]
+        if isinstance(module, LazyModule) and module.name not in kernels:
+            tensors |= _planned(module, zeros, keys, dtype)
+            continue
+        b, a = _filled(module, zeros)
         if module.name in kernels:
             b, a = with_kernel(module.name, b, a, kernels[module.name], directory)
-        stem, tail = ("lora_embedding_", "") if module.embedding else ("lora_", ".weight")
-        for side, factor in (("A", a), ("B", b)):
-            key = f"{PREFIX}{module.name}.{stem}{side}{tail}"
-            tensors[key] = rounded(factor, dtype, key)
+        tensors |= {key: rounded(x, dtype, key) for key, x in zip(keys, (b, a), strict=True)}
     dropped = OWN_FIELDS | {KERNELS} | (set() if layout == "parameters" else {TARGETS})
     config = {key: value for key, value in source_config.items() if key not in dropped}
     plain = sorted({m.name for m in modules if m.name not in fused})
@@ -196,6 +199,28 @@ def write_lora(
         "init_lora_weights": True,
     }
     write_directory(directory, adapter_files(config, tensors), force=force)
+
+
+def _filled(module: LoraModule, zeros: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Factors with columns and rows of zeros behind their own."""
+    b, a = module.factors()
+    return np.pad(b, ((0, 0), zeros)), np.pad(a, (zeros, (0, 0)))
+
+
+def _planned(
+    module: LazyModule, zeros: tuple[int, int], keys: Sequence[str], dtype: np.dtype
+) -> dict[str, Planned]:
+    """Factors that are made once, when the first of the two is written, and rounded."""
+    made: dict[int, np.ndarray] = {}
+
+    def make(side: int) -> np.ndarray:
+        if side not in made:
+            made.update(enumerate(_filled(module, zeros)))
+        return rounded(made.pop(side), dtype, keys[side])
+
+    (m, n), r = module.shape, module.rank + sum(zeros)
+    shapes = (m, r), (r, n)
+    return {keys[i]: Planned(dtype, shapes[i], partial(make, i)) for i in range(2)}
 
 
 def experts_of(

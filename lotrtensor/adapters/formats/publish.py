@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from lotrtensor.errors import FormatError, LotrError
 
@@ -139,14 +140,17 @@ def publish(fresh: Path, path: Path, check: Callable[[Path], object], *, force: 
         sync(path.parent)
 
 
-Content = bytes | tuple[bytes | memoryview, ...]
-"""Bytes of a file, whole or in parts that follow each other."""
+Content = bytes | tuple[bytes | memoryview, ...] | Callable[[BinaryIO], None]
+"""Bytes of a file, whole or in parts that follow each other; or what writes them."""
 
 
 def write_synced(path: Path, content: Content) -> None:
     """Write a file whose content is on the disk afterwards."""
     with path.open("wb") as file:
-        file.writelines(content if isinstance(content, tuple) else (content,))
+        if callable(content):
+            content(file)
+        else:
+            file.writelines(content if isinstance(content, tuple) else (content,))
         file.flush()
         os.fsync(file.fileno())
 

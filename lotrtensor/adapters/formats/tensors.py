@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from lotrtensor.adapters.formats.header import OpenFile, open_file, safe_open, w
 from lotrtensor.adapters.formats.json_text import read_json_object
 from lotrtensor.adapters.formats.paths import children, exists, is_dir, is_file
 from lotrtensor.adapters.formats.publish import Content
+from lotrtensor.adapters.formats.streamed import Planned, write_streamed
 from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -153,6 +155,15 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     raise FormatError(f"{directory} has no {WEIGHTS_NAME} and no {INDEX_NAME}")
 
 
+def is_large(tensors: Mapping[str, StoredTensor | Planned | np.ndarray]) -> bool:
+    """Whether an adapter is gone through tensor by tensor, and never in memory as a whole."""
+    return sum(tensor.nbytes for tensor in tensors.values()) > IN_MEMORY
+
+
+IN_MEMORY = 2**28
+"""Bytes of tensors up to which an adapter is in memory: then no file stays open for it."""
+
+
 def read_tensors(directory: Path) -> Tensors:
     """Return all tensors of an adapter directory; see `open_tensors`.
 
@@ -187,15 +198,28 @@ def check_floating(key: str, tensor: np.ndarray, directory: Path) -> None:
         )
 
 
-def adapter_files(config: dict[str, Any], tensors: Tensors) -> dict[str, Content]:
-    """Return the two files of an adapter directory as bytes, the large one in parts.
+def adapter_files(
+    config: dict[str, Any], tensors: Mapping[str, np.ndarray | Planned]
+) -> dict[str, Content]:
+    """Return the two files of an adapter directory, as bytes or, where large, as what writes them.
 
     Keys are sorted, so that equal adapters are equal files.
     """
-    return {
-        CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        WEIGHTS_NAME: _encoded(tensors, {"format": "pt"}, checksums=True),
-    }
+    text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    metadata = {"format": "pt"}
+    if is_large(tensors):
+        planned = {key: _planned(tensor) for key, tensor in tensors.items()}
+        names = {dtype.newbyteorder("="): name for name, dtype in _DTYPES.items()}
+        writes = partial(write_streamed, tensors=planned, names=names, metadata=metadata)
+        return {CONFIG_NAME: text, WEIGHTS_NAME: writes}
+    made = {key: x.make() if isinstance(x, Planned) else x for key, x in tensors.items()}
+    return {CONFIG_NAME: text, WEIGHTS_NAME: _encoded(made, metadata, checksums=True)}
+
+
+def _planned(tensor: np.ndarray | Planned) -> Planned:
+    if isinstance(tensor, Planned):
+        return tensor
+    return Planned(tensor.dtype.newbyteorder("="), tensor.shape, lambda: tensor)
 
 
 def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:

@@ -44,6 +44,13 @@ class ReducedStack:
         Ranks r_k of the slices: a core then costs min(p q, r_k (p + q)), as it is stored.
     solver : str
         See `solve`.
+
+    Attributes
+    ----------
+    shape : (int, int, int)
+        Number of slices and the shape of one: (K, m, n).
+    dtype : dtype
+        Type that a decomposition of the stack comes back in; the widest one for a Tucker2.
     """
 
     def __init__(
@@ -55,20 +62,25 @@ class ReducedStack:
         slice_ranks: Sequence[int] | None = None,
         solver: Solver = "hooi",
     ) -> None:
-        self.stack, self.reduction, self.weights = stack, reduction, weights
+        self._stack: SliceStack | Tucker2 | None = stack
+        self.shape: tuple[int, int, int] = stack.shape
+        self.dtype: Any = (reduction.small if isinstance(stack, Tucker2) else stack).dtype
+        self.reduction, self.weights = reduction, weights
         self.slice_ranks, self.solver = slice_ranks, solver
         self._solutions: dict[Pair, Solution] = {}
         self._errors2: dict[Pair, float] = {}
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Number of slices and the shape of one: (K, m, n)."""
-        return self.stack.shape
+    def stack(self) -> SliceStack | Tucker2:
+        """The slices."""
+        if self._stack is None:
+            raise TypeError("the slices have been let go of")
+        return self._stack
 
-    @property
-    def dtype(self) -> Any:
-        """Type that a decomposition of the stack comes back in; the widest one for a Tucker2."""
-        return (self.reduction.small if isinstance(self.stack, Tucker2) else self.stack).dtype
+    def without_slices(self) -> ReducedStack:
+        """Let go of the slices, which nothing but certificates and parts ask for."""
+        self._stack = None
+        return self
 
     @property
     def norms2(self) -> np.ndarray:
