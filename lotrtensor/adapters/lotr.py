@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lotrtensor.adapters.formats.directory import expand
 from lotrtensor.adapters.formats.native import read_lotr, write_lotr
+from lotrtensor.adapters.formats.tensors import is_large
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.modules import LoraModule, LotrGroup
+from lotrtensor.adapters.modules import LazyModule, LoraModule, LotrGroup
 from lotrtensor.adapters.parts import lowered, narrow_module
+from lotrtensor.adapters.rounding import narrowed
 from lotrtensor.core.balanced import balanced_factors
 from lotrtensor.core.options import check_flag, is_count, shown
 from lotrtensor.core.squared_error import SquaredError
@@ -149,7 +152,8 @@ class LotrAdapter:
     def to_lora(self, rank: int | None = None) -> LoraAdapter:
         """Return the adapter as a LoRA, B_k = U P_k and A_k = Q_k Vᵀ with P_k Q_k ≈ G_k.
 
-        Its factors are in float64, or, of an adapter in half precision, in float32.
+        Its factors are in float64, or, of an adapter in half precision, in float32; those of a
+        large one are made when they are asked for.
 
         Parameters
         ----------
@@ -166,9 +170,11 @@ class LotrAdapter:
         """
         if rank is not None and not is_count(rank):
             raise RankError(f"rank is {shown(rank)}; expected an integer of at least 1")
-        modules = []
+        modules: list[LoraModule] = []
         for group in self.groups:
             modules += _lora_modules(group, rank, self.dtype)
+        if not is_large(sum(module.bytes_in(self.dtype) for module in modules)):
+            modules = [module.held() for module in modules]
         modules.sort(key=lambda module: layer_order(module.name))
         return LoraAdapter(tuple(modules), self.config, self.dtype, self.extras)
 
@@ -187,7 +193,7 @@ def _lowered(group: LotrGroup, k: int, rank: int | None) -> LoraModule:
     return lowered(module, limit if rank is None else min(rank, limit))
 
 
-def _lora_modules(group: LotrGroup, rank: int | None, dtype: np.dtype) -> list[LoraModule]:
+def _lora_modules(group: LotrGroup, rank: int | None, dtype: np.dtype) -> Sequence[LoraModule]:
     if group.thin:
         return [narrow_module(_lowered(group, k, rank), dtype) for k in range(len(group.modules))]
     # A trained U need not be orthonormal: the triangles of its QR then belong to the core.
@@ -199,6 +205,12 @@ def _lora_modules(group: LotrGroup, rank: int | None, dtype: np.dtype) -> list[L
         limit = min(group.slice_ranks[k], *group.rank)
         core = left_triangle @ tucker2.core[k] @ right_triangle.T
         b, a = balanced_factors(core, limit if rank is None else min(rank, limit))
-        found = LoraModule(module, left @ b, a @ right.T, group.embedding)
-        modules.append(narrow_module(found, dtype))
+        make = partial(_product, left, b, a, right, dtype)
+        modules.append(LazyModule(module, group.shape, b.shape[1], make, group.embedding))
     return modules
+
+
+def _product(
+    left: np.ndarray, b: np.ndarray, a: np.ndarray, right: np.ndarray, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    return narrowed(left @ b, a @ right.T, dtype)

@@ -72,6 +72,10 @@ class LoraModule:
         """Return B (m × r) and A (r × n), at the cost of one where both are made on demand."""
         return self.B, self.A
 
+    def held(self) -> LoraModule:
+        """Return the module with its factors in memory."""
+        return self
+
 
 class LazyModule(LoraModule):
     """The update ΔW = B A of one module, its factors made anew whenever they are asked for.
@@ -139,6 +143,10 @@ class LazyModule(LoraModule):
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """Return B (m × r) and A (r × n)."""
         return self._make()
+
+    def held(self) -> LoraModule:
+        """Return the module with its factors in memory."""
+        return LoraModule(self.name, *self.factors(), self.embedding, self.stored)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has its factors in memory: an open file has no copy."""

@@ -36,7 +36,7 @@ from lotrtensor.verbs._goals import (
     groups_goal,
     lora_goal,
 )
-from lotrtensor.verbs._lower_ranks import Update, lower_ranks
+from lotrtensor.verbs._lower_ranks import Update, held, lower_ranks
 from lotrtensor.verbs._sources import SourceGroup
 from lotrtensor.verbs._tuned_weights import TunedWeights, tuned_weights
 
@@ -313,7 +313,8 @@ def _updates(
         if not found.converged:
             open_ends.append(slot.name)
         error2 = partial(_error2, slot, weights)
-        updates.append(Update(slot.name, slot.embedding, found.svd, error2, found.lost2))
+        sizes = slot.name, slot.embedding, slot.shape, found.svd.values
+        updates.append(Update(*sizes, partial(held, found.svd), error2, found.lost2))
     if open_ends:
         warn_unconverged("modules", open_ends, len(slots))
     return updates

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from lotrtensor.adapters.modules import LoraModule
+from lotrtensor.adapters.modules import LazyModule, LoraModule
 from lotrtensor.adapters.rounding import rounded
 from lotrtensor.core.ranks.goal import Goal
 from lotrtensor.core.ranks.terms import ranks_for_parameters, ranks_for_tolerance, uniform_ranks
@@ -26,8 +27,13 @@ class Update:
         Path of the module.
     embedding : bool
         Whether it is an embedding.
-    svd : SliceSvd
-        The singular value decomposition of ΔW, or its leading part.
+    shape : (int, int)
+        Shape (m, n) of ΔW.
+    values : ndarray
+        Its falling singular values, or the leading ones.
+    svd : callable
+        Returns its singular value decomposition, or the leading part; of a module whose factors are
+        made on demand at every call anew.
     error2 : callable
         ``error2(B, A)`` is ‖ΔW − B A‖².
     lost2 : float
@@ -38,7 +44,9 @@ class Update:
 
     name: str
     embedding: bool
-    svd: SliceSvd
+    shape: tuple[int, int]
+    values: np.ndarray
+    svd: Callable[[], SliceSvd]
     error2: Callable[[np.ndarray, np.ndarray], float]
     lost2: float = 0.0
     whole: LoraModule | None = None
@@ -46,23 +54,36 @@ class Update:
     @property
     def cost(self) -> int:
         """Stored numbers of a term of rank 1: m + n."""
-        return int(self.svd.left.shape[0] + self.svd.right.shape[0])
+        return sum(self.shape)
 
     @property
     def inside2(self) -> float:
         """Squared norm of what ``svd`` holds."""
-        return float(np.sum(self.svd.values**2))
+        return float(np.sum(self.values**2))
 
     def at_rank(self, rank: int, dtype: np.dtype) -> LoraModule:
-        """Return the best module of ``rank``, with the numbers that ``dtype`` stores."""
+        """Return the best module of ``rank``, with the numbers that ``dtype`` stores.
+
+        One that is made on demand is made on demand again.
+        """
+        if not isinstance(self.whole, LazyModule):
+            return LoraModule(self.name, *self._factors(rank, dtype), self.embedding)
+        make = partial(self._factors, rank, dtype)
+        return LazyModule(self.name, self.shape, min(rank, self.whole.rank), make, self.embedding)
+
+    def _factors(self, rank: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         if self.whole is not None and rank >= self.whole.rank:
             b, a = self.whole.factors()
         else:
-            b, a = truncate_slices([self.svd], [rank]).factors(0)
+            b, a = truncate_slices([self.svd()], [rank]).factors(0)
         working = np.float64 if dtype == np.float64 else np.float32
-        factors = (rounded(x, dtype, f"a factor of {self.name}") for x in (b, a))
-        b, a = (x.astype(working) for x in factors)
-        return LoraModule(self.name, b, a, self.embedding)
+        name = f"a factor of {self.name}"
+        return rounded(b, dtype, name).astype(working), rounded(a, dtype, name).astype(working)
+
+
+def held(svd: SliceSvd) -> SliceSvd:
+    """Return a decomposition that stays in memory, where one may be made at every call."""
+    return svd
 
 
 def lower_ranks(
@@ -88,7 +109,7 @@ def lower_ranks(
         If the goal is out of reach.
     """
     uniform = allocation == "uniform"
-    spectra = [update.svd.values for update in updates]
+    spectra = [update.values for update in updates]
     costs = [update.cost for update in updates]
 
     def at_ranks(ranks: Sequence[int]) -> tuple[LoraModule, ...]:

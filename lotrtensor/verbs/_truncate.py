@@ -12,7 +12,7 @@ from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import LoraModule, module_stack
+from lotrtensor.adapters.modules import LazyModule, LoraModule, module_stack
 from lotrtensor.adapters.rounding import narrowed
 from lotrtensor.core.arrays import itemsize
 from lotrtensor.core.fit.truncate import truncate_to_goal
@@ -32,7 +32,7 @@ from lotrtensor.verbs._goals import (
     groups_goal,
     lora_goal,
 )
-from lotrtensor.verbs._lower_ranks import Update, lower_ranks
+from lotrtensor.verbs._lower_ranks import Update, held, lower_ranks
 from lotrtensor.verbs._sources import lotr_source
 
 
@@ -173,11 +173,15 @@ def _lora_goal(adapter: LoraAdapter, asked: Asked) -> Goal:
 
 
 def _updates(adapter: LoraAdapter) -> list[Update]:
-    """The singular value decomposition of every module."""
-    return [
-        Update(m.name, m.embedding, _svd(m, adapter.dtype), partial(_distance2, m), whole=m)
-        for m in adapter.modules
-    ]
+    """The singular value decomposition of every module; of a large adapter the values alone."""
+    found = []
+    for module in adapter.modules:
+        again = partial(_svd, module, adapter.dtype)
+        svd = again()
+        sizes = module.name, module.embedding, module.shape, svd.values
+        made = again if isinstance(module, LazyModule) else partial(held, svd)
+        found.append(Update(*sizes, made, partial(_distance2, module), whole=module))
+    return found
 
 
 def _svd(module: LoraModule, dtype: np.dtype) -> SliceSvd:

@@ -93,7 +93,7 @@ def read_single_file(path: Path) -> LoraContent:
         If a factor is not finite floating point.
     """
     tensors, metadata = open_weights(path)
-    large = is_large(tensors)
+    large = is_large(sum(tensor.nbytes for tensor in tensors.values()))
     plain = unwrapped_names(tensors, path, component)
     tensors = {plain[key]: tensor for key, tensor in tensors.items()}
     check_methods(tensors, path)

@@ -155,9 +155,9 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     raise FormatError(f"{directory} has no {WEIGHTS_NAME} and no {INDEX_NAME}")
 
 
-def is_large(tensors: Mapping[str, StoredTensor | Planned | np.ndarray]) -> bool:
-    """Whether an adapter is gone through tensor by tensor, and never in memory as a whole."""
-    return sum(tensor.nbytes for tensor in tensors.values()) > IN_MEMORY
+def is_large(size: int) -> bool:
+    """Whether an adapter of so many bytes is gone through tensor by tensor, never in memory."""
+    return size > IN_MEMORY
 
 
 IN_MEMORY = 2**28
@@ -207,7 +207,7 @@ def adapter_files(
     """
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     metadata = {"format": "pt"}
-    if is_large(tensors):
+    if is_large(sum(tensor.nbytes for tensor in tensors.values())):
         planned = {key: _planned(tensor) for key, tensor in tensors.items()}
         names = {dtype.newbyteorder("="): name for name, dtype in _DTYPES.items()}
         writes = partial(write_streamed, tensors=planned, names=names, metadata=metadata)
