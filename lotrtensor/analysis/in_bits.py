@@ -85,7 +85,7 @@ def _group_point(stack: StackInBits, step: float, reduced: ReducedStack) -> Grou
     else:
         slices2, kept = stack.private_slices(step)
         terms = int(kept.sum())
-    norms2 = np.array([np.sum(svd.values**2) for svd in stack.svds])
+    norms2 = np.array([np.sum(values**2) for values in stack.spectra])
     error = SquaredError(max(found.lost2, 0.0), stack.norm2).relative
     each = relative_errors(np.minimum(slices2, norms2), norms2)
     return GroupPoint(*found.ranks, terms, round(found.bits / 8), error, None, each)

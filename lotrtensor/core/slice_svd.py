@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,37 @@ def slice_spectra(stack: LowRankStack) -> list[np.ndarray]:
     for some in _batches(stack):
         found.update((k, svd.values) for k, svd in zip(some, _svds(stack, some), strict=True))
     return [found[k] for k in range(stack.shape[0])]
+
+
+class SvdsOnDemand(Sequence[SliceSvd]):
+    """The SVDs of slices that are read whenever they are asked for; the values alone are kept.
+
+    Parameters
+    ----------
+    slices : sequence of callable
+        Each returns one slice, a stack of its own.
+
+    Attributes
+    ----------
+    shape : (int, int, int)
+        Number of slices and the shape of one: (K, m, n).
+    spectra : list of ndarray
+        Falling singular values of every slice.
+    """
+
+    def __init__(self, slices: Sequence[Callable[[], LowRankStack]]) -> None:
+        self._slices = slices
+        self.spectra: list[np.ndarray] = []
+        for make in slices:
+            stack = make()
+            self.spectra += slice_spectra(stack)
+        self.shape = (len(slices), *stack.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    def __getitem__(self, k: int) -> SliceSvd:  # type: ignore[override]
+        return slice_svds(self._slices[k]())[0]
 
 
 def _batches(stack: LowRankStack) -> Iterator[list[int]]:

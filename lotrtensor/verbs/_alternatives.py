@@ -158,7 +158,7 @@ def alternatives(
 
 
 def _truncated(groups: Sequence[StackInBits], parameters: int) -> float | None:
-    spectra = [svd.values for group in groups for svd in group.svds]
+    spectra = [values for group in groups for values in group.spectra]
     costs = [sum(group.sides) for group in groups for _ in group.svds]
     if parameters < sum(costs):
         return None  # rank 1 for every module

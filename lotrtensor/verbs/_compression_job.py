@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from lotrtensor.adapters.compressed import CompressedAdapter
 from lotrtensor.adapters.compressed_group import Alternative, CompressedGroup, SourceRecord
 from lotrtensor.adapters.formats.native import COMMON_FIELDS
 from lotrtensor.adapters.lora import LoraAdapter
+from lotrtensor.adapters.modules import module_stack
 from lotrtensor.core.bits.stack import FLOAT16, FLOAT32, Parts, QuantisedStack, StackInBits
 from lotrtensor.core.bits.stream import LARGEST_CODE
 from lotrtensor.core.bits.terms import HALF
@@ -19,6 +20,7 @@ from lotrtensor.core.bits.weighted import Metrics, WeightedStackInBits
 from lotrtensor.core.fit.reduction import thin_flops
 from lotrtensor.core.options import shown
 from lotrtensor.core.ranks.goal import Rank
+from lotrtensor.core.slice_svd import SvdsOnDemand
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.threads import one_by_one, side_by_side
 from lotrtensor.errors import DataError, RankError
@@ -74,6 +76,9 @@ def compression_job(
         if progress:
             progress(name, number, len(members))
         group = source_group(name, modules, lora.dtype)
+        if not group.held and parts == "private" and metrics is None:
+            each_alone = [partial(module_stack, [module]) for module in modules]
+            return group, StackInBits(SvdsOnDemand(each_alone), parts, width)
         slices = group.make()
         assert isinstance(slices, LowRankStack)
         if metrics is not None:
@@ -174,7 +179,7 @@ class CompressionJob:
 
     @property
     def largest(self) -> float:
-        largest = max(float(svd.values[0]) for _, stack in self.groups for svd in stack.svds)
+        largest = max(float(own[0]) for _, stack in self.groups for own in stack.spectra)
         return largest or 1.0  # of an adapter of zeros any step is as good
 
     @property

@@ -37,7 +37,7 @@ from lotrtensor.core.bits.terms import (
 )
 from lotrtensor.core.fit.reduced_stack import ReducedStack
 from lotrtensor.core.fit.reduction import Reduction, reduce_stack
-from lotrtensor.core.slice_svd import SliceSvd, slice_svds
+from lotrtensor.core.slice_svd import SliceSvd, SvdsOnDemand, slice_svds
 from lotrtensor.core.stacks.low_rank import LowRankStack
 
 FLOAT16, FLOAT32 = np.dtype("float16"), np.dtype("float32")
@@ -100,23 +100,30 @@ class StackInBits:
 
     Parameters
     ----------
-    stack : LowRankStack
-        K slices ΔW_k.
+    stack : LowRankStack or SvdsOnDemand
+        K slices ΔW_k; those that are read on demand for private parts alone.
     parts : str
         ``"shared"``, ``"private"`` or ``"both"``.
     width : int, optional
         Bits of every code; by default each column takes what its entropy asks for.
     """
 
-    def __init__(self, stack: LowRankStack, parts: Parts, width: int | None = None) -> None:
-        self.stack, self.parts, self.width = stack, parts, width
+    def __init__(
+        self, stack: LowRankStack | SvdsOnDemand, parts: Parts, width: int | None = None
+    ) -> None:
+        self.shape, self.parts, self.width = stack.shape, parts, width
         self._predictions: dict[float, dict[Parts, Prediction]] = {}
-        self.svds: Sequence[SliceSvd] = slice_svds(stack)
-        self.norm2 = float(sum(np.sum(svd.values**2) for svd in self.svds))
+        if isinstance(stack, SvdsOnDemand):
+            self.svds: Sequence[SliceSvd] = stack
+            self.spectra = stack.spectra
+        else:
+            self.stack, self.svds = stack, slice_svds(stack)
+            self.spectra = [svd.values for svd in self.svds]
+        self.norm2 = float(sum(np.sum(values**2) for values in self.spectra))
         if parts != "private":
             # The bases take long; they are needed only where a shared part is tried.
-            reduced = self._reduced if parts == "shared" else _without_bases(stack)
-            self.squares = CoreSquares.of(reduced.core_sums2, stack.shape[0])
+            reduced = self._reduced if parts == "shared" else _without_bases(self.stack)
+            self.squares = CoreSquares.of(reduced.core_sums2, self.shape[0])
 
     def restricted(self, parts: Parts) -> StackInBits:
         """The same stack, decomposed already, of one of the parts that it may have here."""
@@ -131,12 +138,12 @@ class StackInBits:
     @property
     def sides(self) -> tuple[int, int]:
         """M and n."""
-        return self.stack.shape[1], self.stack.shape[2]
+        return self.shape[1], self.shape[2]
 
     @property
     def reach(self) -> float:
         """Largest norm of a column that is rounded."""
-        return max(float(svd.values[0]) for svd in self.svds)
+        return max(float(values[0]) for values in self.spectra)
 
     def predict(self, step: float) -> Prediction:
         """Return what the better of a shared and a private part costs and loses."""
@@ -155,8 +162,8 @@ class StackInBits:
     def _predicted(self, step: float) -> dict[Parts, Prediction]:
         found: dict[Parts, Prediction] = {}
         if self.parts != "shared":
-            spectra = [svd.values for svd in self.svds]
-            bits, lost = predicted_total(spectra, [self.sides] * len(spectra), step, self.width)
+            sides = [self.sides] * len(self.spectra)
+            bits, lost = predicted_total(self.spectra, sides, step, self.width)
             found["private"] = Prediction(bits, lost, (0, 0))
         if self.parts != "private":
             ranks, bits, lost = best_corner(self.squares, self.sides, step, self.width)
@@ -168,10 +175,10 @@ class StackInBits:
     def private_slices(self, step: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the squared error (K) that private terms leave in each slice, and their number."""
         lost, kept = [], []
-        for svd in self.svds:
-            sides = np.broadcast_to(np.array(self.sides, dtype=float), (len(svd.values), 2))
-            keep, _, error2 = predict_terms(svd.values, sides, step, self.width)
-            lost.append(float(np.where(keep, error2, svd.values**2).sum()))
+        for values in self.spectra:
+            sides = np.broadcast_to(np.array(self.sides, dtype=float), (len(values), 2))
+            keep, _, error2 = predict_terms(values, sides, step, self.width)
+            lost.append(float(np.where(keep, error2, values**2).sum()))
             kept.append(int(keep.sum()))
         return np.array(lost), np.array(kept)
 
@@ -184,8 +191,8 @@ class StackInBits:
         Bits are not counted: rounding is what the error has beside it.
         """
         (p, q), terms = found.shared_ranks, [own.rank for own in found.private]
-        slices = zip(self.svds, terms, strict=True)
-        bounds2 = [float(sum(np.sum(svd.values[min(p, q) + c :] ** 2) for svd, c in slices))]
+        slices = zip(self.spectra, terms, strict=True)
+        bounds2 = [float(sum(np.sum(values[min(p, q) + c :] ** 2) for values, c in slices))]
         if self.parts != "private":
             for axis, rank in ((1, p), (0, q)):
                 # Cores between the bases of the HOSVD have the squared singular values as sums.
@@ -282,25 +289,24 @@ class StackInBits:
         self, shared: QuantisedTucker2 | None, bits: float, step: float, value_dtype: np.dtype
     ) -> tuple[QuantisedStack, float, float]:
         """A shared part of so many bits, and private terms of what it leaves; see `_at`."""
-        residual = self.stack
-        if shared is not None:
-            residual = self._less(*shared.factors())
         if self.parts == "shared":
-            m, n = self.sides
-            empty = QuantisedTerms.empty(m, n)
-            private = (empty,) * self.stack.shape[0]
+            residual = self.stack if shared is None else self._less(*shared.factors())
+            empty = QuantisedTerms.empty(*self.sides)
             return (
-                QuantisedStack(shared, private, value_dtype),
+                QuantisedStack(shared, (empty,) * self.shape[0], value_dtype),
                 float(to_numpy(residual.norms2()).sum()),
                 bits,
             )
-        svds = self.svds if shared is None else slice_svds(residual)
-        private = tuple(quantise_slice(svd, step, self.width).rounded(value_dtype) for svd in svds)
-        lost = sum(lost2(svd, terms) for svd, terms in zip(svds, private, strict=True))
-        bits += predicted_total(
-            [s.values for s in svds], [self.sides] * len(svds), step, self.width
-        )[0]
-        return QuantisedStack(shared, private, value_dtype), lost, bits
+        svds, spectra = self.svds, self.spectra
+        if shared is not None:
+            svds = slice_svds(self._less(*shared.factors()))
+            spectra = [svd.values for svd in svds]
+        private, lost = [], 0.0
+        for svd in svds:
+            private.append(quantise_slice(svd, step, self.width).rounded(value_dtype))
+            lost += lost2(svd, private[-1])
+        bits += predicted_total(spectra, [self.sides] * len(spectra), step, self.width)[0]
+        return QuantisedStack(shared, tuple(private), value_dtype), lost, bits
 
 
 def _without_bases(stack: LowRankStack) -> ReducedStack:
