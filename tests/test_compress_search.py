@@ -1,9 +1,12 @@
 """The search for a size or an error: small adapters, where the index is most of the file."""
 
+import re
 import warnings
+from importlib.resources import files
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,3 +120,13 @@ def test_a_target_within_a_jump_of_the_predictions_takes_few_files(monkeypatch):
     found = job._found_within(0.0089)
     assert found.relative_error <= 0.0089
     assert len(made) <= 4
+
+
+@pytest.mark.parametrize("form", ["lora", "auto"])
+def test_the_smallest_error_that_a_refusal_names_is_in_reach(form):
+    adapter = lt.load(files("lotrtensor") / "data" / "amazon-sentiment")
+    with pytest.raises(lt.RankError, match="smallest error reached") as refused:
+        lt.compress(adapter, tolerance=1e-6, form=form)
+    named = re.search(r"reached is ([\d.e-]+)", str(refused.value))
+    within = 1.01 * float(named[1])
+    assert lt.compress(adapter, tolerance=within, form=form).relative_error <= within

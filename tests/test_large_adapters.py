@@ -6,6 +6,7 @@ import pickle
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,17 @@ def test_an_adapter_is_written_over_the_one_it_came_from(tmp_path, all_large):
     expected.save(tmp_path / "b")
     assert lotr("truncate", path, "--rank", 2, "-o", path, "--force").code == 0
     assert snapshot(path) == snapshot(tmp_path / "b")
+
+
+def test_nothing_is_left_where_writing_fails_on_the_way(tmp_path, all_large):
+    name = "encoder.layer.9.intermediate.dense"
+    pairs = bert_pairs()
+    pairs[name] = pairs[name][0] * 1e8, pairs[name][1]
+    adapter = lt.load(write_lora(tmp_path / "a", pairs))
+    before = snapshot(tmp_path)
+    with pytest.raises(lt.DataError, match=f"{name}.*float16 does not hold"):
+        replace(adapter, dtype=np.dtype("float16")).save(tmp_path / "deep" / "b")
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("size", [None, 4096, 100])

@@ -237,15 +237,16 @@ class CompressionJob:
 
     def _found_within(self, tolerance: float) -> CompressedAdapter:
         """The smallest file of at most this error that the predictions lead to."""
-        best, target, error, coarser, before = None, tolerance, 0.0, math.inf, 0.0
+        best, target, coarser, before, least = None, tolerance, math.inf, 0.0, math.inf
         for _ in range(TRIES):
             step = self._coarsest_within(target)
             # Where ranks jump, other targets lead to about one step: it is left behind by itself.
-            step = step if step < coarser / SAME else coarser / NUDGE
+            step = step if step < coarser / SAME else max(coarser / NUDGE, self.marks[-1])
             if before / SAME < step < before * SAME:
                 break
             found, before = self.at(step), step
             error = found.relative_error
+            least = min(least, error)
             if error > tolerance:
                 coarser = min(coarser, step)
             if error <= tolerance and (best is None or found.file_bytes < best.file_bytes):
@@ -255,7 +256,7 @@ class CompressionJob:
             target *= MARGIN * tolerance / error if error else 2.0
         if best is None:
             raise RankError(
-                f"tolerance is {tolerance}; the smallest error reached is {error:.3g}: convert or "
+                f"tolerance is {tolerance}; the smallest error reached is {least:.3g}: convert or "
                 "truncate the adapter instead, which keep 16 bits a number or more"
             )
         return best
