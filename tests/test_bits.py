@@ -519,5 +519,5 @@ def test_the_finest_step_of_shared_factors_is_near():
     adapter = LoraAdapter(
         tuple(LoraModule(f"layers.{k}.q", b, right.T) for k, b in enumerate(B)), {}, np.dtype("f4")
     )
-    found = compress(adapter, tolerance=3e-5, form="lotr")
-    assert compare(adapter, found).relative_error <= 3e-5
+    found = compress(adapter, tolerance=4e-5, form="lotr")
+    assert compare(adapter, found).relative_error <= 4e-5

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from rich import box
 from rich.table import Table
 
+from lotrtensor.adapters.compressed_group import CompressedGroup
 from lotrtensor.adapters.loading import Adapter
+from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import LotrGroup
-from lotrtensor.core.rates import spectra, spectra_flops
+from lotrtensor.adapters.modules import LotrGroup, module_stack
+from lotrtensor.core.rates import joined_flops, spectra, spectra_flops
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.report.documents import Document
 from lotrtensor.report.names import shown_name
-from lotrtensor.verbs._compare import lora_factors
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHARES = (0.9, 0.99)
@@ -32,25 +34,42 @@ def add_spectra(document: Document, adapter: Adapter, *, asked: bool | None = No
     ``left`` falls as fast as one U serves all slices, ``right`` as one V does. They are None where
     they were not ``asked`` for, or, if that was left open, all take more than `SECONDS_OF_WORK`.
     """
-    stacks = _stacks(document, adapter)
+    sources = _sources(document, adapter)
     if asked is None:
-        asked = sum(map(spectra_flops, stacks)) <= SECONDS_OF_WORK
-    for group in document["groups"]:  # which `_stacks` has gone through in this order
-        stack = stacks.pop(0)  # what is joined of one group goes before that of the next is made
+        asked = sum(flops for flops, _ in sources) <= SECONDS_OF_WORK
+    for group in document["groups"]:  # which `_sources` has gone through in this order
+        _, make = sources.pop(0)  # the slices of one group go before those of the next are there
         group["singular_values"] = None
         if asked:
-            found = spectra(stack)
+            found = spectra(make())
             group["singular_values"] = {"left": found.left.tolist(), "right": found.right.tolist()}
 
 
-def _stacks(document: Document, adapter: Adapter) -> list[LowRankStack]:
+def _sources(
+    document: Document, adapter: Adapter
+) -> list[tuple[float, Callable[[], LowRankStack]]]:
+    """What the spectra of every group cost, and what makes its slices."""
+    if isinstance(adapter, LoraAdapter):
+        modules = {module.name: module for module in adapter.modules}
+        groups = [[modules[name] for name in group["modules"]] for group in document["groups"]]
+        return [
+            (joined_flops(*own[0].shape, sum(m.rank for m in own)), partial(module_stack, own))
+            for own in groups
+        ]
     if isinstance(adapter, LotrAdapter):
-        return [_small(group) for group in adapter.groups]
-    modules = lora_factors(adapter)
-    pairs = [[modules[name].factors(0) for name in g["modules"]] for g in document["groups"]]
-    return [
-        LowRankStack.of_constants([b for b, _ in group], [a for _, a in group]) for group in pairs
-    ]
+        made = [_small(group) for group in adapter.groups]
+    else:
+        made = [_of_compressed(group) for group in adapter.groups]
+    return [(spectra_flops(stack), partial(_itself, stack)) for stack in made]
+
+
+def _itself(stack: LowRankStack) -> LowRankStack:
+    return stack
+
+
+def _of_compressed(group: CompressedGroup) -> LowRankStack:
+    pairs = [group.factors(k) for k in range(len(group.modules))]
+    return LowRankStack.of_constants([b for b, _ in pairs], [a for _, a in pairs])
 
 
 def _small(group: LotrGroup) -> LowRankStack:

@@ -241,7 +241,7 @@ class CompressionJob:
         for _ in range(TRIES):
             step = self._coarsest_within(target)
             # Where ranks jump, other targets lead to about one step: it is left behind by itself.
-            step = step if step < coarser / SAME else max(coarser / NUDGE, self.marks[-1])
+            step = step if step < coarser / SAME else coarser / NUDGE
             if before / SAME < step < before * SAME:
                 break
             found, before = self.at(step), step
