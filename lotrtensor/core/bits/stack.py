@@ -273,9 +273,13 @@ class StackInBits:
 
     def _kept(self, svd: SliceSvd, step: float) -> SliceSvd:
         """The terms of a slice that are worth their bits."""
-        sides = np.broadcast_to(np.array(self.sides, dtype=float), (len(svd.values), 2))
-        keep, _, _ = predict_terms(svd.values, sides, step, self.width)
+        keep = self._keep(svd.values, step)
         return SliceSvd(to_numpy(svd.left)[:, keep], svd.values[keep], to_numpy(svd.right)[:, keep])
+
+    def _keep(self, values: np.ndarray, step: float) -> np.ndarray:
+        """Which terms are worth their bits, by their singular values."""
+        sides = np.broadcast_to(np.array(self.sides, dtype=float), (len(values), 2))
+        return predict_terms(values, sides, step, self.width)[0]
 
     def _less(self, left: np.ndarray, core: np.ndarray, right: np.ndarray) -> LowRankStack:
         """What a Tucker-2 leaves of the slices."""
@@ -302,7 +306,12 @@ class StackInBits:
             svds = slice_svds(self._less(*shared.factors()))
             spectra = [svd.values for svd in svds]
         private, lost = [], 0.0
-        for svd in svds:
+        for k, values in enumerate(spectra):
+            if isinstance(svds, SvdsOnDemand) and not self._keep(values, step).any():
+                private.append(QuantisedTerms.empty(*self.sides))
+                lost += float(np.sum(values**2))
+                continue
+            svd = svds[k]
             private.append(quantise_slice(svd, step, self.width).rounded(value_dtype))
             lost += lost2(svd, private[-1])
         bits += predicted_total(spectra, [self.sides] * len(spectra), step, self.width)[0]
