@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import resource
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from adapters_fixtures import (
 from kohya_fixtures import kohya_tensors
 from kohya_fixtures import write as write_file
 from lotrtensor.adapters.formats import tensors
+from lotrtensor.adapters.formats.streamed import Planned, write_streamed
 from lotrtensor.adapters.modules import LazyModule
 from lotrtensor.report.documents import inspect_document
 from memory import peak_of
@@ -196,6 +198,21 @@ def test_nothing_is_left_where_writing_fails_on_the_way(tmp_path, all_large):
     assert snapshot(tmp_path) == before
 
 
+def test_what_a_file_holds_now_is_not_taken_for_what_it_held(tmp_path, all_large):
+    """Whatever size and times say."""
+    path = write_lora(tmp_path / "a")
+    weights = path / WEIGHTS
+    os.utime(weights, ns=(0, 0))
+    adapter = lt.load(path)
+    content = weights.read_bytes()
+    with weights.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(bytes(4) if content[-4:] != bytes(4) else b"abcd")
+    os.utime(weights, ns=(0, 0))
+    with pytest.raises(lt.FormatError, match="written to since the adapter was loaded"):
+        lt.compare(adapter, adapter)
+
+
 @pytest.mark.parametrize("size", [None, 4096, 100])
 def test_a_file_that_is_written_to_after_it_was_loaded_is_refused(tmp_path, all_large, size):
     path = write_lora(tmp_path / "a")
@@ -240,6 +257,44 @@ def test_a_copy_has_its_factors_in_memory(tmp_path, all_large, copied):
     assert other.modules[0].B.shape == (12, 3)
 
 
+def test_a_changed_copy_is_a_module_in_memory(tmp_path, all_large):
+    module = lt.load(write_lora(tmp_path / "a")).modules[0]
+    other = replace(module, name="other")
+    assert (type(other), other.name) == (lt.LoraModule, "other")
+    assert np.array_equal(other.B, module.B)
+    assert "on demand" in repr(module)
+    assert isinstance(module, LazyModule)
+
+
+def test_what_is_written_to_factors_is_not_lost_in_silence(tmp_path, all_large):
+    module = lt.load(write_lora(tmp_path / "a")).modules[0]
+    for factor in module.factors():
+        with pytest.raises(ValueError, match="read-only"):
+            factor[:] = 0.0
+
+
+def sums_of(adapter):
+    return [[float(np.sum(x)) for x in module.factors()] for module in adapter.modules * 50]
+
+
+def test_processes_that_came_of_a_fork_read_one_file_side_by_side(tmp_path, all_large):
+    adapter = lt.load(write_lora(tmp_path / "a"))
+    expected, readers = sums_of(adapter), []
+    for _ in range(2):
+        reader, writer = os.pipe()
+        if not os.fork():
+            same = sums_of(adapter) == expected
+            os.write(writer, b"y" if same else b"n")
+            os._exit(0)
+        os.close(writer)
+        readers.append(reader)
+    assert sums_of(adapter) == expected
+    assert [os.read(reader, 1) for reader in readers] == [b"y", b"y"]
+    for reader in readers:
+        os.close(reader)
+        os.wait()
+
+
 def test_threads_read_one_file_side_by_side(tmp_path, all_large):
     adapter = lt.load(write_lora(tmp_path / "a"))
     expected = [module.factors() for module in adapter.modules]
@@ -248,6 +303,26 @@ def test_threads_read_one_file_side_by_side(tmp_path, all_large):
     for (b, a), (x, y) in zip(expected * 20, found, strict=True):
         assert np.array_equal(b, x)
         assert np.array_equal(a, y)
+
+
+def test_a_tensor_that_is_not_as_planned_is_not_written(tmp_path):
+    planned = {"a": Planned(np.dtype("f4"), (4, 2), lambda: np.ones((4, 3), "f4"))}
+    with (
+        (tmp_path / "x").open("wb") as file,
+        pytest.raises(lt.ShapeError, match=r"expected .*4, 2"),
+    ):
+        write_streamed(file, planned, {np.dtype("f4"): "F32"}, {})
+
+
+def test_shards_that_are_small_together_are_opened_one_by_one(tmp_path):
+    path = shard(write_lora(tmp_path / "a"), parts=72)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + 10, before[1]))
+    try:
+        found = lt.load(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(found.modules) == 36
 
 
 def open_files():

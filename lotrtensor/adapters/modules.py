@@ -148,9 +148,15 @@ class LazyModule(LoraModule):
         """Return the module with its factors in memory."""
         return LoraModule(self.name, *self.factors(), self.embedding, self.stored)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         """A copy has its factors in memory: an open file has no copy."""
         return LoraModule, (self.name, *self.factors(), self.embedding, self.stored)
+
+    def __repr__(self) -> str:
+        return f"LoraModule(name={self.name!r}, shape={self.shape}, rank={self.rank}, on demand)"
+
+    # `dataclasses.replace` calls the class with the fields, two of which are made on demand here.
+    __class__ = property(lambda self: LoraModule)
 
 
 def module_stack(modules: Sequence[LoraModule]) -> LowRankStack:

@@ -250,7 +250,7 @@ def _slice(
     private: bool,
 ) -> CodedSlice:
     if cell is not None:
-        pair = module.B, module.A
+        pair = module.factors()
         return code_slice(cell.basis, *pair, step, weight=norm, value_dtype=dtype, private=private)
     svd = slice_svds(LowRankStack.of_constants([module.B], [module.A]))[0]
     terms = quantise_slice(svd, step).rounded(dtype)

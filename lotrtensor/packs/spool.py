@@ -84,7 +84,7 @@ def spool(build: str, number: int, name: str, source: Source) -> None:
     lora = as_lora(source, name)
     tensors: Tensors = {CARRIED + key: tensor for key, tensor in lora.extras.items()}
     for i, module in enumerate(lora.modules):
-        tensors[f"{i}.B"], tensors[f"{i}.A"] = module.B, module.A
+        tensors[f"{i}.B"], tensors[f"{i}.A"] = module.factors()
     write_once(factors, file_bytes(tensors, {}))
     modules = [[m.name, list(m.shape), m.rank, m.embedding] for m in lora.modules]
     content = {

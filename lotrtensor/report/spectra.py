@@ -60,11 +60,7 @@ def _sources(
         made = [_small(group) for group in adapter.groups]
     else:
         made = [_of_compressed(group) for group in adapter.groups]
-    return [(spectra_flops(stack), partial(_itself, stack)) for stack in made]
-
-
-def _itself(stack: LowRankStack) -> LowRankStack:
-    return stack
+    return [(spectra_flops(stack), partial(made.__getitem__, i)) for i, stack in enumerate(made)]
 
 
 def _of_compressed(group: CompressedGroup) -> LowRankStack:

@@ -159,7 +159,7 @@ def alternatives(
 
 def _truncated(groups: Sequence[StackInBits], parameters: int) -> float | None:
     spectra = [values for group in groups for values in group.spectra]
-    costs = [sum(group.sides) for group in groups for _ in group.svds]
+    costs = [sum(group.sides) for group in groups for _ in group.spectra]
     if parameters < sum(costs):
         return None  # rank 1 for every module
     return truncation_error(spectra, ranks_for_parameters(spectra, costs, parameters))

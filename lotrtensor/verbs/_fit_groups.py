@@ -112,7 +112,9 @@ def _reduce(source: SourceGroup, goal: Goal) -> ReducedStack:
     stack = source.make()
     reduction = reduce_stack(stack, rank, tolerance=goal.tolerance or 0.0)
     reduced = ReducedStack(stack, reduction, slice_ranks=source.slice_ranks)
-    return reduced if source.held else reduced.without_slices()
+    if not source.held:
+        reduced.drop_slices()
+    return reduced
 
 
 @dataclass(frozen=True, eq=False)

@@ -217,8 +217,8 @@ def write_directory(path: Path, files: Mapping[str, Content], *, force: bool = F
     ----------
     path : Path
         The directory to make; its parents are made where missing.
-    files : mapping of str to bytes
-        Contents by file name, whole or in parts.
+    files : mapping of str to Content
+        Contents by file name, whole or in parts, or what writes them.
     force : bool
         Replace an adapter directory that stands there.
 

@@ -266,10 +266,10 @@ def join_parts(modules: Sequence[LoraModule]) -> tuple[LoraModule, ...]:
         given = [module for module in pair if module is not None]
         if given:
             m = given[0].shape[0]
-            sides_b = [x.B if x is not None else np.zeros((m, 0)) for x in pair]
-            inner = sides_b[0].shape[1]
-            wide = np.zeros((2 * m, inner + sides_b[1].shape[1]), np.result_type(*sides_b))
-            wide[:m, :inner], wide[m:, inner:] = sides_b
+            lefts = [x.B if x is not None else np.zeros((m, 0)) for x in pair]
+            inner = lefts[0].shape[1]
+            wide = np.zeros((2 * m, inner + lefts[1].shape[1]), np.result_type(*lefts))
+            wide[:m, :inner], wide[m:, inner:] = lefts
             thin = np.vstack([module.A for module in given])
             found.append(LoraModule(f"{expert}.gate_up_proj", wide, thin))
     return tuple(found)

@@ -12,7 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lotrtensor.adapters.formats.tensors import BFLOAT16, StoredTensor, check_floating
+from lotrtensor.adapters.formats.tensors import (
+    BFLOAT16,
+    StoredTensor,
+    check_floating,
+    crc32_of,
+    entries_of,
+)
 from lotrtensor.adapters.modules import LazyModule, LoraModule
 from lotrtensor.core.linalg import largest_entry, largest_term, squares_hold
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
@@ -27,7 +33,7 @@ class Factor(NamedTuple):
     @property
     def entries(self) -> np.ndarray:
         """The factor in memory."""
-        return self.tensor.read() if isinstance(self.tensor, StoredTensor) else self.tensor
+        return entries_of(self.tensor)
 
 
 def as_matrices(up: Factor, down: Factor, path: Path) -> tuple[Factor, Factor, tuple[int, ...]]:
@@ -133,10 +139,13 @@ def scaled_module(
     )
 
 
-def on_demand(module: LoraModule, b: Factor, a: Factor, scale: float) -> LoraModule:
+def on_demand(
+    module: LoraModule, b: Factor, a: Factor, read: tuple[Factor, Factor], scale: float
+) -> LoraModule:
     """Return a module whose factors are read from their file whenever they are asked for.
 
-    One that is cut out of a tensor stays in memory.
+    They are read-only: what is written to them would be gone with the next reading. One that is cut
+    out of a tensor stays in memory.
 
     Parameters
     ----------
@@ -144,18 +153,23 @@ def on_demand(module: LoraModule, b: Factor, a: Factor, scale: float) -> LoraMod
         What `scaled_module` returned.
     b, a : Factor
         The factors as they are in the file, of whatever shape.
+    read : (Factor, Factor)
+        What has been read of them, and checked.
     scale : float
         What is folded into B.
     """
     if not (isinstance(b.tensor, StoredTensor) and isinstance(a.tensor, StoredTensor)):
         return module
     (m, n), r, dtype = module.shape, module.rank, module.B.dtype
-    # What a checksum says of them has been said when they were read first.
-    up, down = b.tensor._replace(checksum=None), a.tensor._replace(checksum=None)
+    up, down = b.tensor, a.tensor
+    sums = [crc32_of(factor.entries) for factor in read]
 
     def make() -> tuple[np.ndarray, np.ndarray]:
-        wide = up.read().reshape(m, r).astype(dtype), down.read().reshape(r, n).astype(dtype)
-        return wide[0] * dtype.type(scale), wide[1]
+        wide = up.unchanged(sums[0]).reshape(m, r).astype(dtype) * dtype.type(scale)
+        thin = down.unchanged(sums[1]).reshape(r, n).astype(dtype)
+        for factor in (wide, thin):
+            factor.setflags(write=False)
+        return wide, thin
 
     return LazyModule(module.name, (m, n), r, make, module.embedding, module.stored)
 

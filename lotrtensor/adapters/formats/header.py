@@ -72,10 +72,11 @@ class OpenFile:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
+        # A file that is closed by its own end is warned of as one that was forgotten.
         weakref.finalize(self, self._file.close)
 
     def read(self, key: str) -> np.ndarray:
-        """Return the bytes of a tensor; several threads may ask at once.
+        """Return the bytes of a tensor; several threads, and forked processes, may ask at once.
 
         Raises
         ------
@@ -85,10 +86,8 @@ class OpenFile:
         stored = self.tensors[key]
         content = np.empty(stored.stop - stored.start, dtype=np.uint8)
         try:
-            with self._lock:
-                self._file.seek(stored.start)
-                count = self._file.readinto(content.data)  # type: ignore[attr-defined]
-                now = _state(self._file)
+            count = self._read_into(content.data, stored.start)
+            now = _state(self._file)
         except OSError as error:
             raise damaged(self.path, error) from error
         if count != content.size or now[0] < self._state[0]:
@@ -96,6 +95,24 @@ class OpenFile:
         if now != self._state:
             raise damaged(self.path, "it has been written to while it was read")
         return content
+
+    def _read_into(self, content: memoryview, start: int) -> int:
+        """Fill ``content`` from ``start`` on; return how many bytes there were.
+
+        Where the file stands is left alone, as it is common to all processes that came of a fork.
+        """
+        if not hasattr(os, "preadv"):
+            with self._lock:
+                self._file.seek(start)
+                found: int = self._file.readinto(content)  # type: ignore[attr-defined]
+                return found
+        count = 0
+        while count < len(content):
+            more = os.preadv(self._file.fileno(), [content[count:]], start + count)
+            if not more:
+                break
+            count += more
+        return count
 
     def close(self) -> None:
         """Close the file; it is closed, too, when nothing refers to it any more."""

@@ -109,7 +109,7 @@ def read_single_file(path: Path) -> LoraContent:
         else:
             scale = _peft_scale(name, styles[name], down, configs, path)
         module = scaled_module(name, up, down, scale, path)
-        modules.append(on_demand(module, *own, scale) if large else module)
+        modules.append(on_demand(module, *own, (up, down), scale) if large else module)
         dtypes |= {up.tensor.dtype, down.tensor.dtype}
         if kernel:
             kernels[name] = list(kernel)

@@ -35,6 +35,14 @@ def exists(path: Path) -> bool:
     return _mode(path) != 0
 
 
+def file_size(path: Path) -> int:
+    """Bytes of a file; see `is_file`."""
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
 def children(directory: Path) -> list[Path]:
     """What a directory holds, by name.
 

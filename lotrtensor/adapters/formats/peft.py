@@ -37,6 +37,7 @@ from lotrtensor.adapters.formats.tensors import (
     StoredTensor,
     Tensors,
     adapter_files,
+    entries_of,
     is_large,
     open_tensors,
     read_config,
@@ -276,7 +277,7 @@ def _plain_names(config: Mapping[str, Any], modules: list[str]) -> dict[str, Any
 
 
 def _split(
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, np.ndarray | StoredTensor],
     plain: Mapping[str, str],
     config: Mapping[str, Any],
     directory: Path,
@@ -289,7 +290,7 @@ def _split(
         match = _FACTOR.fullmatch(plain[key].removeprefix(PREFIX))
         if match is None:
             _check_variant_key(key, directory)
-            extras[plain[key]] = tensor.read()
+            extras[plain[key]] = entries_of(tensor)
             continue
         adapters.add(match["adapter"])
         side = (match["embedding"] or "") + match["side"]
@@ -342,4 +343,4 @@ def _read_module(
     names = (name, trained, *([parameter] if parameter else []))
     scale = scales.of(names, a.key, a.tensor.shape[0])
     module = scaled_module(name, up, down, scale, directory, embedding)
-    return on_demand(module, b, a, scale) if large else module, kernel
+    return on_demand(module, b, a, (up, down), scale) if large else module, kernel

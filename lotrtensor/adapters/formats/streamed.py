@@ -10,6 +10,7 @@ import numpy as np
 
 from lotrtensor.adapters.formats.checksums import CHECKSUMS, checksum
 from lotrtensor.adapters.formats.header import Stored, encoded_header
+from lotrtensor.errors import ShapeError
 
 
 class Planned(NamedTuple):
@@ -33,7 +34,7 @@ def write_streamed(
 ) -> None:
     """Write a safetensors file with checksums; one tensor at a time is in memory.
 
-    Those with the longest entries come first, as the library has them, so that all are aligned.
+    Those with the longest entries come first, so that all are aligned, and then go by key.
 
     Parameters
     ----------
@@ -45,6 +46,11 @@ def write_streamed(
         What a header calls their types.
     metadata : mapping of str to str
         Texts of the header.
+
+    Raises
+    ------
+    ShapeError
+        If a tensor is not as it was planned.
     """
     order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
     places, end = {}, 0
@@ -55,7 +61,10 @@ def write_streamed(
     found = dict.fromkeys(sorted(tensors), "0" * len(checksum(places[order[0]], memoryview(b""))))
     file.write(_header(places, {**metadata, CHECKSUMS: "".join(found.values())}))
     for key in order:
-        content = np.asarray(tensors[key].make(), tensors[key].dtype.newbyteorder("<"), order="C")
+        made, (dtype, shape, _) = tensors[key].make(), tensors[key]
+        if made.shape != shape or made.dtype.newbyteorder("=") != dtype:
+            raise ShapeError(f"{key} is {made.dtype} {made.shape}; expected {dtype} {shape}")
+        content = np.asarray(made, dtype.newbyteorder("<"), order="C")
         view = content.reshape(-1).view(np.uint8).data
         found[key] = checksum(places[key], view)
         file.write(view)

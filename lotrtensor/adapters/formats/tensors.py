@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from lotrtensor.adapters.formats.checksums import CHECKSUMS, by_key, checksum, w
 from lotrtensor.adapters.formats.directory import CONFIG_NAME
 from lotrtensor.adapters.formats.header import OpenFile, open_file, safe_open, with_sorted_metadata
 from lotrtensor.adapters.formats.json_text import read_json_object
-from lotrtensor.adapters.formats.paths import children, exists, is_dir, is_file
+from lotrtensor.adapters.formats.paths import children, exists, file_size, is_dir, is_file
 from lotrtensor.adapters.formats.publish import Content
 from lotrtensor.adapters.formats.streamed import Planned, write_streamed
 from lotrtensor.errors import DataError, FormatError, UnsupportedAdapterError
@@ -130,9 +131,38 @@ class StoredTensor(NamedTuple):
         found: np.ndarray = content.view(_DTYPES[stored.dtype]).reshape(self.shape)
         return found.astype(self.dtype, copy=False)
 
+    def unchanged(self, expected: int) -> np.ndarray:
+        """Return the entries, which were read before and had the CRC-32 ``expected``.
 
-def open_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Return all tensors of ``adapter_model.safetensors``, or of the shards of its index, unread.
+        Raises
+        ------
+        FormatError
+            If they are others now, or cannot be read.
+        """
+        found = self._replace(checksum=None).read()
+        if crc32_of(found) != expected:
+            raise FormatError(
+                f"{self.file.path}: {self.key} has been written to since the adapter was loaded; "
+                "load it again"
+            )
+        return found
+
+
+def crc32_of(tensor: np.ndarray) -> int:
+    """CRC-32 of the bytes of a tensor."""
+    return zlib.crc32(np.asarray(tensor, order="C").reshape(-1).view(np.uint8).data)
+
+
+def entries_of(tensor: np.ndarray | StoredTensor) -> np.ndarray:
+    """Return a tensor in memory."""
+    return tensor.read() if isinstance(tensor, StoredTensor) else tensor
+
+
+def open_tensors(directory: Path) -> dict[str, np.ndarray | StoredTensor]:
+    """Return all tensors of ``adapter_model.safetensors``, or of the shards of its index.
+
+    They are not read yet, but for those of shards that are small together: so no more files are
+    open than a large adapter has.
 
     Raises
     ------
@@ -142,7 +172,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
         If there are only pickled weights, which can run code when they are opened.
     """
     if is_file(directory / WEIGHTS_NAME):
-        return open_weights(directory / WEIGHTS_NAME)[0]
+        return dict(open_weights(directory / WEIGHTS_NAME)[0])
     if is_file(directory / INDEX_NAME):
         return _open_shards(directory / INDEX_NAME)
     pickled = next((p.name for p in children(directory) if p.suffix in _PICKLED), None)
@@ -172,7 +202,7 @@ def read_tensors(directory: Path) -> Tensors:
     FormatError, UnsupportedAdapterError, DataError
         As `open_tensors` and `StoredTensor.read` do.
     """
-    return {key: tensor.read() for key, tensor in open_tensors(directory).items()}
+    return {key: entries_of(tensor) for key, tensor in open_tensors(directory).items()}
 
 
 _PICKLED = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
@@ -299,15 +329,18 @@ def _encoded(
     return with_sorted_metadata(content, metadata, checksums=checksums)
 
 
-def _open_shards(index_path: Path) -> dict[str, StoredTensor]:
+def _open_shards(index_path: Path) -> dict[str, np.ndarray | StoredTensor]:
     """Return the tensors of the shards, each from the shard that the index names for it."""
     weight_map = read_weight_map(index_path)
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, np.ndarray | StoredTensor] = {}
     unnamed: dict[str, str] = {}
-    for shard in sorted(set(weight_map.values())):
+    shards = sorted(set(weight_map.values()))
+    large = is_large(sum(file_size(index_path.parent / shard) for shard in shards))
+    for shard in shards:
         file = open_file(index_path.parent / shard)
         unnamed |= dict.fromkeys(file.tensors.keys() - weight_map.keys(), shard)
-        tensors |= _stored(file, [key for key in file.tensors if weight_map.get(key) == shard])
+        own = _stored(file, [key for key in file.tensors if weight_map.get(key) == shard])
+        tensors |= own if large else {key: tensor.read() for key, tensor in own.items()}
     missing = next((key for key in weight_map if key not in tensors), None)
     if missing is not None:
         raise FormatError(

@@ -77,10 +77,9 @@ class ReducedStack:
             raise TypeError("the slices have been let go of")
         return self._stack
 
-    def without_slices(self) -> ReducedStack:
+    def drop_slices(self) -> None:
         """Let go of the slices, which nothing but certificates and parts ask for."""
         self._stack = None
-        return self
 
     @property
     def norms2(self) -> np.ndarray:
