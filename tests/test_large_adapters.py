@@ -282,10 +282,14 @@ def test_processes_that_came_of_a_fork_read_one_file_side_by_side(tmp_path, all_
     expected, readers = sums_of(adapter), []
     for _ in range(2):
         reader, writer = os.pipe()
-        if not os.fork():
-            same = sums_of(adapter) == expected
-            os.write(writer, b"y" if same else b"n")
-            os._exit(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+            child = os.fork()
+        if not child:
+            try:
+                os.write(writer, b"y" if sums_of(adapter) == expected else b"n")
+            finally:
+                os._exit(0)
         os.close(writer)
         readers.append(reader)
     assert sums_of(adapter) == expected
@@ -307,10 +311,7 @@ def test_threads_read_one_file_side_by_side(tmp_path, all_large):
 
 def test_a_tensor_that_is_not_as_planned_is_not_written(tmp_path):
     planned = {"a": Planned(np.dtype("f4"), (4, 2), lambda: np.ones((4, 3), "f4"))}
-    with (
-        (tmp_path / "x").open("wb") as file,
-        pytest.raises(lt.ShapeError, match=r"expected .*4, 2"),
-    ):
+    with (tmp_path / "x").open("wb") as file, pytest.raises(lt.ShapeError, match=r"is .*4, 3"):
         write_streamed(file, planned, {np.dtype("f4"): "F32"}, {})
 
 

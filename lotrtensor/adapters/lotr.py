@@ -171,10 +171,15 @@ class LotrAdapter:
         if rank is not None and not is_count(rank):
             raise RankError(f"rank is {shown(rank)}; expected an integer of at least 1")
         modules: list[LoraModule] = []
+        numbers = sum(
+            sum(group.shape) * _lora_rank(group, k, rank)
+            for group in self.groups
+            for k in range(len(group.modules))
+        )
+        large = is_large(numbers * self.dtype.itemsize)
         for group in self.groups:
-            modules += _lora_modules(group, rank, self.dtype)
-        if not is_large(sum(module.bytes_in(self.dtype) for module in modules)):
-            modules = [module.held() for module in modules]
+            found = _lora_modules(group, rank, self.dtype)
+            modules += found if large else [module.held() for module in found]
         modules.sort(key=lambda module: layer_order(module.name))
         return LoraAdapter(tuple(modules), self.config, self.dtype, self.extras)
 
@@ -186,11 +191,16 @@ class LotrAdapter:
         return sum(parts, SquaredError()).relative
 
 
+def _lora_rank(group: LotrGroup, k: int, rank: int | None) -> int:
+    """Rank of module ``k`` as a LoRA."""
+    limit = min(group.slice_ranks[k], *group.rank)
+    return limit if rank is None else min(rank, limit)
+
+
 def _lowered(group: LotrGroup, k: int, rank: int | None) -> LoraModule:
     b, a = group.factors(k)
-    limit = min(group.slice_ranks[k], *group.rank)
     module = LoraModule(group.modules[k], b, a, group.embedding)
-    return lowered(module, limit if rank is None else min(rank, limit))
+    return lowered(module, _lora_rank(group, k, rank))
 
 
 def _lora_modules(group: LotrGroup, rank: int | None, dtype: np.dtype) -> Sequence[LoraModule]:
@@ -202,9 +212,8 @@ def _lora_modules(group: LotrGroup, rank: int | None, dtype: np.dtype) -> Sequen
     right, right_triangle = np.linalg.qr(tucker2.right)
     modules = []
     for k, module in enumerate(group.modules):
-        limit = min(group.slice_ranks[k], *group.rank)
         core = left_triangle @ tucker2.core[k] @ right_triangle.T
-        b, a = balanced_factors(core, limit if rank is None else min(rank, limit))
+        b, a = balanced_factors(core, _lora_rank(group, k, rank))
         make = partial(_product, left, b, a, right, dtype)
         modules.append(LazyModule(module, group.shape, b.shape[1], make, group.embedding))
     return modules
