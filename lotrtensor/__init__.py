@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from lotrtensor.adapters.loading import load
     from lotrtensor.adapters.lora import LoraAdapter
     from lotrtensor.adapters.lotr import GroupSummary, LotrAdapter
-    from lotrtensor.adapters.modules import FactoredCore, FitRecord, LoraModule, LotrGroup
+    from lotrtensor.adapters.lotr_group import FactoredCore, FitRecord, LotrGroup
+    from lotrtensor.adapters.modules import LoraModule
     from lotrtensor.adapters.parts import GroupParts
     from lotrtensor.analysis import (
         Analysis,
@@ -148,7 +149,8 @@ _HOMES = {
     "adapters.loading": ("load",),
     "adapters.lora": ("LoraAdapter",),
     "adapters.lotr": ("GroupSummary", "LotrAdapter"),
-    "adapters.modules": ("FactoredCore", "FitRecord", "LoraModule", "LotrGroup"),
+    "adapters.lotr_group": ("FactoredCore", "FitRecord", "LotrGroup"),
+    "adapters.modules": ("LoraModule",),
     "adapters.parts": ("GroupParts",),
     "analysis": (
         "Analysis",

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import lotrtensor as lt
-from lotrtensor.adapters.modules import FactoredCore, LotrGroup
+from lotrtensor.adapters.lotr_group import FactoredCore, LotrGroup
 from lotrtensor.adapters.rounding import exact_scale, rounded
 from lotrtensor.cli.app import app
 from tests.adapters_fixtures import (

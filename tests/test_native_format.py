@@ -28,7 +28,7 @@ from adapters_fixtures import (
     write_lora,
 )
 from lotrtensor import DataError, FormatError, LotrAdapter, UnsupportedAdapterError
-from lotrtensor.adapters.modules import FactoredCore, FitRecord, LotrGroup
+from lotrtensor.adapters.lotr_group import FactoredCore, FitRecord, LotrGroup
 
 GOLDEN = Path(__file__).parent / "golden"
 LEFT, RIGHT = "base_model.lotr_left.", "base_model.lotr_right."

@@ -15,7 +15,7 @@ from lotrtensor import (
     load,
     truncate,
 )
-from lotrtensor.adapters.modules import LotrGroup
+from lotrtensor.adapters.lotr_group import LotrGroup
 from lotrtensor.core.fit.truncate import truncate_tucker2
 from tests.adapters_fixtures import (
     DTYPES,

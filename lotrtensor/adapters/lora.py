@@ -30,7 +30,9 @@ class LoraAdapter:
     Attributes
     ----------
     modules : tuple of LoraModule
-        In the order of their names, layer 2 before layer 10.
+        In the order of their names, layer 2 before layer 10. Of an adapter above 256 MiB they read
+        their factors, which are then read-only, whenever these are asked for; ``module.held()``
+        keeps them.
     config : mapping
         PEFT's ``adapter_config.json`` as read.
     dtype : numpy dtype

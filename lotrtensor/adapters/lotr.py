@@ -15,7 +15,8 @@ from lotrtensor.adapters.formats.native import read_lotr, write_lotr
 from lotrtensor.adapters.formats.tensors import is_large
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.modules import LazyModule, LoraModule, LotrGroup
+from lotrtensor.adapters.lotr_group import LotrGroup
+from lotrtensor.adapters.modules import LazyModule, LoraModule
 from lotrtensor.adapters.parts import lowered, narrow_module
 from lotrtensor.adapters.rounding import narrowed
 from lotrtensor.core.balanced import balanced_factors

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lotrtensor.adapters.compressed_group import CompressedGroup
-from lotrtensor.adapters.modules import LoraModule, LotrGroup, module_stack
+from lotrtensor.adapters.lotr_group import LotrGroup
+from lotrtensor.adapters.modules import LoraModule, module_stack
 from lotrtensor.adapters.rounding import narrowed
 from lotrtensor.core.slice_svd import slice_svds, truncate_slices
 

@@ -25,7 +25,7 @@ from lotrtensor.adapters.formats.native import (
 from lotrtensor.adapters.formats.plain import read_plain
 from lotrtensor.adapters.formats.tensors import WEIGHTS_NAME
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import FitRecord
+from lotrtensor.adapters.lotr_group import FitRecord
 from lotrtensor.errors import OptionError
 from lotrtensor.torch.expert_slices import check_targets
 from lotrtensor.torch.groups import (

@@ -17,7 +17,7 @@ from torch import nn
 from lotrtensor.adapters.formats.carried import PREFIX
 from lotrtensor.adapters.formats.wrappers import matched_names
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import LotrGroup
+from lotrtensor.adapters.lotr_group import LotrGroup
 from lotrtensor.adapters.parts import group_parts
 from lotrtensor.errors import FormatError, LotrWarning, UnsupportedAdapterError
 from lotrtensor.packs.files import is_pack

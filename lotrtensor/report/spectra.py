@@ -13,7 +13,8 @@ from lotrtensor.adapters.compressed_group import CompressedGroup
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import LotrGroup, module_stack
+from lotrtensor.adapters.lotr_group import LotrGroup
+from lotrtensor.adapters.modules import module_stack
 from lotrtensor.core.rates import joined_flops, spectra, spectra_flops
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.report.documents import Document

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import LoraModule, LotrGroup
+from lotrtensor.adapters.lotr_group import LotrGroup
+from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.adapters.parts import thin_module
 from lotrtensor.errors import OptionError
 from lotrtensor.torch.apply import factor_table, lotr_layers

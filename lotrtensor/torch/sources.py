@@ -15,7 +15,7 @@ from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.loading import Adapter, load
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import store_group
+from lotrtensor.adapters.lotr_group import store_group
 from lotrtensor.core.fit.tucker2_fit import tucker2
 from lotrtensor.core.stacks.dense import DenseStack
 from lotrtensor.errors import DataError, ShapeError, UnsupportedAdapterError

@@ -12,7 +12,8 @@ from lotrtensor.adapters.compressed_group import CompressedGroup
 from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.modules import LotrGroup, module_stack
+from lotrtensor.adapters.lotr_group import LotrGroup
+from lotrtensor.adapters.modules import module_stack
 from lotrtensor.core.squared_error import SquaredError
 from lotrtensor.core.stacks.low_rank import LowRankStack
 from lotrtensor.core.threads import on_one_thread

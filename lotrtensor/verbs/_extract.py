@@ -17,7 +17,7 @@ from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.loading import Adapter, check_adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import LotrGroup
+from lotrtensor.adapters.lotr_group import LotrGroup
 from lotrtensor.adapters.sizes import check_dtype
 from lotrtensor.core.dense_svd import dense_svd
 from lotrtensor.core.linalg import largest_entry, norm2, squares_hold

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lotrtensor.adapters.modules import FitRecord, LotrGroup, store_group
+from lotrtensor.adapters.lotr_group import FitRecord, LotrGroup, store_group
 from lotrtensor.core.arrays import to_numpy
 from lotrtensor.core.fit.reduced_stack import ReducedStack
 from lotrtensor.core.fit.reduction import reduce_stack

@@ -11,7 +11,8 @@ from lotrtensor.adapters.grouping import layer_order
 from lotrtensor.adapters.loading import Adapter
 from lotrtensor.adapters.lora import LoraAdapter
 from lotrtensor.adapters.lotr import LotrAdapter
-from lotrtensor.adapters.modules import LoraModule, LotrGroup
+from lotrtensor.adapters.lotr_group import LotrGroup
+from lotrtensor.adapters.modules import LoraModule
 from lotrtensor.errors import FormatError, RankError, UnsupportedAdapterError
 
 

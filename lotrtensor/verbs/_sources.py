@@ -11,7 +11,8 @@ import numpy as np
 
 from lotrtensor.adapters.grouping import Slot, group_modules
 from lotrtensor.adapters.lora import LoraAdapter
-from lotrtensor.adapters.modules import LazyModule, LoraModule, LotrGroup, module_stack
+from lotrtensor.adapters.lotr_group import LotrGroup
+from lotrtensor.adapters.modules import LazyModule, LoraModule, module_stack
 from lotrtensor.core.clusters import cluster
 from lotrtensor.core.options import shown
 from lotrtensor.core.stacks.protocol import SliceStack

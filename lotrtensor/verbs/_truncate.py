@@ -98,8 +98,9 @@ def truncate(
         What was given, at lower ranks. A LoRA's modules have the leading singular values of their
         ΔW, exactly the best of their ranks; with a tolerance, energy or budget the ranks differ,
         and no others of that size have a smaller error. A LoTR has the same groups. A module or
-        group that keeps its full rank is kept as it is. A Tucker2 keeps its dtype, and its factors
-        are orthonormal.
+        group that keeps its full rank is kept as it is. The factors of a LoRA above 256 MiB are
+        computed whenever they are asked for. A Tucker2 keeps its dtype, and its factors are
+        orthonormal.
 
     Raises
     ------

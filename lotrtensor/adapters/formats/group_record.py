@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from lotrtensor.adapters.modules import FitRecord
+from lotrtensor.adapters.lotr_group import FitRecord
 from lotrtensor.errors import FormatError
 
 LARGEST_NUMBER = 1e150

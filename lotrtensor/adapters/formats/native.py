@@ -35,7 +35,7 @@ from lotrtensor.adapters.formats.tensors import (
     read_tensors,
 )
 from lotrtensor.adapters.formats.wrappers import unwrapped_names
-from lotrtensor.adapters.modules import Core, FactoredCore, LotrGroup
+from lotrtensor.adapters.lotr_group import Core, FactoredCore, LotrGroup
 from lotrtensor.errors import FormatError, UnsupportedAdapterError
 
 FORMAT_VERSION = 1

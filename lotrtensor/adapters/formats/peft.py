@@ -168,28 +168,9 @@ def write_lora(
         if not uniform and module.rank != rank:
             # PEFT matches a pattern to the end of a path: anchored, it means this module alone.
             patterns["^" + re.escape(module.name)] = module.rank
-        stem, tail = ("lora_embedding_", "") if module.embedding else ("lora_", ".weight")
-        keys = [f"{PREFIX}{module.name}.{stem}{side}{tail}" for side in "BA"]
-        if isinstance(module, LazyModule) and module.name not in kernels:
-            tensors |= _planned(module, zeros, keys, dtype)
-            continue
-        b, a = _filled(module, zeros)
-        if module.name in kernels:
-            b, a = with_kernel(module.name, b, a, kernels[module.name], directory)
-        tensors |= {key: rounded(x, dtype, key) for key, x in zip(keys, (b, a), strict=True)}
-    dropped = OWN_FIELDS | {KERNELS} | (set() if layout == "parameters" else {TARGETS})
-    config = {key: value for key, value in source_config.items() if key not in dropped}
-    plain = sorted({m.name for m in modules if m.name not in fused})
-    config.setdefault("target_modules", plain)
-    if apart:
-        config["target_modules"] = plain
-    if fused and layout == "parameters":
-        config[TARGETS] = source_config.get(TARGETS) or sorted(set(fused.values()))
-    elif fused and isinstance(config["target_modules"], list):
-        leaves = {path.rpartition(".")[2] for path in fused.values()}
-        config["target_modules"] = sorted({*config["target_modules"], *leaves})
-    if str(config.get("bias")).endswith("_only"):  # each method has its own word for its layers'
-        config["bias"] = "lora_only"
+        kernel = kernels.get(module.name, ())
+        tensors |= _tensors(module, zeros, dtype, kernel, directory)
+    config = _portable(source_config, modules, fused, layout, apart=apart)
     config |= {
         "peft_type": "LORA",
         "r": rank,
@@ -201,6 +182,49 @@ def write_lora(
         "init_lora_weights": True,
     }
     write_directory(directory, adapter_files(config, tensors), force=force)
+
+
+def _portable(
+    source: Mapping[str, Any],
+    modules: Sequence[LoraModule],
+    fused: Mapping[str, str],
+    layout: ExpertsLayout,
+    *,
+    apart: bool,
+) -> dict[str, Any]:
+    """Return what a config says beside ranks and scales: its targets are the modules written."""
+    dropped = OWN_FIELDS | {KERNELS} | (set() if layout == "parameters" else {TARGETS})
+    config = {key: value for key, value in source.items() if key not in dropped}
+    plain = sorted({m.name for m in modules if m.name not in fused})
+    config.setdefault("target_modules", plain)
+    if apart:
+        config["target_modules"] = plain
+    if fused and layout == "parameters":
+        config[TARGETS] = source.get(TARGETS) or sorted(set(fused.values()))
+    elif fused and isinstance(config["target_modules"], list):
+        leaves = {path.rpartition(".")[2] for path in fused.values()}
+        config["target_modules"] = sorted({*config["target_modules"], *leaves})
+    if str(config.get("bias")).endswith("_only"):  # each method has its own word for its layers'
+        config["bias"] = "lora_only"
+    return config
+
+
+def _tensors(
+    module: LoraModule,
+    zeros: tuple[int, int],
+    dtype: np.dtype,
+    kernel: Sequence[int],
+    directory: Path,
+) -> dict[str, np.ndarray | Planned]:
+    """Factors of a module under the keys of a file, or what makes them."""
+    stem, tail = ("lora_embedding_", "") if module.embedding else ("lora_", ".weight")
+    keys = [f"{PREFIX}{module.name}.{stem}{side}{tail}" for side in "BA"]
+    if isinstance(module, LazyModule) and not kernel:
+        return dict(_planned(module, zeros, keys, dtype))
+    b, a = _filled(module, zeros)
+    if kernel:
+        b, a = with_kernel(module.name, b, a, kernel, directory)
+    return {key: rounded(x, dtype, key) for key, x in zip(keys, (b, a), strict=True)}
 
 
 def _filled(module: LoraModule, zeros: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
